@@ -1,0 +1,1 @@
+"""Proof: what is fast, how sure that is, and what the machine at hand can do. Imports nothing else of ours."""
