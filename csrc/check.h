@@ -1,0 +1,38 @@
+// What every op checks before it touches memory. Messages say what was expected and what came.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <optional>
+
+namespace sparsekd {
+
+inline void check_dim(const at::Tensor& t, const char* name, int64_t dim) {
+  TORCH_CHECK_VALUE(t.dim() == dim, "Expected ", name, " with ", dim, " dimensions, got shape ", t.sizes());
+}
+
+inline void check_size(const at::Tensor& t, const char* name, int64_t dim, int64_t size, const char* meaning) {
+  TORCH_CHECK_VALUE(t.size(dim) == size, "Expected ", name, " of size ", size, " in dimension ", dim, " (", meaning,
+                    "), got shape ", t.sizes());
+}
+
+inline void check_same(const at::Tensor& t, const char* name, const at::Tensor& like, const char* like_name) {
+  TORCH_CHECK_VALUE(t.device() == like.device(), "Expected ", name, " on ", like.device(), " as ", like_name,
+                    ", got ", t.device());
+  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), "Expected ", name, " of dtype ", like.scalar_type(), " as ",
+                   like_name, ", got ", t.scalar_type());
+}
+
+inline void check_indices(const at::Tensor& t, const char* name, const at::Tensor& like) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kInt, "Expected ", name, " of dtype Int, got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.device() == like.device(), "Expected ", name, " on ", like.device(), ", got ", t.device());
+  check_dim(t, name, 1);
+  TORCH_CHECK_VALUE(t.is_contiguous(), "Expected contiguous ", name, ", got strides ", t.strides());
+}
+
+inline void check_floating(const at::Tensor& t, const char* name) {
+  const auto type = t.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, "Expected ",
+                   name, " of dtype Float, Double, Half or BFloat16, got ", type);
+}
+
+}  // namespace sparsekd

@@ -1,0 +1,143 @@
+// conv2d and its gradients on the CPU: checks first, then direct.cpp.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "../check.h"
+#include "direct.h"
+
+namespace sparsekd::cpu {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+Pair checked_pair(at::IntArrayRef values, const char* name, int64_t least) {
+  TORCH_CHECK_VALUE(values.size() == 2 && values[0] >= least && values[1] >= least, "Expected two values of at least ",
+                    least, " for ", name, ", got ", values);
+  return {values[0], values[1]};
+}
+
+// Sizes that all three ops agree on; `output` is computed.
+Conv2dShape checked_shape(at::IntArrayRef input_size, int64_t out_channels, at::IntArrayRef kernel_size,
+                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  TORCH_CHECK_VALUE(input_size.size() == 4, "Expected an input of 4 dimensions [N, C, H, W], got shape ", input_size);
+  Conv2dShape shape;
+  shape.batch = input_size[0];
+  shape.in_channels = input_size[1];
+  shape.out_channels = out_channels;
+  shape.groups = groups;
+  shape.input = {input_size[2], input_size[3]};
+  shape.kernel = checked_pair(kernel_size, "kernel_size", 1);
+  shape.stride = checked_pair(stride, "stride", 1);
+  shape.padding = checked_pair(padding, "padding", 0);
+  shape.dilation = checked_pair(dilation, "dilation", 1);
+  TORCH_CHECK_VALUE(groups >= 1 && shape.in_channels >= groups && shape.in_channels % groups == 0,
+                    "Expected a number of input channels divisible by groups, got ", shape.in_channels,
+                    " and groups=", groups);
+  for (int d = 0; d < 2; ++d) {
+    const int64_t padded = shape.input[d] + 2 * shape.padding[d];
+    const int64_t reach = (shape.kernel[d] - 1) * shape.dilation[d] + 1;
+    TORCH_CHECK_VALUE(shape.input[d] >= 1 && padded >= reach, "Expected a padded input at least as large as the kernel (",
+                      reach, " in ", d == 0 ? "height" : "width", "), got ", padded, " from an input of shape ",
+                      input_size);
+    shape.output[d] = (padded - reach) / shape.stride[d] + 1;
+  }
+  return shape;
+}
+
+void check_values(const at::Tensor& values, const at::Tensor& like, const char* like_name,
+                  const at::Tensor& col_indices) {
+  check_dim(values, "values", 2);
+  check_same(values, "values", like, like_name);
+  check_size(values, "values", 0, col_indices.size(0), "the number of col_indices");
+}
+
+at::Tensor conv2d_cpu(const at::Tensor& input, const at::Tensor& values, const at::Tensor& crow_indices,
+                      const at::Tensor& col_indices, const OptionalTensor& row_indices, const OptionalTensor&,
+                      const OptionalTensor& bias, int64_t out_channels, at::IntArrayRef kernel_size,
+                      at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  check_floating(input, "input");
+  const Conv2dShape shape =
+      checked_shape(input.sizes(), out_channels, kernel_size, stride, padding, dilation, groups);
+  check_dim(col_indices, "col_indices", 1);
+  check_values(values, input, "input", col_indices);
+  at::Tensor wide_bias;
+  if (bias) {
+    check_dim(*bias, "bias", 1);
+    check_size(*bias, "bias", 0, out_channels, "output channels");
+    check_same(*bias, "bias", input, "input");
+    wide_bias = widened(*bias);
+  }
+  const Pattern pattern(crow_indices, col_indices, row_indices, out_channels, groups, values.size(1));
+  const at::Tensor wide_input = widened(input);
+  at::Tensor output =
+      at::empty({shape.batch, out_channels, shape.output[0], shape.output[1]}, wide_input.options());
+  direct_forward(shape, pattern, wide_input, widened(values), wide_bias, output);
+  return output.to(input.options(), false, false, input.suggest_memory_format());
+}
+
+at::Tensor conv2d_input_grad_cpu(const at::Tensor& grad_output, const at::Tensor& values,
+                                 const at::Tensor& crow_indices, const at::Tensor& col_indices,
+                                 const OptionalTensor& row_indices, const OptionalTensor& transpose,
+                                 at::IntArrayRef input_size, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                 at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  check_floating(grad_output, "grad_output");
+  check_dim(grad_output, "grad_output", 4);
+  const int64_t out_channels = grad_output.size(1);
+  const Conv2dShape shape = checked_shape(input_size, out_channels, kernel_size, stride, padding, dilation, groups);
+  TORCH_CHECK_VALUE(grad_output.sizes() ==
+                        at::IntArrayRef({shape.batch, out_channels, shape.output[0], shape.output[1]}),
+                    "Expected grad_output of shape [", shape.batch, ", ", out_channels, ", ", shape.output[0], ", ",
+                    shape.output[1], "], got ", grad_output.sizes());
+  check_dim(col_indices, "col_indices", 1);
+  check_values(values, grad_output, "grad_output", col_indices);
+  const at::Tensor plan = transpose ? *transpose
+                                    : transpose_pattern(crow_indices, col_indices, row_indices, values.size(1),
+                                                        out_channels, shape.in_channels, shape.taps(), groups);
+  check_same(plan, "transpose", crow_indices, "crow_indices");
+  const Transposed transposed(plan, shape.in_channels, values.numel());
+  const at::Tensor wide_grad = widened(grad_output);
+  at::Tensor grad_input = at::empty(input_size, wide_grad.options());
+  direct_input_grad(shape, transposed, wide_grad, widened(values), grad_input);
+  return grad_input.to(grad_output.options(), false, false, grad_output.suggest_memory_format());
+}
+
+at::Tensor conv2d_weight_grad_cpu(const at::Tensor& input, const at::Tensor& grad_output,
+                                  const at::Tensor& crow_indices, const at::Tensor& col_indices,
+                                  const OptionalTensor& row_indices, int64_t vector, at::IntArrayRef kernel_size,
+                                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                  int64_t groups) {
+  check_floating(input, "input");
+  check_dim(grad_output, "grad_output", 4);
+  check_same(grad_output, "grad_output", input, "input");
+  const int64_t out_channels = grad_output.size(1);
+  const Conv2dShape shape =
+      checked_shape(input.sizes(), out_channels, kernel_size, stride, padding, dilation, groups);
+  TORCH_CHECK_VALUE(grad_output.sizes() ==
+                        at::IntArrayRef({shape.batch, out_channels, shape.output[0], shape.output[1]}),
+                    "Expected grad_output of shape [", shape.batch, ", ", out_channels, ", ", shape.output[0], ", ",
+                    shape.output[1], "], got ", grad_output.sizes());
+  check_dim(col_indices, "col_indices", 1);
+  const Pattern pattern(crow_indices, col_indices, row_indices, out_channels, groups, vector);
+  const at::Tensor wide_input = widened(input);
+  at::Tensor grad_values = at::empty({pattern.n_vectors, vector}, wide_input.options());
+  direct_weight_grad(shape, pattern, wide_input, widened(grad_output), grad_values);
+  return grad_values.to(input.scalar_type());
+}
+
+at::Tensor transpose_pattern_cpu(const at::Tensor& crow_indices, const at::Tensor& col_indices,
+                                 const OptionalTensor& row_indices, int64_t vector, int64_t out_channels,
+                                 int64_t in_channels, int64_t taps, int64_t groups) {
+  check_dim(col_indices, "col_indices", 1);
+  return transpose_pattern(crow_indices, col_indices, row_indices, vector, out_channels, in_channels, taps, groups);
+}
+
+}  // namespace
+}  // namespace sparsekd::cpu
+
+TORCH_LIBRARY_IMPL(sparsekd, CPU, m) {
+  m.impl("conv2d", &sparsekd::cpu::conv2d_cpu);
+  m.impl("conv2d_input_grad", &sparsekd::cpu::conv2d_input_grad_cpu);
+  m.impl("conv2d_weight_grad", &sparsekd::cpu::conv2d_weight_grad_cpu);
+  m.impl("transpose_pattern", &sparsekd::cpu::transpose_pattern_cpu);
+}

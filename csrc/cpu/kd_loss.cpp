@@ -1,0 +1,111 @@
+// The distillation loss and its gradient in one pass over both logits; the formula is in kd_loss.inc.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "../check.h"
+#include "kernels.h"
+
+namespace sparsekd::cpu {
+namespace {
+
+template <class T>
+double rows_loss(const at::Tensor& student, const at::Tensor& teacher, const int64_t* target, at::Tensor& grad,
+                 double temperature, double alpha, int64_t ignore_index, double label_smoothing,
+                 bool distill_ignored) {
+  const int64_t rows = student.size(0), classes = student.size(1);
+  int64_t labelled = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (target == nullptr || target[i] == ignore_index) continue;
+    TORCH_CHECK_INDEX(target[i] >= 0 && target[i] < classes, "Expected targets in 0..", classes - 1, " or ignore_index=",
+                      ignore_index, ", got ", target[i]);
+    ++labelled;
+  }
+  const int64_t distilled = target == nullptr || distill_ignored ? rows : labelled;
+  const bool hard = target != nullptr && alpha < 1, soft = alpha > 0;
+  KDLossRow<T> common{};
+  common.classes = classes;
+  common.temperature = temperature;
+  common.label_smoothing = label_smoothing;
+  common.ce_scale = hard && labelled > 0 ? (1 - alpha) / static_cast<double>(labelled) : 0;
+  common.kl_scale = soft && distilled > 0 ? alpha * temperature * temperature / static_cast<double>(distilled) : 0;
+
+  const T* s = student.const_data_ptr<T>();
+  const T* t = teacher.const_data_ptr<T>();
+  T* g = grad.defined() ? grad.mutable_data_ptr<T>() : nullptr;
+  const int64_t pitch = (classes + 7) / 8 * 8;
+  std::vector<double> losses(rows);
+  at::parallel_for(0, rows, std::max<int64_t>(4096 / classes, 1), [&](int64_t begin, int64_t end) {
+    std::unique_ptr<double[]> scratch(new double[3 * pitch]);
+    for (int64_t i = begin; i < end; ++i) {
+      KDLossRow<T> row = common;
+      row.student = s + i * classes;
+      row.teacher = t + i * classes;
+      row.grad = g ? g + i * classes : nullptr;
+      row.scratch = scratch.get();
+      const bool known = target == nullptr || target[i] != ignore_index;
+      row.target = hard && known ? target[i] : -1;
+      row.distill = soft && (known || distill_ignored);
+      losses[i] = type_kernels<T>().kd_loss_row(row);
+    }
+  });
+  // In order, so that the sum is the same on any number of threads.
+  double loss = 0;
+  for (const double value : losses) loss += value;
+  // As torch: the mean over no rows is NaN. Unlabelled rows that are distilled make the loss well defined.
+  const bool no_labels = target != nullptr && labelled == 0;
+  if (rows == 0 || (no_labels && !distill_ignored)) loss = std::numeric_limits<double>::quiet_NaN();
+  return loss;
+}
+
+std::tuple<at::Tensor, at::Tensor> kd_loss_forward_cpu(const at::Tensor& student, const at::Tensor& teacher,
+                                                       const std::optional<at::Tensor>& target, double temperature,
+                                                       double alpha, int64_t ignore_index, double label_smoothing,
+                                                       bool distill_ignored, bool with_grad) {
+  check_floating(student, "student logits");
+  check_floating(teacher, "teacher logits");
+  check_dim(student, "student logits", 2);
+  TORCH_CHECK_VALUE(teacher.sizes() == student.sizes(), "Expected teacher logits of the student's shape ",
+                    student.sizes(), ", got ", teacher.sizes());
+  TORCH_CHECK_VALUE(student.size(1) >= 1, "Expected at least one class, got shape ", student.sizes());
+  TORCH_CHECK_VALUE(temperature > 0 && temperature < std::numeric_limits<double>::infinity(),
+                    "Expected temperature > 0, got ", temperature);
+  TORCH_CHECK_VALUE(alpha >= 0 && alpha <= 1, "Expected alpha in [0, 1], got ", alpha);
+  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "Expected label_smoothing in [0, 1], got ",
+                    label_smoothing);
+  TORCH_CHECK_VALUE(target.has_value() || alpha == 1, "Expected a target unless alpha is 1, got none with alpha=",
+                    alpha);
+  const bool wide = student.scalar_type() == at::kDouble || teacher.scalar_type() == at::kDouble;
+  const auto arithmetic = wide ? at::kDouble : at::kFloat;
+  at::Tensor labels;
+  if (target) {
+    TORCH_CHECK_TYPE(target->scalar_type() == at::kLong, "Expected target of dtype Long (class indices), got ",
+                     target->scalar_type());
+    check_dim(*target, "target", 1);
+    check_size(*target, "target", 0, student.size(0), "rows of the logits");
+    TORCH_CHECK_VALUE(target->device() == student.device(), "Expected target on ", student.device(), ", got ",
+                      target->device());
+    labels = target->contiguous();
+  }
+  const at::Tensor s = student.to(arithmetic).contiguous();
+  const at::Tensor t = teacher.to(arithmetic).contiguous();
+  at::Tensor grad = with_grad ? at::empty_like(s) : at::Tensor();
+  const int64_t* label_data = labels.defined() ? labels.const_data_ptr<int64_t>() : nullptr;
+  const double loss = wide ? rows_loss<double>(s, t, label_data, grad, temperature, alpha, ignore_index,
+                                               label_smoothing, distill_ignored)
+                           : rows_loss<float>(s, t, label_data, grad, temperature, alpha, ignore_index,
+                                              label_smoothing, distill_ignored);
+  at::Tensor result = at::empty({}, s.options().dtype(student.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  result.fill_(loss);
+  return {result, with_grad ? grad.to(student.scalar_type()) : at::empty({0}, student.options())};
+}
+
+}  // namespace
+}  // namespace sparsekd::cpu
+
+TORCH_LIBRARY_IMPL(sparsekd, CPU, m) { m.impl("kd_loss_forward", &sparsekd::cpu::kd_loss_forward_cpu); }

@@ -1,0 +1,57 @@
+// Picks the instruction set once, at the first call.
+#include "kernels.h"
+
+#include <cstdlib>
+#include <string>
+
+#include <c10/util/Exception.h>
+
+namespace sparsekd::cpu {
+namespace {
+
+int best_supported() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw")) {
+    return 2;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+
+int cap_from_environment() {
+  const char* value = std::getenv("SPARSEKD_CPU_ISA");
+  if (value == nullptr || *value == '\0') return 2;
+  const std::string isa = value;
+  if (isa == "baseline") return 0;
+  if (isa == "avx2") return 1;
+  if (isa == "avx512") return 2;
+  TORCH_CHECK_VALUE(false, "Expected SPARSEKD_CPU_ISA to be baseline, avx2 or avx512, got ", isa);
+}
+
+const Kernels& choose() {
+  const int cap = cap_from_environment();
+  const int best = best_supported();
+  const int level = cap < best ? cap : best;
+#if defined(__x86_64__)
+  if (level == 2) return avx512::kernels;
+  if (level == 1) return avx2::kernels;
+#endif
+  (void)level;
+  return baseline::kernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace sparsekd::cpu
+
+namespace sparsekd {
+const char* cpu_isa() { return cpu::kernels().isa; }
+}  // namespace sparsekd

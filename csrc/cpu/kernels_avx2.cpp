@@ -1,0 +1,36 @@
+// The kernels for AVX2 + FMA.
+#if defined(__x86_64__)
+// Every standard header comes before the target is raised, so that no shared inline function is compiled for it.
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#define SPARSEKD_VECTOR_BYTES 32
+namespace sparsekd::cpu::avx2 {
+namespace {
+#include "simd.inc"
+#include "spmm.inc"
+#include "sddmm.inc"
+#include "stretch.inc"
+#include "kd_loss.inc"
+}  // namespace
+
+const Kernels kernels = {
+    "avx2",
+    {&spmm_shape<float>, &spmm<float>, &sddmm_shape<float>, &sddmm<float>, &kd_loss_row<float>},
+    {&spmm_shape<double>, &spmm<double>, &sddmm_shape<double>, &sddmm<double>, &kd_loss_row<double>},
+    &stretch,
+};
+}  // namespace sparsekd::cpu::avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif  // __x86_64__

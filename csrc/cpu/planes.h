@@ -1,0 +1,180 @@
+// Zero-padded planes, in which every column of a packed weight is a run of elements at a fixed distance.
+//
+//   image, one channel            its plane (padding 1, 3 x 3 taps)
+//     a b c                         0 0 0 0 0
+//     d e f                         0 a b c 0      output pixel p = (oh, ow) lives at oh * pitch + ow, and tap (r, s)
+//     g h i                         0 d e f 0      reads plane[p + r * pitch + s], whatever p is: a tile of pixels
+//                                   0 g h i 0      never meets a border, and runs on over the ends of rows. The few
+//                                   0 0 0 0 0      results computed there (pitch - out_w per row) are thrown away.
+//
+// With stride the plane is split into its phases first (every stride-th row and column), so that runs are contiguous
+// again. For the input gradient the roles turn around: the gradient of the output is the plane, and the phases are
+// those of the result.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace sparsekd::cpu {
+
+using Pair = std::array<int64_t, 2>;  // height, width
+
+struct Conv2dShape {
+  int64_t batch, in_channels, out_channels, groups;
+  Pair input, output, kernel, stride, padding, dilation;
+  int64_t taps() const { return kernel[0] * kernel[1]; }
+};
+
+// One plane: plane[y][x] = source[y * step + origin] where that is inside the source, else 0.
+struct Plane {
+  Pair size, step, origin;
+  int64_t elements() const { return size[0] * size[1]; }
+  int64_t pitch() const { return size[1]; }
+};
+
+// The planes of one channel, and where each tap of the kernel starts in them.
+struct Planes {
+  std::vector<Plane> phases;             // all of the same size
+  std::vector<int64_t> tap_offsets;      // [taps]; -1 where the tap takes no part
+  int64_t reach = 0;                     // largest distance of a tap within its plane
+  int64_t pitch() const { return phases[0].pitch(); }
+  int64_t plane() const { return phases[0].elements(); }
+  int64_t channel() const { return plane() * static_cast<int64_t>(phases.size()); }  // elements per channel
+};
+
+// A rectangle of results: flat position p = y * pitch + x is element (origin + y * step, origin + x * step).
+struct Target {
+  Pair size, step, origin;
+};
+
+struct InputGradPhase {
+  Target target;
+  std::vector<int64_t> tap_offsets;  // [taps], -1 where the tap does not reach these pixels
+  int64_t reach = 0;
+};
+
+inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+
+// The input's planes, for the forward and the weight gradient.
+inline Planes input_planes(const Conv2dShape& shape) {
+  Planes planes;
+  Pair size;
+  for (int d = 0; d < 2; ++d) {
+    size[d] = shape.output[d] + (shape.kernel[d] - 1) * shape.dilation[d] / shape.stride[d];
+  }
+  std::vector<int64_t> phase_of(shape.stride[0] * shape.stride[1], -1);
+  for (int64_t r = 0; r < shape.kernel[0]; ++r) {
+    for (int64_t s = 0; s < shape.kernel[1]; ++s) {
+      const int64_t y = r * shape.dilation[0], x = s * shape.dilation[1];
+      const int64_t phase_h = y % shape.stride[0], phase_w = x % shape.stride[1];
+      int64_t& phase = phase_of[phase_h * shape.stride[1] + phase_w];
+      if (phase < 0) {  // phases that no tap reads are never made
+        phase = static_cast<int64_t>(planes.phases.size());
+        planes.phases.push_back({size, shape.stride, {phase_h - shape.padding[0], phase_w - shape.padding[1]}});
+      }
+      const int64_t shift = y / shape.stride[0] * size[1] + x / shape.stride[1];
+      planes.reach = std::max(planes.reach, shift);
+      planes.tap_offsets.push_back(phase * size[0] * size[1] + shift);
+    }
+  }
+  return planes;
+}
+
+// The output gradient's plane and, for each phase of the input's pixels, the taps that reach them.
+//
+// Input row h and output row oh meet at tap r when h + padding = oh * stride + r * dilation. With
+// h + padding = a * stride + phase and r * dilation = b * stride + rest this needs rest = phase, and then oh = a - b.
+inline Planes input_grad_planes(const Conv2dShape& shape, std::vector<InputGradPhase>& phases) {
+  struct Axis {  // one phase of one dimension
+    int64_t origin, count;
+    std::vector<int64_t> shifts;  // per tap: oh = position + shift
+    std::vector<bool> reached;
+  };
+  std::array<std::vector<Axis>, 2> axes;
+  Plane plane{{1, 1}, {1, 1}, {0, 0}};
+  for (int d = 0; d < 2; ++d) {
+    int64_t low = INT64_MAX, high = INT64_MIN;
+    for (int64_t phase = 0; phase < shape.stride[d]; ++phase) {
+      const int64_t first = ceil_div(shape.padding[d] - phase, shape.stride[d]);
+      const int64_t end = floor_div(shape.input[d] - 1 + shape.padding[d] - phase, shape.stride[d]) + 1;
+      Axis axis{first * shape.stride[d] + phase - shape.padding[d], std::max<int64_t>(end - first, 0), {}, {}};
+      for (int64_t tap = 0; tap < shape.kernel[d]; ++tap) {
+        const int64_t distance = tap * shape.dilation[d];
+        const bool reached = axis.count > 0 && distance % shape.stride[d] == phase;
+        axis.shifts.push_back(first - distance / shape.stride[d]);
+        axis.reached.push_back(reached);
+        if (reached) {
+          low = std::min(low, axis.shifts.back());
+          high = std::max(high, axis.shifts.back() + axis.count);
+        }
+      }
+      axes[d].push_back(std::move(axis));
+    }
+    if (low > high) low = high = 0;  // no tap reaches any pixel
+    int64_t widest = 1;
+    for (const Axis& axis : axes[d]) widest = std::max(widest, axis.count);
+    plane.size[d] = std::max(high - low, widest);
+    plane.origin[d] = low;
+  }
+  Planes planes;
+  planes.phases.push_back(plane);
+  for (const Axis& h : axes[0]) {
+    for (const Axis& w : axes[1]) {
+      if (h.count == 0 || w.count == 0) continue;
+      InputGradPhase phase{{{h.count, w.count}, shape.stride, {h.origin, w.origin}}, {}, 0};
+      for (int64_t r = 0; r < shape.kernel[0]; ++r) {
+        for (int64_t s = 0; s < shape.kernel[1]; ++s) {
+          int64_t offset = -1;
+          if (h.reached[r] && w.reached[s]) {
+            offset = (h.shifts[r] - plane.origin[0]) * plane.pitch() + w.shifts[s] - plane.origin[1];
+            phase.reach = std::max(phase.reach, offset);
+          }
+          phase.tap_offsets.push_back(offset);
+        }
+      }
+      phases.push_back(std::move(phase));
+    }
+  }
+  return planes;
+}
+
+// Copies one channel into one of its planes.
+template <class T>
+void fill_plane(const T* source, const Pair& size, const Plane& plane, T* out) {
+  const int64_t pitch = plane.pitch();
+  const int64_t step = plane.step[1], origin = plane.origin[1];
+  const int64_t begin = std::clamp<int64_t>(ceil_div(-origin, step), 0, pitch);
+  const int64_t end = std::clamp<int64_t>(ceil_div(size[1] - origin, step), begin, pitch);
+  for (int64_t y = 0; y < plane.size[0]; ++y, out += pitch) {
+    const int64_t row = y * plane.step[0] + plane.origin[0];
+    if (row < 0 || row >= size[0]) {
+      std::fill(out, out + pitch, T(0));
+      continue;
+    }
+    const T* line = source + row * size[1] + origin;
+    std::fill(out, out + begin, T(0));
+    if (step == 1) {
+      std::copy(line + begin, line + end, out + begin);
+    } else {
+      for (int64_t x = begin; x < end; ++x) out[x] = line[x * step];
+    }
+    std::fill(out + end, out + pitch, T(0));
+  }
+}
+
+// All planes of channels begin .. end - 1 of one image.
+template <class T>
+void fill_planes(const T* image, const Pair& size, const Planes& planes, int64_t begin, int64_t end, T* out) {
+  for (int64_t channel = begin; channel < end; ++channel) {
+    T* target = out + channel * planes.channel();
+    for (const Plane& plane : planes.phases) {
+      fill_plane(image + channel * size[0] * size[1], size, plane, target);
+      target += plane.elements();
+    }
+  }
+}
+
+}  // namespace sparsekd::cpu

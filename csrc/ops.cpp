@@ -1,0 +1,97 @@
+// Every operator's schema: the index of what the kernels can do. Meaning: sparsekd/sparse/reference.py; shapes,
+// errors, fakes and gradients: sparsekd/sparse/ops.py.
+#include <Python.h>
+#include <ATen/ops/mul.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "check.h"
+
+// abi3: the same file loads in every Python from 3.10 on. Importing it only runs the registrations below.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
+
+namespace sparsekd {
+
+const char* cpu_isa();
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+std::tuple<at::Tensor, at::Tensor> kd_loss_forward(const at::Tensor& student, const at::Tensor& teacher,
+                                                   const std::optional<at::Tensor>& target, double temperature,
+                                                   double alpha, int64_t ignore_index, double label_smoothing,
+                                                   bool distill_ignored, bool with_grad) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("sparsekd::kd_loss_forward", "")
+                             .typed<decltype(kd_loss_forward)>();
+  return op.call(student, teacher, target, temperature, alpha, ignore_index, label_smoothing, distill_ignored,
+                 with_grad);
+}
+
+// In C++ because a Python autograd function costs more than the whole loss of a small batch.
+struct KDLoss : torch::autograd::Function<KDLoss> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& student, const at::Tensor& teacher,
+                            const std::optional<at::Tensor>& target, double temperature, double alpha,
+                            int64_t ignore_index, double label_smoothing, bool distill_ignored) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [loss, grad] = kd_loss_forward(student, teacher, target, temperature, alpha, ignore_index, label_smoothing,
+                                        distill_ignored, true);
+    ctx->save_for_backward({grad});
+    return loss;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    TORCH_CHECK(!grads[0].requires_grad() || !at::GradMode::is_enabled(),
+                "Expected kd_loss to be differentiated once: its gradient is made in the forward; for a second "
+                "derivative use sparsekd.sparse.reference.kd_loss_reference, got a backward with create_graph=True");
+    const at::Tensor grad = ctx->get_saved_variables()[0];
+    return {at::mul(grad, grads[0].to(grad.scalar_type())), {}, {}, {}, {}, {}, {}, {}};
+  }
+};
+
+at::Tensor kd_loss(const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& target,
+                   double temperature, double alpha, int64_t ignore_index, double label_smoothing,
+                   bool distill_ignored) {
+  if (at::GradMode::is_enabled() && student.requires_grad()) {
+    return KDLoss::apply(student, teacher, target, temperature, alpha, ignore_index, label_smoothing,
+                         distill_ignored);
+  }
+  return std::get<0>(kd_loss_forward(student, teacher, target, temperature, alpha, ignore_index, label_smoothing,
+                                     distill_ignored, false));
+}
+
+}  // namespace
+}  // namespace sparsekd
+
+TORCH_LIBRARY(sparsekd, m) {
+  // Sparse weight in V x 1 vector-CSR (sparsekd/sparse/formats.py), dense activations.
+  m.def("conv2d(Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? row_indices, "
+        "Tensor? transpose, Tensor? bias, SymInt out_channels, SymInt[2] kernel_size, SymInt[2] stride, "
+        "SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
+  m.def("conv2d_input_grad(Tensor grad_output, Tensor values, Tensor crow_indices, Tensor col_indices, "
+        "Tensor? row_indices, Tensor? transpose, SymInt[4] input_size, SymInt[2] kernel_size, SymInt[2] stride, "
+        "SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
+  m.def("conv2d_weight_grad(Tensor input, Tensor grad_output, Tensor crow_indices, Tensor col_indices, "
+        "Tensor? row_indices, SymInt vector, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, "
+        "SymInt[2] dilation, SymInt groups) -> Tensor");
+  m.def("linear(Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? row_indices, "
+        "Tensor? transpose, Tensor? bias, SymInt out_features) -> Tensor");
+  m.def("linear_input_grad(Tensor grad_output, Tensor values, Tensor crow_indices, Tensor col_indices, "
+        "Tensor? row_indices, Tensor? transpose, SymInt in_features) -> Tensor");
+  m.def("linear_weight_grad(Tensor input, Tensor grad_output, Tensor crow_indices, Tensor col_indices, "
+        "Tensor? row_indices, SymInt vector) -> Tensor");
+  // The transposed pattern for conv2d_input_grad: [in_channels + 1 | n | n], see csrc/cpu/pattern.h.
+  m.def("transpose_pattern(Tensor crow_indices, Tensor col_indices, Tensor? row_indices, int vector, "
+        "int out_channels, int in_channels, int taps, int groups) -> Tensor");
+  // (1 - alpha) * CE + alpha * T^2 * KL from raw logits; the gradient is made in the forward.
+  m.def("kd_loss(Tensor student, Tensor teacher, Tensor? target, float temperature, float alpha, int ignore_index, "
+        "float label_smoothing, bool distill_ignored) -> Tensor", &sparsekd::kd_loss);
+  m.def("kd_loss_forward(Tensor student, Tensor teacher, Tensor? target, float temperature, float alpha, "
+        "int ignore_index, float label_smoothing, bool distill_ignored, bool with_grad) -> (Tensor, Tensor)");
+  // The instruction set that the CPU kernels use: baseline, avx2 or avx512.
+  m.def("cpu_isa() -> str", [] { return std::string(sparsekd::cpu_isa()); });
+}

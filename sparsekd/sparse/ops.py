@@ -1,0 +1,413 @@
+"""The Python half of every operator: what it takes and gives, its fake kernel, its gradient.
+
+Schemas are in ``csrc/ops.cpp``, meanings in ``reference.py``. Weights are sparse (V x 1 vector-CSR, see
+``formats.py``), activations dense. Each backward calls another registered op, and the input and weight gradients are
+bilinear, so that any order of differentiation stays within these ops.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+try:
+    import sparsekd._C  # noqa: F401  (registers the operators)
+except ImportError as error:
+    raise ImportError(
+        "Expected the compiled part of sparsekd (sparsekd._C), built against the installed torch "
+        f"{torch.__version__}, got: {error}. Build it with `pip install --no-build-isolation .`"
+    ) from error
+
+_ops = torch.ops.sparsekd
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use: "baseline", "avx2" or "avx512" (cap: ``SPARSEKD_CPU_ISA``)."""
+    return _ops.cpu_isa()
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _check_device(input: Tensor) -> None:
+    if input.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(f"Expected input on cpu, got {input.device}: no kernel is built for this device")
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Under ``torch.autocast``, floating tensors in its dtype, as ``torch.nn.functional.conv2d`` takes them."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+
+    def lower(tensor):
+        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return [lower(tensor) for tensor in tensors]
+
+
+def same_padding(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> list[tuple[int, int]]:
+    """(before, after) of each dimension for ``padding="same"``; the odd element goes after, as in torch."""
+    totals = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+    return [(total // 2, total - total // 2) for total in totals]
+
+
+def conv2d(
+    input: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_channels: int,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    row_indices: Tensor | None = None,
+    transpose: Tensor | None = None,
+) -> Tensor:
+    """Convolution with sparse weights and dense activations; differentiable in input, values and bias.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``; float32 or float64 (float16 and bfloat16 are computed in float32).
+        values: ``[n_vectors, V]``, dtype and device of the input.
+        crow_indices: int32 ``[groups * ceil(out_channels / groups / V) + 1]``.
+        col_indices: int32 ``[n_vectors]``, columns ``(c * R + r) * S + s`` within the convolution group.
+        bias: ``[out_channels]`` or None.
+        padding: int, pair, "valid" or "same".
+        row_indices: int32 ``[out_channels]``, output channel of each packed row, or None.
+        transpose: the plan of :func:`transpose_pattern` for the input gradient; made in the backward when None.
+
+    Returns:
+        ``[N, out_channels, H', W']`` in the memory format of the input (``[out_channels, H', W']`` without a batch).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; IndexError: a column out of range.
+
+    Method: direct sparse convolution (Park et al., "Faster CNNs with direct sparse convolutions and guided pruning",
+    ICLR 2017; Chen, "Escoin", 2018).
+    """
+    _check_device(input)
+    kernel_size, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
+    if input.dim() not in (3, 4):
+        raise ValueError(f"Expected an input of 3 or 4 dimensions ([N,] C, H, W), got shape {tuple(input.shape)}")
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f'Expected padding to be numbers, "same" or "valid", got {padding!r}')
+        if padding == "same" and stride != (1, 1):
+            raise ValueError(f'Expected stride 1 with padding="same", got {stride}')
+        sides = same_padding(kernel_size, dilation) if padding == "same" else [(0, 0), (0, 0)]
+        extra = [after - before for before, after in sides]
+        if any(extra):
+            input = F.pad(input, (0, extra[1], 0, extra[0]))
+        padding = (sides[0][0], sides[1][0])
+    input, values, bias = _autocast(input, values, bias)
+    batched = input.dim() == 4
+    output = _ops.conv2d(
+        input if batched else input.unsqueeze(0),
+        values,
+        crow_indices,
+        col_indices,
+        row_indices,
+        transpose,
+        bias,
+        out_channels,
+        kernel_size,
+        stride,
+        _pair(padding),
+        dilation,
+        groups,
+    )
+    return output if batched else output.squeeze(0)
+
+
+def transpose_pattern(
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    row_indices: Tensor | None,
+    *,
+    vector: int,
+    out_channels: int,
+    in_channels: int,
+    taps: int,
+    groups: int = 1,
+) -> Tensor:
+    """The transposed pattern that the input gradient walks, made once per pattern.
+
+    Returns:
+        int32 ``[in_channels + 1 + 2 n]``: where each input channel's entries start, then each entry's column
+        ``k * taps + tap`` (k within the convolution group), then its place in the flattened ``values``.
+    """
+    return _ops.transpose_pattern(crow_indices, col_indices, row_indices, vector, out_channels, in_channels, taps, groups)
+
+
+def linear(
+    input: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    row_indices: Tensor | None = None,
+    transpose: Tensor | None = None,
+) -> Tensor:
+    """``input @ weight.T + bias`` with a sparse weight ``[out_features, in_features]`` and dense activations.
+
+    Args:
+        input: ``[..., in_features]``; dtypes and the other arguments as in :func:`conv2d`.
+
+    Returns:
+        ``[..., out_features]``; differentiable in input, values and bias.
+    """
+    _check_device(input)
+    if input.dim() == 0:
+        raise ValueError("Expected an input of at least 1 dimension [..., in_features], got a scalar")
+    input, values, bias = _autocast(input, values, bias)
+    rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
+    output = _ops.linear(rows, values, crow_indices, col_indices, row_indices, transpose, bias, out_features)
+    return output.reshape(*input.shape[:-1], out_features)
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 0.5,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    distill_ignored: bool = False,
+) -> Tensor:
+    """``(1 - alpha) * CE + alpha * T^2 * KL(teacher || student)`` from raw logits, in one pass over both.
+
+    The gradient is made in the forward. Sums run in double. CE averages over the rows that are not ignored, KL sums over
+    classes and averages over its rows: those not ignored, or all with ``distill_ignored``. With no such row the loss
+    is NaN, as torch's cross entropy; with ``distill_ignored`` and no label CE counts as 0.
+
+    Args:
+        student: logits ``[N, C]`` or ``[N, C, d1, ...]`` (classes in dimension 1) or ``[C]``, any floating dtype.
+        teacher: logits of the same shape, any floating dtype; takes no gradient.
+        target: int64 ``[N]`` / ``[N, d1, ...]`` / scalar, classes in 0..C-1 or ``ignore_index``; None needs alpha = 1.
+
+    Returns:
+        A scalar, float64 for float64 student logits and float32 otherwise. Differentiable once, in ``student``.
+
+    Raises:
+        ValueError, TypeError, IndexError: arguments that do not fit, or a target out of range.
+
+    Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015.
+    """
+    _check_device(student)
+    if student.dim() == 0 or student.shape != teacher.shape:
+        raise ValueError(
+            "Expected student and teacher logits of one shape [N, C, ...], "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if target is not None:
+        if target.is_floating_point():
+            raise TypeError(f"Expected target of dtype torch.int64 (class indices), got {target.dtype}")
+        expected = student.shape[:1] + student.shape[2:] if student.dim() > 1 else ()
+        if target.shape != expected:
+            raise ValueError(f"Expected target of shape {tuple(expected)}, got {tuple(target.shape)}")
+        target = target.reshape(-1)
+    classes = student.shape[1 if student.dim() > 1 else 0]
+    if student.dim() != 2:
+        dim = min(1, student.dim() - 1)
+        student = student.movedim(dim, -1).reshape(-1, classes)
+        teacher = teacher.movedim(dim, -1).reshape(-1, classes)
+    return _ops.kd_loss(
+        student, teacher.detach(), target, temperature, alpha, ignore_index, label_smoothing, distill_ignored
+    )
+
+
+# --- fakes: shapes, dtypes and memory formats without data -----------------------------------------------------------
+
+
+def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _like(source: Tensor, shape) -> Tensor:
+    return torch.empty(
+        shape, dtype=source.dtype, device=source.device, memory_format=suggest_memory_format(source)
+    )
+
+
+@torch.library.register_fake("sparsekd::conv2d")
+def _conv2d_fake(
+    input, values, crow, col, rows, transpose, bias, out_channels, kernel_size, stride, padding, dilation, groups
+):
+    size = [
+        _output_size(input.shape[2 + d], kernel_size[d], stride[d], padding[d], dilation[d]) for d in range(2)
+    ]
+    return _like(input, (input.shape[0], out_channels, *size))
+
+
+@torch.library.register_fake("sparsekd::conv2d_input_grad")
+def _conv2d_input_grad_fake(
+    grad_output, values, crow, col, rows, transpose, input_size, kernel_size, stride, padding, dilation, groups
+):
+    return _like(grad_output, tuple(input_size))
+
+
+@torch.library.register_fake("sparsekd::conv2d_weight_grad")
+def _conv2d_weight_grad_fake(
+    input, grad_output, crow, col, rows, vector, kernel_size, stride, padding, dilation, groups
+):
+    return input.new_empty((col.shape[0], vector))
+
+
+@torch.library.register_fake("sparsekd::linear")
+def _linear_fake(input, values, crow, col, rows, transpose, bias, out_features):
+    return input.new_empty((input.shape[0], out_features))
+
+
+@torch.library.register_fake("sparsekd::linear_input_grad")
+def _linear_input_grad_fake(grad_output, values, crow, col, rows, transpose, in_features):
+    return grad_output.new_empty((grad_output.shape[0], in_features))
+
+
+@torch.library.register_fake("sparsekd::linear_weight_grad")
+def _linear_weight_grad_fake(input, grad_output, crow, col, rows, vector):
+    return input.new_empty((col.shape[0], vector))
+
+
+@torch.library.register_fake("sparsekd::transpose_pattern")
+def _transpose_pattern_fake(crow, col, rows, vector, out_channels, in_channels, taps, groups):
+    if vector == 1:
+        return crow.new_empty((in_channels + 1 + 2 * col.shape[0],))
+    # Padding rows have no entry, so the size depends on the data.
+    return crow.new_empty((torch.library.get_ctx().new_dynamic_size(),))
+
+
+@torch.library.register_fake("sparsekd::kd_loss_forward")
+def _kd_loss_forward_fake(
+    student, teacher, target, temperature, alpha, ignore_index, label_smoothing, distill_ignored, with_grad
+):
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    grad = torch.empty_like(student, memory_format=torch.contiguous_format) if with_grad else student.new_empty((0,))
+    return student.new_empty((), dtype=dtype), grad
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+# conv2d is linear in (input) and in (values); writing f for conv2d, f_x for the input gradient and f_w for the weight
+# gradient, <f(x, w), g> = <x, f_x(g, w)> = <w, f_w(x, g)>. So the gradient of each is one of the other two.
+
+
+def _conv2d_setup(ctx, inputs, output):
+    input, values, crow, col, rows, transpose, bias, out_channels, *ctx.geometry = inputs
+    ctx.save_for_backward(
+        input if ctx.needs_input_grad[1] else None, values if ctx.needs_input_grad[0] else None, crow, col, rows, transpose
+    )
+    ctx.input_size, ctx.vector = input.shape, values.shape[1]
+
+
+def _conv2d_backward(ctx, grad):
+    input, values, crow, col, rows, transpose = ctx.saved_tensors
+    grad_input = grad_values = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_input = _ops.conv2d_input_grad(
+            grad, values, crow, col, rows, transpose, ctx.input_size, *ctx.geometry
+        )
+    if ctx.needs_input_grad[1]:
+        grad_values = _ops.conv2d_weight_grad(input, grad, crow, col, rows, ctx.vector, *ctx.geometry)
+    if ctx.needs_input_grad[6]:
+        grad_bias = grad.sum((0, 2, 3))
+    return grad_input, grad_values, None, None, None, None, grad_bias, *[None] * 6
+
+
+def _conv2d_input_grad_setup(ctx, inputs, output):
+    grad_output, values, crow, col, rows, transpose, _, *ctx.geometry = inputs
+    ctx.save_for_backward(grad_output, values, crow, col, rows, transpose)
+
+
+def _conv2d_input_grad_backward(ctx, grad):
+    grad_output, values, crow, col, rows, transpose = ctx.saved_tensors
+    to_grad_output = to_values = None
+    if ctx.needs_input_grad[0]:
+        to_grad_output = _ops.conv2d(
+            grad, values, crow, col, rows, transpose, None, grad_output.shape[1], *ctx.geometry
+        )
+    if ctx.needs_input_grad[1]:
+        to_values = _ops.conv2d_weight_grad(grad, grad_output, crow, col, rows, values.shape[1], *ctx.geometry)
+    return to_grad_output, to_values, *[None] * 10
+
+
+def _conv2d_weight_grad_setup(ctx, inputs, output):
+    input, grad_output, crow, col, rows, _, *ctx.geometry = inputs
+    ctx.save_for_backward(input, grad_output, crow, col, rows)
+
+
+def _conv2d_weight_grad_backward(ctx, grad):
+    input, grad_output, crow, col, rows = ctx.saved_tensors
+    to_input = to_grad_output = None
+    if ctx.needs_input_grad[0]:
+        to_input = _ops.conv2d_input_grad(grad_output, grad, crow, col, rows, None, input.shape, *ctx.geometry)
+    if ctx.needs_input_grad[1]:
+        to_grad_output = _ops.conv2d(input, grad, crow, col, rows, None, None, grad_output.shape[1], *ctx.geometry)
+    return to_input, to_grad_output, *[None] * 9
+
+
+def _linear_setup(ctx, inputs, output):
+    input, values, crow, col, rows, transpose, bias, _ = inputs
+    ctx.save_for_backward(
+        input if ctx.needs_input_grad[1] else None, values if ctx.needs_input_grad[0] else None, crow, col, rows, transpose
+    )
+    ctx.in_features, ctx.vector = input.shape[1], values.shape[1]
+
+
+def _linear_backward(ctx, grad):
+    input, values, crow, col, rows, transpose = ctx.saved_tensors
+    grad_input = grad_values = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_input = _ops.linear_input_grad(grad, values, crow, col, rows, transpose, ctx.in_features)
+    if ctx.needs_input_grad[1]:
+        grad_values = _ops.linear_weight_grad(input, grad, crow, col, rows, ctx.vector)
+    if ctx.needs_input_grad[6]:
+        grad_bias = grad.sum(0)
+    return grad_input, grad_values, None, None, None, None, grad_bias, None
+
+
+def _linear_input_grad_setup(ctx, inputs, output):
+    grad_output, values, crow, col, rows, transpose, _ = inputs
+    ctx.save_for_backward(grad_output, values, crow, col, rows, transpose)
+
+
+def _linear_input_grad_backward(ctx, grad):
+    grad_output, values, crow, col, rows, transpose = ctx.saved_tensors
+    to_grad_output = to_values = None
+    if ctx.needs_input_grad[0]:
+        to_grad_output = _ops.linear(grad, values, crow, col, rows, transpose, None, grad_output.shape[1])
+    if ctx.needs_input_grad[1]:
+        to_values = _ops.linear_weight_grad(grad, grad_output, crow, col, rows, values.shape[1])
+    return to_grad_output, to_values, *[None] * 5
+
+
+def _linear_weight_grad_setup(ctx, inputs, output):
+    input, grad_output, crow, col, rows, _ = inputs
+    ctx.save_for_backward(input, grad_output, crow, col, rows)
+
+
+def _linear_weight_grad_backward(ctx, grad):
+    input, grad_output, crow, col, rows = ctx.saved_tensors
+    to_input = to_grad_output = None
+    if ctx.needs_input_grad[0]:
+        to_input = _ops.linear_input_grad(grad_output, grad, crow, col, rows, None, input.shape[1])
+    if ctx.needs_input_grad[1]:
+        to_grad_output = _ops.linear(input, grad, crow, col, rows, None, None, grad_output.shape[1])
+    return to_input, to_grad_output, *[None] * 4
+
+
+for _name in ("conv2d", "conv2d_input_grad", "conv2d_weight_grad", "linear", "linear_input_grad", "linear_weight_grad"):
+    torch.library.register_autograd(
+        f"sparsekd::{_name}", globals()[f"_{_name}_backward"], setup_context=globals()[f"_{_name}_setup"]
+    )

@@ -1,0 +1,105 @@
+"""What each operator means, in plain PyTorch on the dense weight: the oracle that every kernel is tested against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .formats import gather, unpack
+
+
+def conv2d_reference(
+    input: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    row_indices: Tensor | None,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    shape = (out_channels, input.shape[1] // groups, *kernel_size)
+    weight = unpack(values, crow_indices, col_indices, row_indices, shape, groups)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d_input_grad_reference(
+    grad_output: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    row_indices: Tensor | None,
+    input_size: tuple[int, int, int, int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    shape = (grad_output.shape[1], input_size[1] // groups, *kernel_size)
+    weight = unpack(values, crow_indices, col_indices, row_indices, shape, groups)
+    return torch.nn.grad.conv2d_input(list(input_size), weight, grad_output, stride, padding, dilation, groups)
+
+
+def conv2d_weight_grad_reference(
+    input: Tensor,
+    grad_output: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    row_indices: Tensor | None,
+    vector: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    size = [grad_output.shape[1], input.shape[1] // groups, *kernel_size]
+    dense = torch.nn.grad.conv2d_weight(input, size, grad_output, stride, padding, dilation, groups)
+    return gather(dense, crow_indices, col_indices, row_indices, vector, groups)
+
+
+def linear_reference(
+    input: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    row_indices: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    weight = unpack(values, crow_indices, col_indices, row_indices, (out_features, input.shape[1]))
+    return F.linear(input, weight, bias)
+
+
+def kd_loss_reference(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    temperature: float = 4.0,
+    alpha: float = 0.5,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    distill_ignored: bool = False,
+) -> Tensor:
+    """(1 - alpha) * CE + alpha * T^2 * KL(teacher || student) over logits ``[N, C]``; see ``ops.kd_loss``."""
+    teacher = teacher.detach().to(student.dtype)
+    loss = student.new_zeros(())
+    if target is not None and alpha < 1:
+        known = bool((target != ignore_index).any())
+        if known or not distill_ignored:
+            hard = F.cross_entropy(student, target, ignore_index=ignore_index, label_smoothing=label_smoothing)
+            loss = loss + (1 - alpha) * hard
+    if alpha > 0:
+        rows = slice(None) if target is None or distill_ignored else target != ignore_index
+        log_student = F.log_softmax(student[rows] / temperature, dim=1)
+        log_teacher = F.log_softmax(teacher[rows] / temperature, dim=1)
+        loss = loss + alpha * temperature**2 * F.kl_div(
+            log_student, log_teacher, reduction="batchmean", log_target=True
+        )
+    return loss
