@@ -84,7 +84,7 @@ def why_not_cuda(cuda_home, nvcc, torch_cuda):
     Never decided by torch.cuda.is_available(): machines that build need no GPU.
     """
     if cuda_home is None:
-        return "Expected a CUDA toolkit (include/cuda_runtime.h under CUDA_HOME, nvcc's folder or /usr/local/cuda), got none"
+        return "Expected a CUDA toolkit with include/cuda_runtime.h (at CUDA_HOME, nvcc or /usr/local/cuda), got none"
     if nvcc is None:
         return f"Expected an nvcc that runs in {cuda_home}/bin, got none"
     if torch_cuda is None:
@@ -165,13 +165,17 @@ def main():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
 
     class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # Editable installs compile in a throw-away folder, everything each time. Kept, ninja compiles what changed.
+            # One folder per Python and torch, since their objects don't mix.
+            tag = f"{platform.machine()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
+            self.build_temp = str(Path("build") / f"temp-{tag}")
+
         def run(self):
             check_compiler(os.environ)
             super().run()
 
-    # Editable installs build in a throw-away folder unless told otherwise, and would compile everything each time.
-    # One folder per Python and torch, since their objects don't mix.
-    scratch = f"build/temp-{platform.machine()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
     setuptools.setup(
         ext_modules=[
             make(
@@ -184,7 +188,7 @@ def main():
             )
         ],
         cmdclass={"build_ext": Build},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}, "build_ext": {"build_temp": scratch}},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
 
 

@@ -165,9 +165,7 @@ def compare(
     if clock == "cuda" and device.type != "cuda":
         raise ValueError(f'Expected a CUDA device for the clock "cuda", got {device}')
     if rounds < 1 or warmup < 0 or not min_time > 0:
-        raise ValueError(
-            f"Expected rounds >= 1, warmup >= 0 and min_time > 0, got {rounds}, {warmup} and {min_time}"
-        )
+        raise ValueError(f"Expected rounds >= 1, warmup >= 0 and min_time > 0, got {rounds}, {warmup} and {min_time}")
 
     taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in engines}
     with _no_garbage_collection():
@@ -287,9 +285,9 @@ def peak_flops(
     device = torch.device(device)
     a = torch.randn(size, size, device=device, dtype=dtype)
     b, out = torch.randn_like(a), torch.empty_like(a)
-    timing = compare(
-        {"matmul": lambda: torch.mm(a, b, out=out)}, rounds, clock=_clock_for_peak(device), device=device
-    )["matmul"]
+    timing = compare({"matmul": lambda: torch.mm(a, b, out=out)}, rounds, clock=_clock_for_peak(device), device=device)[
+        "matmul"
+    ]
     return 2 * size**3 / timing.min
 
 
