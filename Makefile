@@ -49,17 +49,21 @@ clean: ## remove .venv and everything that was built
 	find sparsekd kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f sparsekd/*.so
 
-# An interpreter counts when it runs (a pyenv shim may not) and can make environments (Debian's needs python3-venv).
+# An interpreter counts when it runs (a pyenv shim may not), can make environments and has its headers.
+USABLE := import os, sys, sysconfig, ensurepip, venv; \
+  sys.exit(sys.version_info < (3, 10) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))
 $(DEPS): requirements.lock
 	@set -e; python=; \
 	if ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
 	  for name in $(PYTHON); do \
-	    if $$name -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	    if $$name -c '$(USABLE)' 2>/dev/null; then \
 	      python=$$name; break; \
 	    fi; \
 	  done; \
 	  if [ -z "$$python" ]; then \
-	    echo 'Expected Python 3.10 or newer with its venv module, got none of: $(PYTHON)' >&2; exit 1; \
+	    echo 'Expected Python 3.10 or newer with venv and headers (Debian: python3-venv, python3-dev) as one of' \
+	      '$(PYTHON), got none' >&2; \
+	    exit 1; \
 	  fi; \
 	  echo "making $(VENV) with $$($$python --version)"; \
 	  $$python -m venv --clear $(VENV); \

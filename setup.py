@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -117,8 +118,11 @@ def sources(*patterns):
 
 
 def check_compiler(environ):
-    """Say it in one sentence when there is no compiler, or one that is too old, before two hundred lines of ninja."""
+    """Say it in one sentence when something to compile with is missing or too old, not in two hundred of ninja's."""
     compiler = environ.get("CXX") or "c++"
+    headers = sysconfig.get_path("include")
+    if not (Path(headers) / "Python.h").is_file():
+        raise BuildError(f"Expected Python.h in {headers}, got none: install Python's headers (Debian: python3-dev)")
     command = [*compiler.split(), "-std=c++20", "-fopenmp", "-x", "c++", "-", "-o"]
     program = "#include <concepts>\n#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }\n"
     with tempfile.TemporaryDirectory() as folder:

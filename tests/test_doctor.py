@@ -1,0 +1,116 @@
+"""The doctor: each finding from made-up circumstances, then the machine at hand."""
+
+import io
+
+import pytest
+import torch
+
+from sparsekd.measure import doctor
+from sparsekd.measure.doctor import Finding
+
+
+def advice_of(findings):
+    return "".join(finding.advice for finding in findings)
+
+
+def test_report_covers_every_topic_in_plain_sentences():
+    findings = doctor.report()
+    topics = [finding.topic for finding in findings]
+    for topic in ("python", "torch", "triton", "sparsekd", "extension", "CPU kernels", "environment", "threads"):
+        assert topics.count(topic) == 1
+    assert "compiler" in topics and "nvcc" in topics and "GPU" in topics
+    for topic, value, advice in findings:  # plain triples
+        assert value and "\n" not in topic + value + advice
+        assert not advice or advice[0].isupper()
+
+
+def test_report_is_printed_in_columns():
+    out = io.StringIO()
+    doctor.print_report([Finding("a", "1"), Finding("long", "2", "Do this.")], out)
+    assert out.getvalue() == "a     1\nlong  2\n      -> Do this.\n"
+    out = io.StringIO()
+    doctor.print_report([], out)
+    assert out.getvalue() == ""
+
+
+def test_extension_missing_unloaded_loaded(tmp_path):
+    missing, unloaded = doctor.extension(None, None), doctor.extension(tmp_path / "_C.abi3.so", None)
+    assert missing[0].value == "not built" and "Build it" in missing[0].advice
+    assert "not loaded" in unloaded[0].value and "Build it again" in unloaded[0].advice
+    loaded = doctor.extension(tmp_path / "_C.abi3.so", "avx2")
+    assert loaded[1].value.startswith("avx2") and not advice_of(loaded)
+
+
+def test_loaded_extension_is_seen():
+    import sparsekd  # noqa: F401  registers the operators
+
+    assert doctor.extension_file().name.startswith("_C.")
+    assert doctor.loaded_isa() in ("baseline", "avx2", "avx512")
+
+
+@pytest.mark.parametrize(
+    "nvcc,release,torch_cuda,says",
+    [
+        ("/cuda/bin/nvcc", "13.0", "13.0", ""),
+        ("/cuda/bin/nvcc", "13.2", "13.0", ""),  # minor releases go together
+        ("/cuda/bin/nvcc", "12.4", "13.0", "built for CUDA 13.0, so the CUDA half needs a toolkit 13.x"),
+        ("/cuda/bin/nvcc", "13.0", None, "torch has no CUDA"),
+        ("/cuda/bin/nvcc", None, "13.0", "Point CUDA_HOME"),
+        (None, None, "13.0", "install a CUDA 13 toolkit"),
+        (None, None, None, "builds without it"),
+    ],
+)
+def test_toolkit_against_torch(nvcc, release, torch_cuda, says):
+    (finding,) = doctor.toolkit(nvcc, release, torch_cuda)
+    assert says in finding.advice and bool(says) == bool(finding.advice)
+
+
+def test_architectures_that_nvcc_does_not_know():
+    assert doctor.asked_architectures("8.0;9.0a+PTX 12.0") == [80, 90, 120]
+    assert doctor.architectures(None, [80], "13.0") == []
+    assert not advice_of(doctor.architectures("8.0;9.0+PTX", [80, 90], "13.0"))
+    assert "can't compile for 7.0:" in advice_of(doctor.architectures("7.0;8.0", [80, 90], "13.0"))
+
+
+@pytest.mark.parametrize(
+    "capability,built_for,fits",
+    [
+        ((8, 6), ["sm_80"], True),  # a later minor of the same generation
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80", "sm_86"], False),
+        ((9, 0), ["sm_80", "compute_80"], True),  # PTX is compiled by the driver
+        ((7, 0), ["compute_80"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 0), ["sm_90a", "compute_90a"], False),  # the a-variants are tied to one device
+        ((12, 0), ["sm_120"], True),
+        ((8, 0), [], False),
+    ],
+)
+def test_gpu_against_torch(capability, built_for, fits):
+    assert doctor.runs_on(capability, built_for) is fits
+    (finding,) = doctor.gpus([("GPU", capability)], built_for, "13.0")
+    assert bool(finding.advice) is not fits
+
+
+def test_environment_and_threads():
+    (finding,) = doctor.environment({"SPARSEKD_CPU_ISA": "sse9", "SPARSEKD_CUDA": "yes", "OTHER": "1"})
+    assert finding.value == "SPARSEKD_CPU_ISA=sse9, SPARSEKD_CUDA=yes"
+    assert "got 'sse9'" in finding.advice and "got 'yes'" in finding.advice
+    assert "no SPARSEKD_ variable" in doctor.environment({})[0].value
+    assert advice_of(doctor.threads(8, 2)) and not advice_of(doctor.threads(2, 2))
+
+
+def test_no_compiler_no_nvcc(tmp_path):
+    (finding,) = doctor.compiler({"PATH": str(tmp_path)})
+    assert finding.value == "no c++" and "g++" in finding.advice
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("")
+    assert doctor.find_nvcc({"CUDA_HOME": str(tmp_path), "PATH": ""}) == str(nvcc)
+    assert doctor._run(str(tmp_path / "nothing")) == ""
+
+
+def test_looking_changes_nothing():
+    before = torch.get_num_threads(), torch.cuda.is_initialized()
+    doctor.report({})
+    assert (torch.get_num_threads(), torch.cuda.is_initialized()) == before
