@@ -38,10 +38,10 @@ double rows_loss(const at::Tensor& student, const at::Tensor& teacher, const int
   const T* s = student.const_data_ptr<T>();
   const T* t = teacher.const_data_ptr<T>();
   T* g = grad.defined() ? grad.mutable_data_ptr<T>() : nullptr;
-  const int64_t pitch = (classes + 7) / 8 * 8;
+  const int64_t pitch = (classes + 15) / 16 * 16;
   std::vector<double> losses(rows);
   at::parallel_for(0, rows, std::max<int64_t>(4096 / classes, 1), [&](int64_t begin, int64_t end) {
-    std::unique_ptr<double[]> scratch(new double[3 * pitch]);
+    std::unique_ptr<T[]> scratch(new T[3 * pitch]);
     for (int64_t i = begin; i < end; ++i) {
       KDLossRow<T> row = common;
       row.student = s + i * classes;
