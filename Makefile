@@ -39,14 +39,14 @@ bench: $(BUILT) ## time the operators against torch's
 	$(BIN)/python benchmarks/kd_loss.py
 
 size: ## lines per room
-	@for room in sparsekd csrc kernels tests benchmarks; do \
+	@for room in $(wildcard sparsekd csrc kernels tests benchmarks); do \
 	  printf '%7d  %s\n' "$$(find $$room -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.inc' \
 	    -o -name '*.cu' -o -name '*.cuh' -o -name '*.sh' \) -exec cat {} + | wc -l)" $$room; \
 	done
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find sparsekd kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard sparsekd kernels tests benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f sparsekd/*.so
 
 # An interpreter counts when it runs (a pyenv shim may not), can make environments and has its headers.
