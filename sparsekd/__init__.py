@@ -1,0 +1,14 @@
+"""sparsekd: distil, prune, and swap layers for ones with sparse weights and dense activations that really run faster."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .sparse.checkpoint import load, save
+from .sparse.convert import choices, convert, dense_state_dict, to_dense
+from .sparse.fusion import optimize_for_inference
+from .sparse.modules import SparseConv2d, SparseLinear
+from .reporting import report, would_it_be_faster
+
+try:
+    __version__ = version("sparsekd")
+except PackageNotFoundError:  # a checkout that was not installed
+    __version__ = "0+unknown"
