@@ -3,6 +3,7 @@
 // Every standard header comes before the target is raised, so that no shared inline function is compiled for it.
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <utility>

@@ -1,8 +1,11 @@
 // The kernels for AVX-512 (F, VL, DQ, BW).
 #if defined(__x86_64__)
 // Every standard header comes before the target is raised, so that no shared inline function is compiled for it.
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <utility>
