@@ -2,13 +2,37 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .compress import compress
+from .distillation import Distiller, KDLoss, evaluate
+from .pruning import CubicSL, LinearSL, Pruner
+from .reporting import report, would_it_be_faster
 from .sparse.checkpoint import load, save
 from .sparse.convert import choices, convert, dense_state_dict, to_dense
 from .sparse.fusion import optimize_for_inference
 from .sparse.modules import SparseConv2d, SparseLinear
-from .reporting import report, would_it_be_faster
 
 try:
     __version__ = version("sparsekd")
 except PackageNotFoundError:  # a checkout that was not installed
     __version__ = "0+unknown"
+
+__all__ = [
+    "CubicSL",
+    "Distiller",
+    "KDLoss",
+    "LinearSL",
+    "Pruner",
+    "SparseConv2d",
+    "SparseLinear",
+    "choices",
+    "compress",
+    "convert",
+    "dense_state_dict",
+    "evaluate",
+    "load",
+    "optimize_for_inference",
+    "report",
+    "save",
+    "to_dense",
+    "would_it_be_faster",
+]
