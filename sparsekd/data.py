@@ -150,7 +150,7 @@ def _draw(labels: Tensor, generator: torch.Generator) -> Tensor:
 
     def placed(size: tuple[float, float], spread: float) -> tuple[Tensor, Tensor, Tensor]:
         """Coordinates in a frame that is moved, turned and squeezed; and the frame's size."""
-        turn, scale, squeeze = uniform(-0.7, 0.7, 1, 1), uniform(*size, 1, 1), uniform(0.85, 1.18, 1, 1)
+        turn, scale, squeeze = uniform(-0.6, 0.6, 1, 1), uniform(*size, 1, 1), uniform(0.85, 1.18, 1, 1)
         x, y = gx - uniform(-spread, spread, 1, 1), gy - uniform(-spread, spread, 1, 1)
         u = (x * torch.cos(turn) - y * torch.sin(turn)) / scale / squeeze
         v = (x * torch.sin(turn) + y * torch.cos(turn)) / scale * squeeze
@@ -172,16 +172,16 @@ def _draw(labels: Tensor, generator: torch.Generator) -> Tensor:
         distance = torch.hypot(u, v) - 1 if index % 2 else torch.maximum(u.abs() - 1.4, v.abs() - 0.35)
         image = painted(image, distance, uniform(0, 1, 3, 1, 1), 0.025 / scale)
 
-    u, v, scale = placed((0.42, 0.72), 0.28)
+    u, v, scale = placed((0.46, 0.75), 0.25)
     distance = torch.stack(_shape_distances(u, v), 1)[torch.arange(len(labels)), labels]
     # Away from the background's mean colour in every channel, or the shape could not be seen.
     color = torch.remainder((a + b) / 2 + uniform(0.3, 0.7, 3, 1, 1), 1.0)
     texture = torch.sin(u * uniform(3, 9, 1, 1) + uniform(0, 6.3, 1, 1))[:, None] * uniform(0, 0.12, 1, 1, 1)
     image = painted(image, distance, color + texture, 0.025 / scale)
     # Something in front of it.
-    u, v, scale = placed((0.12, 0.26), 0.6)
+    u, v, scale = placed((0.11, 0.24), 0.65)
     image = painted(image, torch.maximum(u.abs() - 1.6, v.abs() - 0.3), uniform(0, 1, 3, 1, 1), 0.025 / scale)
-    image = image + torch.randn(image.shape, generator=generator) * uniform(0.02, 0.13, 1, 1, 1)
+    image = image + torch.randn(image.shape, generator=generator) * uniform(0.01, 0.1, 1, 1, 1)
     return image.clamp(0, 1)
 
 

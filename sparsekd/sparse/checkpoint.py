@@ -51,7 +51,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a torch.nn.Module, got {type(model).__name__}")
-    sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseModule)}
+    everywhere = model.named_modules(remove_duplicate=False)
+    sparse = {name: module for name, module in everywhere if isinstance(module, SparseModule)}
     tensors: dict[str, Tensor] = {}
     packed: dict[str, dict] = {}
     aliases: dict[str, str] = {}

@@ -67,7 +67,7 @@ def _obstacle(module: nn.Module, owners: dict[int, list[str]], seen: dict) -> st
         return "its weight is parametrised"
     if isinstance(module.weight, nn.UninitializedParameter):
         return "its weight is not made yet"
-    sharers = owners[id(module.weight)]
+    sharers = owners[id(module._parameters["weight"])]
     if len(sharers) > 1:
         return f"shares its weight with {', '.join(sharers[1:])}"
     if module not in seen:
@@ -126,10 +126,13 @@ def convert(
     sparse: dict[str, SparseModule] = {}
     forced = False
     for name, module in model.named_modules():
-        if type(module) not in (nn.Conv2d, nn.Linear) or (filter_fn is not None and not filter_fn(module, name)):
+        # Subclasses may compute something else; a parametrised layer is one only in name, and its obstacle is told.
+        plain = type(module) in (nn.Conv2d, nn.Linear)
+        parametrised = isinstance(module, (nn.Conv2d, nn.Linear)) and parametrize.is_parametrized(module)
+        if not (plain or parametrised) or (filter_fn is not None and not filter_fn(module, name)):
             continue
         settings = _settings(name, mapping)
-        kind = type(module).__name__
+        kind = "Conv2d" if isinstance(module, nn.Conv2d) else "Linear"
         obstacle = _obstacle(module, owners, seen)
         sparsity = 0.0 if obstacle else sparsity_of(module.weight.detach())
         kept = Choice(name, kind, "dense", obstacle or "", sparsity=sparsity)
@@ -219,7 +222,8 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the plain model: its keys, shapes and order, with zeros where pruned."""
-    sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseModule)}
+    everywhere = model.named_modules(remove_duplicate=False)  # a shared layer has its keys under every name
+    sparse = {name: module for name, module in everywhere if isinstance(module, SparseModule)}
     indices = ("crow_indices", "col_indices", "row_indices")
     state: dict[str, Tensor] = {}
     for key, tensor in model.state_dict().items():
