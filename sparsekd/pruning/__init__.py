@@ -1,4 +1,4 @@
-"""Which weights go: importance, budget, pattern, schedule, and the Pruner that holds the masks."""
+"""Which weights go: importance, pattern, budget, schedule, and the Pruner that makes the masks and holds them."""
 
 from .importance import IMPORTANCES
 from .patterns import PATTERNS

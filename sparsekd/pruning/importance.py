@@ -1,70 +1,257 @@
-"""How much each weight matters. A criterion takes a weight and what was gathered for it, and gives scores of its shape.
+"""How much each weight matters. The weights with the lowest scores go.
 
-    criterion(weight, gradient) -> scores
+An importance is a name of :data:`IMPORTANCES` or a callable::
 
-``gradient`` is the mean over batches of |dL/dw| (None for criteria whose ``needs_gradients`` is False). The lowest
-scores are pruned. Any callable of this form will do; set ``needs_gradients = True`` on it when it uses the gradient.
+    importance(name, weight, gradient) -> scores
+
+``name`` is the parameter's name, ``weight`` the detached weight, ``gradient`` the mean over batches of |dL/dw|, both of
+the weight's shape, as the scores must be. A callable that does without gradients sets ``needs_gradient = False`` on
+itself and is given None. When gradients are asked for and missing, that is an error, never another criterion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+import weakref
+import zlib
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-Criterion = Callable[[Tensor, "Tensor | None"], Tensor]
+from .layers import check_count, check_keys, check_like
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+Importance = Callable[[str, Tensor, "Tensor | None"], Tensor]
 
 
 class GradientImportance:
-    """Mean over batches of |dL/dw|: a weight to which the loss is insensitive may go.
+    """Mean over batches of |dL/dw|: the loss hardly notices a weight that it is flat in.
 
-    Source: the sensitivity of Karnin, "A simple procedure for pruning back-propagation trained neural networks", IEEE
-    Transactions on Neural Networks, 1990, taken as a mean of absolute values over batches.
+    Source: sensitivity of the loss to single weights, as in Karnin, "A simple procedure for pruning back-propagation
+    trained neural networks", 1990; here the mean of absolute values over batches.
     """
 
-    needs_gradients = True
+    needs_gradient = True
 
-    def __call__(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
-        if gradient is None:
-            raise RuntimeError("Expected gathered gradients for importance 'gradient', got none")
+    def __call__(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
         return gradient
 
 
 class MagnitudeImportance:
-    """|w| (Han et al., "Learning both weights and connections for efficient neural networks", NeurIPS 2015)."""
+    """|w|. Source: Han et al., "Learning both weights and connections for efficient neural networks", 2015."""
 
-    needs_gradients = False
+    needs_gradient = False
 
-    def __call__(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
-        return weight.detach().abs()
+    def __call__(self, name: str, weight: Tensor, gradient: None) -> Tensor:
+        return weight.abs()
 
 
 class RandomImportance:
-    """Uniform scores from a seed of their own: the same on every process, whatever torch's global seed is."""
+    """Uniform scores, the baseline of every criterion.
 
-    needs_gradients = False
+    They depend on the seed, the name and the shape only: not on torch's global seed (which differs between ranks), nor
+    on how often they were asked for, so that there is nothing to save for a resume.
+    """
+
+    needs_gradient = False
 
     def __init__(self, seed: int = 0) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
 
-    def __call__(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
-        return torch.rand(weight.shape, generator=self.generator).to(weight.device)
+    def __call__(self, name: str, weight: Tensor, gradient: None) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(name.encode()))
+        return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
-IMPORTANCES: dict[str, Callable[[], Criterion]] = {
+IMPORTANCES: dict[str, Callable[[], Importance]] = {
     "gradient": GradientImportance,
     "magnitude": MagnitudeImportance,
     "random": RandomImportance,
 }
 
 
-def criterion_of(importance: str | Criterion) -> Criterion:
-    """The criterion of a name, or the callable itself."""
-    if isinstance(importance, str):
-        if importance not in IMPORTANCES:
-            raise ValueError(f"Expected importance to be one of {', '.join(IMPORTANCES)}, got {importance!r}")
+def find_importance(importance: str | Importance) -> Importance:
+    """The criterion of a name, or the callable itself; ValueError for anything else."""
+    if isinstance(importance, str) and importance in IMPORTANCES:
         return IMPORTANCES[importance]()
-    if isinstance(importance, type) or not callable(importance):
-        raise TypeError(f"Expected importance to be a name or a callable, got {importance!r}")
+    if isinstance(importance, (str, type)) or not callable(importance):
+        names = ", ".join(map(repr, IMPORTANCES))
+        raise ValueError(f"Expected importance to be one of {names} or a callable, got {importance!r}")
     return importance
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class GradientGatherer:
+    """Means over batches of |dL/dw|, taken by hooks at the moment when autograd has accumulated a gradient.
+
+    A batch is what accumulates between two calls of :meth:`take_in`. The hook copies |gradient| as accumulated so far
+    and a later backward overwrites the copy, so it does not matter how often backward runs for one optimiser step, nor
+    what becomes of ``.grad`` afterwards (clipping, unscaling, ``zero_grad``).
+
+    Args:
+        weights: parameter name to parameter.
+
+    Raises:
+        RuntimeError: a parameter is frozen, so that it will never have a gradient.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+        frozen = [name for name, weight in weights.items() if not weight.requires_grad]
+        if frozen:
+            raise RuntimeError(
+                f"Expected gradients of each weight to be pruned, got requires_grad=False for {', '.join(frozen)}: name "
+                "these in ignored_layers or take another importance"
+            )
+        self.weights = dict(weights)
+        self.pending: dict[str, Tensor] = {}  # |gradient| of the batch under way
+        self.skipped = 0  # batches left out for non-finite gradients
+        self._handles: list = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Starts a new mean."""
+        self.sums: dict[str, Tensor] = {}
+        self.seen = dict.fromkeys(self.weights, 0)  # batches in which a weight had a gradient
+        self.batches = 0
+
+    def attach(self) -> None:
+        """Sets the hooks, if they are not set."""
+        if not self._handles:
+            for name, weight in self.weights.items():
+                self._handles.append(weight.register_post_accumulate_grad_hook(_hook(weakref.ref(self), name)))
+
+    def detach(self) -> None:
+        """Removes the hooks and frees what was gathered."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.pending = [], {}
+        self.forget()
+
+    @torch.no_grad()
+    def take_in(self) -> None:
+        """Adds the batch under way to the means, unless one of its gradients is not finite."""
+        pending, self.pending = self.pending, {}
+        if not pending:
+            return
+        device = next(iter(pending.values())).device
+        # The greatest of all gradients: NaN and infinity survive a maximum, and the device is waited for once.
+        greatest = torch.stack([value.amax().to(device, torch.float64) for value in pending.values()]).amax()
+        if not bool(greatest.isfinite()):
+            self.skipped += 1
+            if self.skipped == 1:
+                warnings.warn(
+                    "Expected finite gradients, got a batch with non-finite ones: such batches are left out of the "
+                    "importance (this is said once)",
+                    stacklevel=3,
+                )
+            return
+        self.batches += 1
+        for name, value in pending.items():
+            self.seen[name] += 1
+            if name in self.sums:
+                self.sums[name] += value.to(self.sums[name].device)
+            else:
+                # Sums in half precision would stop growing after a few hundred batches.
+                self.sums[name] = value.to(torch.float64 if value.dtype == torch.float64 else torch.float32, copy=True)
+
+    def means(self) -> dict[str, Tensor]:
+        """Parameter name to the mean of |dL/dw| over the batches, of all ranks under torch.distributed.
+
+        A batch in which a weight had no part counts as a gradient of zero.
+
+        Raises:
+            RuntimeError: a parameter had a gradient in no batch, on no rank. It names the parameters.
+        """
+        sums, seen, batches = self.sums, self.seen, self.batches
+        if is_distributed():
+            sums, seen, batches = self._all_reduced()
+        missing = [name for name, count in seen.items() if count == 0]
+        if missing:
+            left_out = f" ({self.skipped} batches with non-finite gradients were left out)" if self.skipped else ""
+            raise RuntimeError(
+                f"Expected a gradient of each weight to be pruned, got none for {', '.join(missing)}{left_out}"
+            )
+        return {name: sums[name] / batches for name in self.weights}
+
+    def _all_reduced(self) -> tuple[dict[str, Tensor], dict[str, int], int]:
+        device = next(iter(self.weights.values())).device
+        counts = torch.tensor([self.batches, *self.seen.values()], device=device)
+        dist.all_reduce(counts)
+        batches, *seen = counts.tolist()
+        sums = {}
+        for name, weight in self.weights.items():
+            # A rank without a gradient takes part all the same: the others wait for it.
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            own = self.sums.get(name)
+            sums[name] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+            if own is not None:
+                sums[name].copy_(own)
+            dist.all_reduce(sums[name])
+        return sums, dict(zip(self.weights, seen, strict=True)), batches
+
+    def state_dict(self) -> dict:
+        return {
+            "sums": {name: value.clone() for name, value in self.sums.items()},
+            "pending": {name: value.clone() for name, value in self.pending.items()},
+            "seen": dict(self.seen),
+            "batches": self.batches,
+            "skipped": self.skipped,
+        }
+
+    def check_state(self, state: object) -> None:
+        """ValueError unless :meth:`load_state_dict` can take the state."""
+        check_keys("gathered", state, ("sums", "pending", "seen", "batches", "skipped"))
+        check_keys("gathered seen", state["seen"], self.weights)
+        for part in ("sums", "pending"):
+            check_keys(f"gathered {part}", {**dict.fromkeys(self.weights), **state[part]}, self.weights)
+            for name, value in state[part].items():
+                check_like(f"the gathered {part} of {name}", value, self.weights[name], FLOATS)
+        for name, count in {"batches": state["batches"], "skipped": state["skipped"], **state["seen"]}.items():
+            check_count(f"gathered {name}", count)
+
+    def load_state_dict(self, state: Mapping) -> None:
+        for part in ("sums", "pending"):
+            copies = {name: value.to(self.weights[name].device, copy=True) for name, value in state[part].items()}
+            setattr(self, part, copies)
+        self.seen = dict(state["seen"])
+        self.batches, self.skipped = state["batches"], state["skipped"]
+
+
+def _hook(gatherer: weakref.ref, name: str) -> Callable[[Tensor], None]:
+    # A weak reference: the model must not keep the gatherer, and with it every weight, alive.
+    def take(parameter: Tensor) -> None:
+        owner = gatherer()
+        if owner is not None and parameter.grad is not None:
+            owner.pending[name] = parameter.grad.detach().abs()
+
+    return take
+
+
+def score(importance: Importance, weights: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor] | None) -> dict:
+    """Parameter name to scores in float32 (float64 of float64), the same on every rank.
+
+    Raises:
+        ValueError: a callable returns anything but scores of the weight's shape.
+    """
+    scores = {}
+    for name, weight in weights.items():
+        values = importance(name, weight.detach(), None if gradients is None else gradients[name])
+        shape = tuple(weight.shape)
+        if not isinstance(values, Tensor) or values.shape != weight.shape:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"Expected scores of shape {shape} for {name}, got {got}")
+        values = values.detach().to(weight.device, torch.float64 if values.dtype == torch.float64 else torch.float32)
+        # -inf is the mark of what is pruned already; no other weight may tie with it.
+        scores[name] = values.clamp(min=torch.finfo(values.dtype).min)
+        if is_distributed():
+            scores[name] = scores[name].contiguous()
+            if type(importance) not in IMPORTANCES.values():
+                # A callable may look at data of its own rank.
+                dist.all_reduce(scores[name])
+            dist.broadcast(scores[name], src=0)
+    return scores

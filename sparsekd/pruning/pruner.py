@@ -1,167 +1,111 @@
-"""The Pruner: gathers importance while the model trains, makes masks, and holds them through every optimiser step.
+"""The Pruner gathers importance while a model trains, makes the masks, and holds them through every optimiser step.
 
-The model keeps its own ``weight`` Parameters; masks live here. After each step of the optimiser the pruned weights and
-the optimiser's state at them are exactly zero, so neither momentum nor weight decay revives a weight.
+The model keeps its own ``weight`` Parameters; nothing is added to its modules or its state_dict, the masks live here.
+After every step of the optimiser pruned weights are exactly 0, and so is the optimiser's state at them: a momentum
+left there would move the weight again, weight decay would have something to decay.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import warnings
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from .budget import check_budget, check_sparsity, prune_counts
-from .importance import Criterion, criterion_of
-from .patterns import pattern_of
+from .budget import Budget, check_sparsity
+from .importance import GradientGatherer, Importance, find_importance, score
+from .layers import Ignored, check_count, check_keys, check_like, find_prunable, unwrap
+from .patterns import find_pattern
 from .schedule import SparsitySchedule
-
-PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The user's module inside DistributedDataParallel, DataParallel or torch.compile, so that names stay its own."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]
-        else:
-            return model
-
-
-def _ignored(model: nn.Module, layers: dict[str, nn.Module], ignored_layers: object) -> set[str]:
-    if ignored_layers == "first_last":
-        convolutions = [name for name, module in layers.items() if not isinstance(module, nn.Linear)]
-        linears = [name for name, module in layers.items() if isinstance(module, nn.Linear)]
-        return {*convolutions[:1], *linears[-1:]}
-    if isinstance(ignored_layers, (str, nn.Module)):
-        ignored_layers = (ignored_layers,)
-    if not isinstance(ignored_layers, Iterable):
-        raise TypeError(f'Expected ignored_layers to be "first_last", modules, names or globs, got {ignored_layers!r}')
-    found: set[str] = set()
-    for item in ignored_layers:
-        if isinstance(item, nn.Module):
-            inside = {id(module) for module in item.modules()}
-            matches = {name for name, module in layers.items() if id(module) in inside}
-        elif isinstance(item, str):
-            matches = set(fnmatch.filter(layers, item)) | {name for name in layers if name.startswith(f"{item}.")}
-        else:
-            raise TypeError(f"Expected ignored_layers to hold modules, names or globs, got {item!r}")
-        if not matches:
-            said = item if isinstance(item, str) else type(item).__name__
-            raise ValueError(f"Expected ignored_layers to name layers of the model, got {said!r}, which matches none")
-        found |= matches
-    return found
-
-
-def _prunable(model: nn.Module, ignored_layers: object) -> tuple[dict[str, nn.Parameter], list[str]]:
-    """Layer name to weight, each once; and the names of the layers left dense."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
-    ignored = _ignored(model, layers, ignored_layers)
-    weights: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for name, module in layers.items():
-        if name in ignored:
-            continue
-        called = name or type(module).__name__
-        if "weight_orig" in module._parameters:
-            raise ValueError(f"Expected a plain weight in {called}, got torch.nn.utils.prune's: call prune.remove first")
-        if parametrize.is_parametrized(module, "weight"):
-            raise ValueError(f"Expected a plain weight in {called}, got a parametrised one")
-        if isinstance(module.weight, nn.UninitializedParameter):
-            raise ValueError(f"Expected a weight with a shape in {called}, got a lazy one: run the model once first")
-        if id(module.weight) not in seen and module.weight.requires_grad:
-            seen.add(id(module.weight))
-            weights[name] = module.weight
-    if not weights:
-        raise ValueError("Expected a model with prunable layers (convolutions, linear), got none that is not ignored or frozen")
-    return weights, sorted(ignored)
 
 
 class Pruner:
     """Prunes a model while it trains; call :meth:`step` once after each ``optimizer.step()``.
 
-    Without a schedule it gathers importance over the first ``importance_steps`` calls and then prunes once. With one it
-    gathers between the schedule's updates. Pruned weights stay pruned.
+    Without a schedule, importance is gathered over the first ``importance_steps`` calls, then the model is pruned once.
+    With one, importance is gathered between the schedule's updates. What is pruned stays pruned.
 
     Args:
-        model: its convolutions and linear layers are pruned; parameters stay where they are.
+        model: the weights of its convolutions and linear layers are pruned, a shared one once. Wrappers
+            (DistributedDataParallel, DataParallel, torch.compile, AveragedModel) are looked through.
         sparsity: fraction of the prunable weights to remove, in [0, 1).
         importance: "gradient" (mean over batches of |dL/dw|), "magnitude", "random", or a callable
-            (:mod:`sparsekd.pruning.importance`).
+            ``(name, weight, gradient) -> scores``, see :mod:`sparsekd.pruning.importance`.
         pattern: "unstructured".
-        budget: "global", "uniform" or a dict from layer-name globs to sparsities (:mod:`sparsekd.pruning.budget`).
+        budget: "global", "uniform", or a dict from name globs to sparsities, see :mod:`sparsekd.pruning.budget`.
         schedule: :class:`CubicSL`, :class:`LinearSL` or None.
-        optimizer: its state is zeroed at pruned weights after each of its steps. Without one, :meth:`step` zeroes the
-            weights alone.
-        ignored_layers: modules, names or globs that stay dense; "first_last" is the first convolution and the last
-            linear layer, ``()`` is none.
-        importance_steps: batches to gather when there is no schedule.
+        optimizer: held to the mask contract after each of its steps. Without one, :meth:`step` applies the masks.
+        ignored_layers: modules, names or globs, one or several, that stay dense; "first_last" is the first convolution
+            and the last linear layer; ``()`` is none. A container stands for all that it holds.
+        importance_steps: calls of :meth:`step` before the only pruning when there is no schedule.
 
-    Gradients are taken when autograd has accumulated them, so ``zero_grad(set_to_none=True)``, closures, gradient
-    accumulation and clipping make no difference, and a common scale (GradScaler) cancels. A batch with a non-finite
-    gradient is left out. Under torch.distributed the gathered sums are added over all ranks, so masks are the same.
+    Gradients are copied when autograd has accumulated them, so accumulation, clipping, closures and
+    ``zero_grad(set_to_none=True)`` make no difference, and a common scale (GradScaler) cancels. Under torch.distributed
+    importance is reduced over all ranks, so that all make the same masks.
 
     Raises:
-        ValueError, TypeError: settings that do not fit. RuntimeError from :meth:`step`: gradients are missing.
+        TypeError: arguments of the wrong type.
+        ValueError: arguments out of range; a prunable weight that is parametrised, lazy or sharded.
+        RuntimeError: gradients are asked for, and a prunable weight is frozen.
     """
 
     def __init__(
         self,
         model: nn.Module,
         sparsity: float,
-        importance: str | Criterion = "gradient",
+        importance: str | Importance = "gradient",
         pattern: str = "unstructured",
         budget: str | Mapping[str, float] = "global",
         schedule: SparsitySchedule | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        ignored_layers: object = "first_last",
+        ignored_layers: Ignored = "first_last",
         importance_steps: int = 32,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"Expected a torch.nn.Module, got {type(model).__name__}")
-        self._final = check_sparsity(sparsity)
-        self._criterion, self._pattern = criterion_of(importance), pattern_of(pattern)
+            raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
+        sparsity = check_sparsity(sparsity)
+        self._importance, self._pattern = find_importance(importance), find_pattern(pattern)
         if schedule is not None and not isinstance(schedule, SparsitySchedule):
             raise TypeError(f"Expected schedule to be CubicSL, LinearSL or None, got {type(schedule).__name__}")
-        if schedule is not None and schedule.init_sparsity > self._final:
-            raise ValueError(f"Expected init_sparsity up to the sparsity {sparsity}, got {schedule.init_sparsity}")
-        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"Expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+        if schedule is not None and not isinstance(budget, Mapping) and schedule.init_sparsity > sparsity:
+            raise ValueError(f"Expected init_sparsity of at most sparsity={sparsity}, got {schedule.init_sparsity}")
         if isinstance(importance_steps, bool) or not isinstance(importance_steps, int) or importance_steps < 1:
-            raise ValueError(f"Expected importance_steps of at least 1, got {importance_steps!r}")
-        self._model = _unwrapped(model)
-        self._weights, self.ignored = _prunable(self._model, ignored_layers)
-        check_budget(budget, list(self._weights))
-        self._budget, self._schedule, self._optimizer = budget, schedule, optimizer
-        self._importance_steps = importance_steps
-        self._masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self._weights.items()}
-        self._pruned: dict[str, Tensor] = {}  # the masks' complements, of layers that have lost weights
-        self._steps, self._skipped, self._finished, self._squashed = 0, 0, False, False
-        self._forget()
-        self._hooks = []
-        if getattr(self._criterion, "needs_gradients", False):
-            for name, weight in self._weights.items():
-                self._hooks.append(weight.register_post_accumulate_grad_hook(_snapshot_hook(weakref.ref(self), name)))
-        # Strong: the masks hold as long as the optimiser lives, also when the caller keeps only that.
-        self._after_step = optimizer.register_step_post_hook(lambda *_: self._hold()) if optimizer is not None else None
-
-    def _forget(self) -> None:
-        """Starts gathering anew."""
-        self._snapshots: dict[str, Tensor] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._batches = dict.fromkeys(self._weights, 0)
+            raise ValueError(f"Expected importance_steps to be a whole number from 1 on, got {importance_steps!r}")
+        self._model = unwrap(model)
+        self._owners = find_prunable(self._model, ignored_layers)
+        self._weights = {name: module.weight for name, module in self._owners.items()}
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"Expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if optimizer is not None:
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            if not any(id(weight) in held for weight in self._weights.values()):
+                raise ValueError("Expected an optimizer of the prunable weights, got one that holds none of them")
+        self._schedule, self._optimizer, self._importance_steps = schedule, optimizer, importance_steps
+        self._budget = Budget(budget, sparsity, {name: weight.numel() for name, weight in self._weights.items()})
+        label = importance if isinstance(importance, str) else getattr(importance, "__qualname__", None)
+        self._settings = {
+            "sparsity": sparsity,
+            "importance": label or type(importance).__name__,
+            "pattern": pattern,
+            "budget": dict(budget) if isinstance(budget, Mapping) else budget,
+            "schedule": repr(schedule),
+            "importance_steps": importance_steps,
+        }
+        self._masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()}
+        self._pruned: dict[str, Tensor] = {}  # the inverse masks of layers that have lost weights
+        self._steps, self._finished, self._squashed = 0, False, False
+        self._gatherer = GradientGatherer(self._weights) if getattr(self._importance, "needs_gradient", True) else None
+        if self._gatherer is not None:
+            self._gatherer.attach()
+        # Strong: the masks hold as long as the optimizer steps, whoever forgets the Pruner. An optimizer's own copy and
+        # pickle leave hooks out.
+        self._after_step = None if optimizer is None else optimizer.register_step_post_hook(lambda *_: self._hold())
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Layer name to bool mask of its weight's shape, True = keep; all True before pruning."""
+        """Parameter name to its bool mask, True = keep: all True before pruning, empty after :meth:`squash_mask`."""
         return dict(self._masks)
 
     @property
@@ -169,201 +113,187 @@ class Pruner:
         """Whether the final masks are made."""
         return self._finished
 
+    @property
+    def skipped_batches(self) -> int:
+        """How many batches were left out of the importance because a gradient was not finite."""
+        return 0 if self._gatherer is None else self._gatherer.skipped
+
     def sparsity(self, total: bool = False) -> float:
-        """Fraction of the prunable weights that is pruned; with ``total``, of all the model's parameters."""
-        pruned = sum(int((~mask).sum()) for mask in self._masks.values())
-        if total:
-            return pruned / sum(parameter.numel() for parameter in self._model.parameters())
-        return pruned / sum(mask.numel() for mask in self._masks.values())
+        """Fraction of the prunable weights that is pruned; with ``total``, of all parameters of the model.
+
+        By the masks; after :meth:`squash_mask` by the zeros that remain in the prunable weights.
+        """
+        if self._squashed:
+            pruned = sum(int((weight == 0).sum()) for weight in self._weights.values())
+        else:
+            pruned = sum(int(mask.sum()) for mask in self._pruned.values())
+        return pruned / sum(p.numel() for p in (self._model.parameters() if total else self._weights.values()))
 
     def step(self) -> None:
-        """Takes in one batch; prunes when it is time; zeroes the pruned weights."""
-        if self._squashed:
-            raise RuntimeError("Expected a pruner in use, got one after squash_mask()")
+        """Takes in one batch; makes new masks when it is time for that.
+
+        Raises:
+            RuntimeError: gradients are missing at pruning time; the weights are no longer those of the constructor;
+                the masks are squashed.
+            ValueError: scores are NaN or of another shape than the weight. The masks are then as before.
+        """
+        self._check_in_use("step")
+        self._check_weights()
+        changed = False
         if not self._finished:
-            self._take_in()
             step = self._steps + 1
+            if self._gatherer is not None:
+                self._gatherer.take_in()
             if self._schedule is None:
                 if step == self._importance_steps:
-                    self._prune(self._final, 1.0)
+                    changed = self._prune(float)
                     self._finished = True
             elif self._schedule.is_update(step):
-                target = self._schedule.sparsity_at(step, self._final)
-                self._prune(target, target / self._final if self._final else 1.0)
+                changed = self._prune(lambda final: self._schedule.sparsity_at(step, final))
                 self._finished = step == self._schedule.end
+            if self._finished and self._gatherer is not None:
+                self._gatherer.detach()
+        # Only now: after an error the next call is this step again.
         self._steps += 1
-        if self._finished:
-            self._release_gradient_hooks()
-        self._hold()
+        if changed or self._optimizer is None:
+            self._hold()
 
-    def _take_in(self) -> None:
-        snapshots, self._snapshots = self._snapshots, {}
-        if not snapshots:
-            return
-        if not all(bool(torch.isfinite(s).all()) for s in snapshots.values()):
-            self._skipped += 1
-            if self._skipped == 1:
-                warnings.warn("a batch with non-finite gradients is left out of the importance", stacklevel=3)
-            return
-        for name, snapshot in snapshots.items():
-            # Sums in float32 at least: half would lose small gradients.
-            wide = snapshot if snapshot.dtype == torch.float64 else snapshot.float()
-            self._sums[name] = wide if name not in self._sums else self._sums[name] + wide
-            self._batches[name] += 1
-
-    def _scores(self) -> dict[str, Tensor]:
-        gathered: dict[str, Tensor | None] = dict.fromkeys(self._weights)
-        if getattr(self._criterion, "needs_gradients", False):
-            sums, batches = self._reduced()
-            missing = [name for name, count in batches.items() if count == 0]
-            if missing:
-                left_out = f" ({self._skipped} batches had non-finite gradients)" if self._skipped else ""
-                raise RuntimeError(
-                    f"Expected gradients of every prunable layer, got none for {', '.join(missing[:5])}{left_out}: call "
-                    "loss.backward() before step(), or name these layers in ignored_layers"
+    def _prune(self, at: Callable[[float], float]) -> bool:
+        """Makes all masks, then takes them; False when no further weight has to go."""
+        changed = self._budget.total(at) > sum(int(pruned.sum()) for pruned in self._pruned.values())
+        if changed:
+            gradients = None if self._gatherer is None else self._gatherer.means()
+            scores = score(self._importance, self._weights, gradients)
+            for name, pruned in self._pruned.items():
+                scores[name] = scores[name].masked_fill(pruned, -math.inf)  # what is pruned stays pruned
+            counts = self._budget.counts(scores, at)
+            masks = {}
+            for name, values in scores.items():
+                masks[name] = torch.empty_like(self._masks[name])  # in the weight's memory format
+                masks[name].copy_(self._pattern(values, counts[name]))
+            emptied = [name for name in masks if self._masks[name].any() and not masks[name].any()]
+            if emptied:
+                warnings.warn(
+                    f"Expected each layer to keep some weights, got none left in {', '.join(emptied)}: lower the "
+                    'sparsity, name these in ignored_layers, or take budget="uniform"',
+                    stacklevel=3,
                 )
-            gathered = {name: sums[name] / batches[name] for name in self._weights}
-        scores = {}
-        for name, weight in self._weights.items():
-            values = self._criterion(weight.detach(), gathered[name])
-            if not isinstance(values, Tensor) or values.shape != weight.shape:
-                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise ValueError(f"Expected scores of shape {tuple(weight.shape)} for {name}, got {got}")
-            # What is pruned stays pruned.
-            scores[name] = values.detach().masked_fill(~self._masks[name], -math.inf)
-        return scores
+            self._take(masks)
+        if self._gatherer is not None:
+            self._gatherer.forget()
+        return changed
 
-    def _reduced(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Sums and batches over all ranks."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return self._sums, self._batches
-        device = next(iter(self._weights.values())).device
-        counts = torch.tensor([self._batches[name] for name in self._weights], device=device)
-        dist.all_reduce(counts)
-        sums = {}
-        for name, weight in self._weights.items():
-            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            sums[name] = self._sums[name].clone() if name in self._sums else torch.zeros_like(weight, dtype=dtype)
-            dist.all_reduce(sums[name])
-        return sums, dict(zip(self._weights, counts.tolist(), strict=True))
-
-    def _prune(self, sparsity: float, progress: float) -> None:
-        scores = self._scores()
-        counts = prune_counts(scores, sparsity, self._budget, progress)
-        # All masks are made before any is taken, so that an error leaves everything as it was.
-        masks = {}
-        for name, values in scores.items():
-            count = max(counts[name], int((~self._masks[name]).sum()))
-            masks[name] = self._pattern(values, count)
-        for name, mask in masks.items():
-            if not bool(mask.any()) and bool(self._masks[name].any()):
-                warnings.warn(f"{name} loses all its weights at this budget", stacklevel=4)
-        self._take_masks(masks)
-        self._forget()
-
-    def _take_masks(self, masks: dict[str, Tensor]) -> None:
+    def _take(self, masks: dict[str, Tensor]) -> None:
         self._masks = masks
-        self._pruned = {name: ~mask for name, mask in masks.items() if not bool(mask.all())}
+        self._pruned = {name: ~mask for name, mask in masks.items() if not mask.all()}
 
     @torch.no_grad()
     def _hold(self) -> None:
-        """Zeroes weights, and the optimiser's state, where pruned."""
-        state = {} if self._optimizer is None else self._optimizer.state
         for name, pruned in self._pruned.items():
             weight = self._weights[name]
-            # Filled, not multiplied: NaN times 0 is NaN.
+            if pruned.device != weight.device:  # the model has moved
+                pruned = self._pruned[name] = pruned.to(weight.device)
+                self._masks[name] = self._masks[name].to(weight.device)
+            # Filled, not multiplied: NaN times 0 is NaN, and a negative number times 0 is -0.
             weight.masked_fill_(pruned, 0)
-            for value in state.get(weight, {}).values():
+            state = {} if self._optimizer is None else self._optimizer.state.get(weight, {})
+            for value in state.values():
                 if isinstance(value, Tensor) and value.shape == weight.shape:
-                    value.masked_fill_(pruned, 0)
+                    value.masked_fill_(pruned.to(value.device), 0)
 
     @torch.no_grad()
     def apply_masks(self, model: nn.Module | None = None) -> None:
-        """Zeroes the pruned weights of the model, or of another of the same architecture (an EMA copy)."""
-        if model is None:
-            return self._hold()
-        other = _unwrapped(model)
-        for name, mask in self._masks.items():
-            try:
-                weight = other.get_submodule(name).weight
-            except AttributeError:
-                raise ValueError(f"Expected a model with a layer {name!r}, got one without") from None
-            if weight.shape != mask.shape:
-                raise ValueError(f"Expected {name} of shape {tuple(mask.shape)}, got {tuple(weight.shape)}")
-            weight.masked_fill_(~mask.to(weight.device), 0)
+        """Sets pruned weights to zero, here or, by name, in another model of the same architecture (an EMA copy).
 
-    def _release_gradient_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self._snapshots = {}
+        Raises:
+            ValueError: the other model has no parameter of that name and shape; it is then left as it was.
+            RuntimeError: the masks are squashed.
+        """
+        self._check_in_use("apply_masks")
+        if model is None:
+            self._check_weights()
+            return self._hold()
+        weights = dict(unwrap(model).named_parameters(remove_duplicate=False))
+        for name, mask in self._masks.items():
+            got = tuple(weights[name].shape) if name in weights else "none"
+            if got != tuple(mask.shape):
+                raise ValueError(f"Expected a model with a parameter {name} of shape {tuple(mask.shape)}, got {got}")
+        for name, pruned in self._pruned.items():
+            weights[name].masked_fill_(pruned.to(weights[name].device), 0)
 
     def squash_mask(self) -> None:
-        """Drops masks and hooks; the zeros stay in the weights and nothing holds them any more."""
+        """Drops masks and hooks. The zeros stay in the weights, and nothing holds them any longer."""
+        if self._squashed:
+            return
         self._hold()
-        self._release_gradient_hooks()
+        if self._gatherer is not None:
+            self._gatherer.detach()
         if self._after_step is not None:
             self._after_step.remove()
-            self._after_step = None
-        self._squashed = True
+        self._masks, self._pruned, self._squashed = {}, {}, True
 
     def state_dict(self) -> dict:
-        """What a bit-exact continuation needs: masks, gathered sums, position. Save the model and optimiser beside it."""
-        generator = getattr(self._criterion, "generator", None)
+        """All that a bit-exact continuation needs, beside the state_dict of the model and of the optimiser.
+
+        ``torch.load(weights_only=True)`` reads it. What is gathered belongs to this
+        rank: under torch.distributed each rank saves and loads its own while gathering goes on.
+        """
+        self._check_in_use("state_dict")
         return {
+            "settings": dict(self._settings),
             "masks": {name: mask.clone() for name, mask in self._masks.items()},
-            "sums": {name: value.clone() for name, value in self._sums.items()},
-            "batches": dict(self._batches),
             "steps": self._steps,
-            "skipped": self._skipped,
             "finished": self._finished,
-            "sparsity": self._final,
-            "generator": None if generator is None else generator.get_state(),
+            "gathered": None if self._gatherer is None else self._gatherer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Continues from :meth:`state_dict` of a pruner with the same settings; on an error nothing is changed."""
-        expected = ("masks", "sums", "batches", "steps", "skipped", "finished", "sparsity", "generator")
-        missing = [key for key in expected if key not in state]
-        if missing:
-            raise ValueError(f"Expected a Pruner's state_dict, got one without {', '.join(missing)}")
-        if state["sparsity"] != self._final:
-            raise ValueError(f"Expected the state of a pruner to sparsity {self._final}, got {state['sparsity']}")
-        names = set(self._weights)
-        if set(state["masks"]) != names:
-            odd = sorted(names ^ set(state["masks"]))
-            raise ValueError(f"Expected masks of the {len(names)} prunable layers, got a difference in {', '.join(odd[:5])}")
+        """Continues where :meth:`state_dict` of a Pruner with the same settings was taken, and applies its masks.
+
+        Raises:
+            TypeError, ValueError: the state is of something else; nothing is changed then.
+        """
+        self._check_in_use("load_state_dict")
+        if not isinstance(state, Mapping):
+            raise TypeError(f"Expected state to be a dict of Pruner.state_dict(), got {type(state).__name__}")
+        check_keys("a Pruner's state", state, ("settings", "masks", "steps", "finished", "gathered"))
+        check_keys("settings", state["settings"], self._settings)
+        for key, own in self._settings.items():
+            if state["settings"][key] != own:
+                raise ValueError(f"Expected the state of a Pruner with {key}={own!r}, got {state['settings'][key]!r}")
+        check_keys("masks", state["masks"], self._weights)
         for name, weight in self._weights.items():
-            mask = state["masks"][name]
-            if mask.shape != weight.shape or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"Expected a bool mask of shape {tuple(weight.shape)} for {name}, got {mask.dtype} {tuple(mask.shape)}"
-                )
-        devices = {name: weight.device for name, weight in self._weights.items()}
-        self._take_masks({name: mask.clone().to(devices[name]) for name, mask in state["masks"].items()})
-        self._snapshots = {}
-        self._sums = {name: value.clone().to(devices[name]) for name, value in state["sums"].items()}
-        self._batches = dict(state["batches"])
-        self._steps, self._skipped, self._finished = state["steps"], state["skipped"], state["finished"]
-        if state["generator"] is not None and hasattr(self._criterion, "generator"):
-            self._criterion.generator.set_state(state["generator"])
-        if self._finished:
-            self._release_gradient_hooks()
+            check_like(f"the mask of {name}", state["masks"][name], weight, (torch.bool,))
+        check_count("steps", state["steps"])
+        if not isinstance(state["finished"], bool):
+            raise ValueError(f"Expected finished to be a bool, got {state['finished']!r}")
+        if self._gatherer is not None:
+            self._gatherer.check_state(state["gathered"])
+            self._gatherer.load_state_dict(state["gathered"])
+            if state["finished"]:
+                self._gatherer.detach()
+            else:
+                self._gatherer.attach()
+        self._take({name: torch.empty_like(m).copy_(state["masks"][name]) for name, m in self._masks.items()})
+        self._steps, self._finished = state["steps"], state["finished"]
         self._hold()
 
+    def _check_in_use(self, method: str) -> None:
+        if self._squashed:
+            raise RuntimeError(f"Expected {method}() before squash_mask(), got a Pruner without masks")
+
+    def _check_weights(self) -> None:
+        # Masks of parameters that the model no longer uses would hold nothing, silently.
+        for name, module in self._owners.items():
+            if module._parameters.get("weight") is not self._weights[name]:
+                raise RuntimeError(
+                    f"Expected {name} to be the Parameter that the Pruner was made with, got another: make the Pruner "
+                    "(and the optimizer) after the model is sharded, reparametrised or loaded with assign=True"
+                )
+
+    def __reduce_ex__(self, protocol: int) -> object:
+        raise TypeError("Expected a Pruner to be saved by state_dict(), got copy or pickle: it is bound to its model")
+
     def __repr__(self) -> str:
-        return (
-            f"Pruner({len(self._weights)} layers, sparsity {self.sparsity():.4f} of {self._final}, step {self._steps}, "
-            f"left dense: {', '.join(self.ignored) or 'none'})"
-        )
-
-
-def _snapshot_hook(pruner: weakref.ref, name: str):
-    """Keeps |gradient| as accumulated so far; a later backward before step() overwrites it."""
-
-    def hook(parameter: nn.Parameter) -> None:
-        owner = pruner()
-        if owner is not None and parameter.grad is not None:
-            owner._snapshots[name] = parameter.grad.detach().abs()
-
-    return hook
+        settings = ", ".join(f"{key}={value}" for key, value in self._settings.items())
+        return f"Pruner({settings}; {len(self._weights)} layers, step {self._steps}, now {self.sparsity():.4f})"

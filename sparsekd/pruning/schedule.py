@@ -1,4 +1,4 @@
-"""Sparsity over steps (one step = one call of ``Pruner.step``)."""
+"""Sparsity as a function of the step, for gradual pruning; step k is the k-th call of ``Pruner.step()``, from 1 on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from .budget import check_sparsity
 
 
 class SparsitySchedule:
-    """Rises from ``init_sparsity`` at step ``start`` to the final sparsity at step ``end``, every ``update_frequency`` steps.
+    """Rises from ``init_sparsity`` at step ``start`` to the final sparsity at step ``end``.
+
+    Args:
+        start, end: steps, 0 <= start < end.
+        init_sparsity: pruned at ``start``, in [0, 1).
+        update_frequency: masks change every so many steps after ``start``, and at ``end`` in any case.
 
     Raises:
-        ValueError: start below 0, end not after start, an update frequency below 1, a sparsity outside [0, 1).
+        TypeError: steps that are no whole numbers.
+        ValueError: values out of range.
     """
 
     def __init__(self, start: int, end: int, init_sparsity: float = 0.0, update_frequency: int = 1) -> None:
@@ -17,48 +23,54 @@ class SparsitySchedule:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"Expected {name} to be a whole number of steps, got {value!r}")
         if not 0 <= start < end:
-            raise ValueError(f"Expected 0 <= start < end, got start={start} and end={end}")
+            raise ValueError(f"Expected 0 <= start < end, got start={start}, end={end}")
         if update_frequency < 1:
             raise ValueError(f"Expected update_frequency of at least 1, got {update_frequency}")
-        self.start, self.end = start, end
+        self.start = start
+        self.end = end
         self.init_sparsity = check_sparsity(init_sparsity, "init_sparsity")
         self.update_frequency = update_frequency
 
+    def remaining(self, progress: float) -> float:
+        """What is left of the way from the initial to the final sparsity: 1 at progress 0, 0 at progress 1."""
+        raise NotImplementedError
+
     def is_update(self, step: int) -> bool:
-        """Whether masks change at this step; always at ``end``."""
-        if not self.start <= step <= self.end:
-            return False
-        return step == self.end or (step - self.start) % self.update_frequency == 0
+        """Whether the masks change at this step."""
+        inside = self.start <= step < self.end
+        return step == self.end or (inside and (step - self.start) % self.update_frequency == 0)
 
     def sparsity_at(self, step: int, final: float) -> float:
-        """The sparsity at this step; 0 before ``start``, ``final`` exactly from ``end`` on."""
+        """The sparsity at this step on the way to ``final``: 0 before ``start``, exactly ``final`` from ``end`` on.
+
+        A layer whose own ``final`` lies below ``init_sparsity`` starts at its ``final``.
+        """
         if step < self.start:
             return 0.0
         if step >= self.end:
             return final
-        return final + (self.init_sparsity - final) * self._left((step - self.start) / (self.end - self.start))
-
-    def _left(self, progress: float) -> float:
-        """What is left of the way, 1 at progress 0 and 0 at 1."""
-        raise NotImplementedError
+        first = min(self.init_sparsity, final)
+        return final + (first - final) * self.remaining((step - self.start) / (self.end - self.start))
 
     def __repr__(self) -> str:
-        settings = f"init_sparsity={self.init_sparsity}, update_frequency={self.update_frequency}"
-        return f"{type(self).__name__}(start={self.start}, end={self.end}, {settings})"
+        return (
+            f"{type(self).__name__}(start={self.start}, end={self.end}, init_sparsity={self.init_sparsity}, "
+            f"update_frequency={self.update_frequency})"
+        )
 
 
 class CubicSL(SparsitySchedule):
-    """Fast at first, slow at the end: s = s_f + (s_i - s_f) (1 - t)^3.
+    """Fast while many weights are redundant, slow towards the end: s = s_f + (s_i - s_f) (1 - t)^3.
 
     Source: Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017.
     """
 
-    def _left(self, progress: float) -> float:
+    def remaining(self, progress: float) -> float:
         return (1.0 - progress) ** 3
 
 
 class LinearSL(SparsitySchedule):
-    """The same step each time."""
+    """At a constant rate: s = s_f + (s_i - s_f) (1 - t)."""
 
-    def _left(self, progress: float) -> float:
+    def remaining(self, progress: float) -> float:
         return 1.0 - progress
