@@ -1,128 +1,152 @@
-"""The training loop: a student from a teacher, or alone, with a pruner on the way, that can be interrupted.
+"""The training loop: a student from a frozen teacher, or alone, pruned on the way if asked, and resumable bit for bit.
 
-    L(W', D') + lambda R(W')        L the distillation loss (and feature hints), R a penalty on the weights
+    minimise   L(student(x), teacher(x), y)  +  feature_weight * hints  +  penalty_weight * R(W)
+
+L and R are in ``losses.py``, the hints in ``features.py``, what a checkpoint holds in ``training_state.py``.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .features import FeatureHints
-from .losses import KDLoss, penalty
+from .losses import KDLoss
+from .losses import penalty as penalty_of
+from .training_state import Checkpoint, EpochRecord, TrainingState
 
 IGNORED = -100
-FORMAT = "sparsekd training, version 1"
+_DEFAULT_LOSS = KDLoss()  # what the signature shows; every Distiller makes its own
 
 
-@dataclass(frozen=True)
-class EpochRecord:
-    """One epoch; accuracies in 0..1, None where there was nothing to compare with."""
-
-    epoch: int
-    loss: float
-    accuracy: float | None  # on the training batches, as they were passed
-    val_accuracy: float | None
-    seconds: float
-
-
-def logits_of(output: object) -> Tensor:
-    """The logits: a tensor itself, ``.logits``, or the first of a tuple or dict's ``"logits"``."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(getattr(output, "logits", None), Tensor):
-        return output.logits
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        return output["logits"]
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        return output[0]
-    raise TypeError(f"Expected a model that gives logits (a tensor, .logits or a tuple), got {type(output).__name__}")
+def logits_of(output: object, whose: str = "model") -> Tensor:
+    """The logits in a model's output: a tensor, its ``.logits``, or the first element of a tuple or list."""
+    found = output
+    if not isinstance(found, Tensor):
+        found = getattr(output, "logits", None)
+    if found is None and isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if found is None and isinstance(output, Mapping):
+        found = output.get("logits")
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"Expected the {whose} to give logits (a tensor, an object with .logits or a tuple that starts with them), "
+            f"got {type(output).__name__}"
+        )
+    return found
 
 
-def _batch(batch: object) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, (tuple, list)) and len(batch) >= 2 and isinstance(batch[0], Tensor) and isinstance(batch[1], Tensor):
-        return batch[0], batch[1]
-    raise TypeError(f"Expected batches (inputs, targets) of tensors, got {type(batch).__name__}")
+def _pair(batch: object, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        return batch[0].to(device), batch[1].to(device)
+    got = type(batch).__name__
+    if isinstance(batch, (tuple, list)):
+        got += f" of ({', '.join(type(part).__name__ for part in batch)})"
+    raise TypeError(f"Expected batches (x, y) of two tensors, got a {got}")
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    return next((parameter.device for parameter in model.parameters()), None)
 
 
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode; every module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
+    """Train or eval mode; afterwards each module has the mode that it had, which need not be the same for all."""
+    before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
         yield
     finally:
-        for module, mode in modes.items():
+        for module, mode in before:
             module.training = mode
 
 
-def evaluate(model: nn.Module, loader: Iterable) -> float:
-    """Accuracy in 0..1 in eval mode, over the rows that have a label (not -100).
+def _hits(logits: Tensor, y: Tensor, ignore_index: int) -> tuple[int, int]:
+    """Right and labelled rows (positions, for dense targets)."""
+    labelled = y != ignore_index
+    return int(((logits.argmax(1 if logits.dim() > 1 else 0) == y) & labelled).sum()), int(labelled.sum())
+
+
+def evaluate(model: nn.Module, loader: Iterable, ignore_index: int = IGNORED) -> float:
+    """Accuracy of ``model`` over all batches, in 0..1, in eval mode and without gradients; modes are restored.
+
+    Args:
+        loader: batches ``(x, y)``, y int64 ``[N]`` or ``[N, d1, ...]`` for logits ``[N, C]`` or ``[N, C, d1, ...]``.
+        ignore_index: rows with this label are left out.
 
     Raises:
-        ValueError: no labelled row.
+        ValueError: no labelled row. TypeError: batches or outputs of another kind.
     """
-    device = next(model.parameters(), torch.empty(0)).device
-    right = count = 0
+    device, right, labelled = _device(model), 0, 0
     with _mode(model, False), torch.no_grad():
         for batch in loader:
-            x, y = _batch(batch)
-            y = y.to(device)
-            known = y != IGNORED
-            right += int(((logits_of(model(x.to(device))).argmax(1) == y) & known).sum())
-            count += int(known.sum())
-    if count == 0:
-        raise ValueError("Expected a loader with labelled images, got none")
-    return right / count
+            x, y = _pair(batch, device)
+            found = _hits(logits_of(model(x)), y, ignore_index)
+            right, labelled = right + found[0], labelled + found[1]
+    if labelled == 0:
+        raise ValueError("Expected a loader with at least one labelled row to evaluate on, got none")
+    return right / labelled
 
 
 class Distiller:
-    """Trains a student from a frozen teacher.
+    """Trains a student, from a teacher or alone.
 
     Args:
         student: trained in place.
-        teacher: stays in eval mode and takes no gradient; None trains the student alone by cross entropy.
-        loss: ``(student_logits, teacher_logits, target) -> scalar``.
-        features: ``{student path: teacher path}`` of modules whose outputs are drawn together (``features.py``), added
-            with ``feature_weight``.
-        penalty: R(W): "l1", "l2" or a callable from the model to a scalar, added with ``penalty_weight``.
+        teacher: runs in eval mode without gradients and is not changed (nor are its batch statistics); its modes are
+            restored afterwards. None trains the student alone, by cross entropy with labels -100 left out, and
+            ``loss`` is not used.
+        loss: ``(student_logits, teacher_logits, target) -> scalar``, a :class:`KDLoss` or like it.
+        features: ``{student path: teacher path}`` of modules whose outputs are drawn together
+            (:class:`FeatureHints`), added with ``feature_weight``.
+        penalty: R(W): "l1", "l2" or a callable from the student to a scalar, added with ``penalty_weight``.
 
-    Models may give logits, an object with ``.logits`` or a tuple that starts with them.
+    Both networks may give logits, an object with ``.logits`` (Hugging Face) or a tuple that starts with logits.
+
+    Raises:
+        ValueError, TypeError: settings that don't fit.
+
+    Source: Hinton, Vinyals, Dean, 2015; hints: Romero et al., ICLR 2015.
     """
 
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module | None,
-        loss: Callable = KDLoss(),  # noqa: B008 (holds settings only, no state)
+        loss: Callable[[Tensor, Tensor, Tensor], Tensor] = _DEFAULT_LOSS,
         features: Mapping[str, str] | None = None,
-        penalty: str | Callable | None = None,
+        penalty: str | Callable[[nn.Module], Tensor] | None = None,
         penalty_weight: float = 0.0,
         feature_weight: float = 1.0,
     ) -> None:
-        for name, model in (("student", student), ("teacher", teacher)):
-            if not isinstance(model, nn.Module) and not (name == "teacher" and model is None):
-                raise TypeError(f"Expected the {name} to be a torch.nn.Module, got {type(model).__name__}")
-        if teacher is None and features:
-            raise ValueError("Expected a teacher for features, got none")
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"Expected student to be a torch.nn.Module, got {type(student).__name__}")
+        if teacher is not None and not isinstance(teacher, nn.Module):
+            raise TypeError(f"Expected teacher to be a torch.nn.Module or None, got {type(teacher).__name__}")
         if teacher is student:
-            raise ValueError("Expected a teacher that is another module than the student, got the same one")
-        if not penalty_weight >= 0:
-            raise ValueError(f"Expected penalty_weight >= 0, got {penalty_weight}")
-        self.student, self.teacher, self.loss = student, teacher, loss
-        self.features, self.feature_weight = features, feature_weight
-        self.penalty = None if penalty is None else _penalty(penalty)
-        self.penalty_weight = penalty_weight
+            raise ValueError("Expected teacher and student to be two modules, got the same one twice")
+        if teacher is None and features:
+            raise ValueError("Expected a teacher to take features from, got none")
+        if loss is not None and not callable(loss):
+            raise TypeError(f"Expected loss to be callable, got {type(loss).__name__}")
+        for name, weight in (("penalty_weight", penalty_weight), ("feature_weight", feature_weight)):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"Expected {name} to be finite and at least 0, got {weight}")
+        if penalty is None and penalty_weight:
+            raise ValueError(f"Expected a penalty for penalty_weight={penalty_weight}, got none")
+        self.student, self.teacher = student, teacher
+        self.loss = KDLoss() if loss is None or loss is _DEFAULT_LOSS else loss
+        self.hints = FeatureHints(student, teacher, features) if features else None
+        self.penalty = None if penalty is None else penalty_of(penalty)
+        self.penalty_weight, self.feature_weight = penalty_weight, feature_weight
+        self.ignore_index = IGNORED if teacher is None else getattr(self.loss, "ignore_index", IGNORED)
 
     def fit(
         self,
@@ -133,187 +157,146 @@ class Distiller:
         pruner: object = None,
         val_loader: Iterable | None = None,
         checkpoint: str | os.PathLike | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
+        on_epoch: Callable[[EpochRecord], object] | None = None,
     ) -> list[EpochRecord]:
-        """Trains for ``epochs`` and returns one record per epoch.
+        """Trains until ``epochs`` epochs are done, those of an earlier run in ``checkpoint`` included.
 
         Args:
-            train_loader: batches ``(x, y)``; where it has an attribute ``epoch``, that is set before each epoch.
-            scheduler: stepped after each epoch.
-            pruner: its ``step()`` is called after each ``optimizer.step()``.
-            checkpoint: a file, written aside and renamed after each epoch; when it exists the training goes on from it,
-                bit for bit as if it had not been interrupted.
-            progress: show a bar with loss, accuracy and the time left.
+            train_loader: batches ``(x, y)`` of tensors. Where it has an attribute ``epoch``, that is set to 0, 1, ...
+                before each pass, so that its order can depend on it.
+            optimizer: over the student's parameters. Adapters of ``features`` join its first group during the call.
+            scheduler: its ``step()`` is called after each epoch (``step(loss)`` for ReduceLROnPlateau).
+            pruner: its ``step()`` is called after each ``optimizer.step()``; a checkpoint needs its ``state_dict()``
+                and ``load_state_dict()`` too.
+            val_loader: evaluated after each epoch.
+            checkpoint: a file. Where it exists the training goes on from it, bit for bit as if it had never stopped;
+                it is replaced in one move after each epoch. On KeyboardInterrupt, which is raised on, it holds the
+                last finished epoch. Random numbers of torch, and of the loader's ``generator``, are in it.
+            progress: True shows a bar with loss, accuracy and the time left.
+            on_epoch: called with each new record, after the checkpoint is written.
+
+        Returns:
+            One record per epoch, from the first on.
 
         Raises:
-            ValueError: an empty loader, a checkpoint of another training; FloatingPointError: the loss is not finite.
+            ValueError: an empty loader; a checkpoint that is broken or of another training (file and student stay as
+            they are); settings that don't fit. TypeError: batches or outputs of another kind. FloatingPointError: a
+            loss that is not finite, before it changes a weight; the checkpoint stays that of the last finished epoch.
         """
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-            raise ValueError(f"Expected a number of epochs of at least 1, got {epochs!r}")
-        if hasattr(train_loader, "__len__") and len(train_loader) == 0:
-            raise ValueError("Expected a training loader with at least one batch, got none")
-        hints = FeatureHints(self.student, self.teacher, self.features) if self.features else None
-        modes = [_mode(self.student, True)]
-        if self.teacher is not None:
-            modes.append(_mode(self.teacher, False))
-        parts = _Parts(self.student, optimizer, scheduler, pruner, hints, train_loader)
-        try:
-            for mode in modes:
-                mode.__enter__()
-            return self._run(train_loader, epochs, parts, val_loader, checkpoint, progress)
-        finally:
-            for mode in reversed(modes):
-                mode.__exit__(None, None, None)
-            if hints is not None:
-                hints.close()
-
-    def _run(self, train_loader, epochs, parts, val_loader, checkpoint, progress) -> list[EpochRecord]:
-        history: list[EpochRecord] = []
-        path = None if checkpoint is None else Path(checkpoint)
-        if path is not None and path.exists():
-            history = parts.restore(path)
-        with _bar(train_loader, epochs, progress) as shown:
-            for epoch in range(len(history), epochs):
-                began = time.perf_counter()
-                loss, accuracy = self._epoch(train_loader, epoch, parts, shown)
-                if parts.scheduler is not None:
-                    parts.scheduler.step()
-                val_accuracy = None if val_loader is None else evaluate(self.student, val_loader)
-                history.append(EpochRecord(epoch, loss, accuracy, val_accuracy, time.perf_counter() - began))
-                shown(loss, val_accuracy if val_accuracy is not None else accuracy, 0)
-                if path is not None:
-                    parts.write(path, history)
+        self._check(epochs, optimizer, train_loader, val_loader)
+        state = TrainingState(self.student, optimizer, scheduler, pruner, self.hints, train_loader)
+        with ExitStack() as stack:
+            stack.enter_context(_mode(self.student, True))
+            if self.teacher is not None:
+                stack.enter_context(_mode(self.teacher, False))
+            stack.callback(state.release_adapters)
+            state.enlist_adapters()
+            file = None if checkpoint is None else Checkpoint(checkpoint, state)
+            history = [] if file is None else file.resume()
+            show = stack.enter_context(_bar(train_loader, len(history), epochs, progress))
+            try:
+                for epoch in range(len(history), epochs):
+                    history.append(self._epoch(epoch, train_loader, val_loader, state, show))
+                    if file is not None:
+                        file.save(history)
+                    if on_epoch is not None:
+                        # What it draws would otherwise be missing when the training is resumed.
+                        with torch.random.fork_rng(devices=[]):
+                            on_epoch(history[-1])
+            except KeyboardInterrupt:
+                if file is not None:
+                    file.flush()
+                raise
         return history
 
-    def _epoch(self, train_loader, epoch: int, parts: _Parts, shown) -> tuple[float, float | None]:
+    def _check(self, epochs: object, optimizer: object, train_loader: object, val_loader: object) -> None:
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+            raise ValueError(f"Expected epochs to be an int of at least 1, got {epochs!r}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"Expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in held for parameter in self.student.parameters()):
+            raise ValueError("Expected an optimizer over the student's parameters, got one over none of them")
+        if self.teacher is not None:
+            taken = [n for n, p in self.teacher.named_parameters() if id(p) in held and p.requires_grad]
+            if taken:
+                raise ValueError(
+                    f"Expected an optimizer that leaves the teacher alone, got one that holds its {taken[0]}"
+                )
+        for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
+            if hasattr(loader, "__len__") and len(loader) == 0:
+                raise ValueError(f"Expected {name} to give at least one batch, got an empty one")
+
+    def _epoch(self, epoch: int, train_loader, val_loader, state: TrainingState, show: Callable) -> EpochRecord:
+        began = time.perf_counter()
         if hasattr(train_loader, "epoch"):
             train_loader.epoch = epoch
-        device = next(self.student.parameters()).device
-        total, batches, right, known = 0.0, 0, 0, 0
-        for batch in train_loader:
-            x, y = _batch(batch)
-            x, y = x.to(device), y.to(device)
-            logits, objective = self._objective(x, y, parts)
-            value = float(objective.detach())
-            if value != value or value in (float("inf"), float("-inf")):
-                raise FloatingPointError(f"Expected a finite loss, got {value} in epoch {epoch}, batch {batches}")
-            parts.optimizer.zero_grad(set_to_none=True)
-            objective.backward()
-            parts.optimizer.step()
-            if parts.pruner is not None:
-                parts.pruner.step()
-            labelled = y != IGNORED
-            right += int(((logits.detach().argmax(1) == y) & labelled).sum())
-            known += int(labelled.sum())
-            total, batches = total + value, batches + 1
-            shown(total / batches, right / known if known else None, 1)
+        device = _device(self.student)
+        total, rows, right, labelled, batches = 0.0, 0, 0, 0, 0
+        with self.hints or nullcontext():
+            for batch in train_loader:
+                x, y = _pair(batch, device)
+                logits, objective = self._objective(x, y)
+                hits, known = _hits(logits.detach(), y, self.ignore_index)
+                value = float(objective.detach())
+                if not math.isfinite(value):
+                    why = "" if known else ", which has no labelled row (see KDLoss(distill_ignored=True))"
+                    raise FloatingPointError(
+                        f"Expected a finite loss, got {value} at epoch {epoch}, batch {batches}{why}"
+                    )
+                state.step(objective)
+                right, labelled, batches = right + hits, labelled + known, batches + 1
+                total, rows = total + value * x.shape[0], rows + x.shape[0]
+                show(total / max(rows, 1), right / labelled if labelled else None, 1)
         if batches == 0:
-            raise ValueError("Expected a training loader with at least one batch, got none")
-        return total / batches, right / known if known else None
+            raise ValueError(
+                f"Expected train_loader to give at least one batch in each epoch, got none in epoch {epoch}"
+            )
+        loss, accuracy = total / max(rows, 1), right / labelled if labelled else None
+        val_accuracy = None if val_loader is None else evaluate(self.student, val_loader, self.ignore_index)
+        state.end_epoch(loss)
+        show(loss, accuracy if val_accuracy is None else val_accuracy, 0)
+        return EpochRecord(epoch, loss, accuracy, val_accuracy, time.perf_counter() - began)
 
-    def _objective(self, x: Tensor, y: Tensor, parts: _Parts) -> tuple[Tensor, Tensor]:
-        taught = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                taught = logits_of(self.teacher(x))
-        logits = logits_of(self.student(x))
-        if taught is None:
+    def _objective(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's logits and the scalar to minimise."""
+        if self.teacher is None:
+            logits = logits_of(self.student(x), "student")
             objective = F.cross_entropy(logits, y, ignore_index=IGNORED)
         else:
+            # Not inference_mode: its tensors can't be saved for the student's backward.
+            with torch.no_grad():
+                taught = logits_of(self.teacher(x), "teacher")
+            logits = logits_of(self.student(x), "student")
             objective = self.loss(logits, taught, y)
-        if parts.hints is not None:
-            objective = objective + self.feature_weight * parts.hints()
-            parts.take_adapters()
-        if self.penalty is not None and self.penalty_weight > 0:
+        if self.hints is not None:
+            objective = objective + self.feature_weight * self.hints.loss()
+        if self.penalty is not None and self.penalty_weight:
             objective = objective + self.penalty_weight * self.penalty(self.student)
+        if not isinstance(objective, Tensor) or objective.dim() != 0:
+            got = f"shape {tuple(objective.shape)}" if isinstance(objective, Tensor) else type(objective).__name__
+            raise ValueError(f"Expected loss and penalty to give scalar tensors, got {got}")
         return logits, objective
 
 
-_penalty = penalty
-
-
-class _Parts:
-    """Everything whose state a continuation needs."""
-
-    def __init__(self, student, optimizer, scheduler, pruner, hints, loader) -> None:
-        self.student, self.optimizer, self.scheduler = student, optimizer, scheduler
-        self.pruner, self.hints, self.loader = pruner, hints, loader
-
-    def take_adapters(self) -> None:
-        """Adapters are made at the first batch; the optimiser trains them from then on."""
-        have = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        new = [p for p in self.hints.parameters() if id(p) not in have]
-        if new:
-            self.optimizer.add_param_group({"params": new})
-
-    def write(self, path: Path, history: list[EpochRecord]) -> None:
-        state = {
-            "format": FORMAT,
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "pruner": None if self.pruner is None else self.pruner.state_dict(),
-            "adapters": None if self.hints is None else self.hints.adapters.state_dict(),
-            "history": [asdict(record) for record in history],
-            "rng": torch.get_rng_state(),
-        }
-        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
-
-    def restore(self, path: Path) -> list[EpochRecord]:
-        """Reads a checkpoint; everything is checked before anything is changed, and nothing is unpickled."""
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a torn file raises one of many kinds
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"Expected a whole checkpoint in {path}, got a file that can't be read: {first[:120]}") from None
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError(f"Expected a training checkpoint of sparsekd in {path}, got another file")
-        own = {key: value.shape for key, value in self.student.state_dict().items()}
-        saved = {key: value.shape for key, value in state["student"].items()}
-        if own != saved:
-            odd = sorted(set(own.items()) ^ set(saved.items()))[0][0]
-            raise ValueError(f"Expected a checkpoint of this student in {path}, got one that differs in {odd}")
-        for name, part in (("scheduler", self.scheduler), ("pruner", self.pruner), ("adapters", self.hints)):
-            if (part is None) != (state[name] is None):
-                has = "with" if part is not None else "without"
-                raise ValueError(f"Expected a checkpoint {has} a state of the {name} in {path}, got the opposite")
-        if self.pruner is not None:
-            self.pruner.load_state_dict(state["pruner"])  # checks itself
-        self.student.load_state_dict(state["student"])
-        if self.hints is not None:
-            self.hints.restore(state["adapters"])
-            self.take_adapters()
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"])
-        return [EpochRecord(**record) for record in state["history"]]
-
-
 @contextmanager
-def _bar(loader: Iterable, epochs: int, progress: bool) -> Iterator[Callable]:
-    """A rich progress bar over all batches, or nothing."""
+def _bar(loader: Iterable, done: int, epochs: int, progress: bool | None) -> Iterator[Callable]:
+    """A function (loss, accuracy, batches done) that moves a bar on, or does nothing."""
     if not progress:
         yield lambda loss, accuracy, advance: None
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    total = epochs * len(loader) if hasattr(loader, "__len__") else None
-    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"), TimeRemainingColumn())
+    batches = len(loader) if hasattr(loader, "__len__") else None
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task(
+            "", total=None if batches is None else epochs * batches, completed=0 if batches is None else done * batches
+        )
 
-        def shown(loss: float, accuracy: float | None, advance: int) -> None:
+        def show(loss: float, accuracy: float | None, advance: int) -> None:
             said = f"loss {loss:.4f}" + ("" if accuracy is None else f", accuracy {accuracy:.4f}")
             bar.update(task, advance=advance, description=said)
 
-        yield shown
+        yield show

@@ -1,33 +1,50 @@
-"""The distillation loss, and the complexity penalty R(W) of the objective L(W', D') + lambda R(W')."""
+"""Both terms of the objective L(W) + penalty_weight * R(W): the distillation loss L and the weight penalty R.
+
+L = (1 - alpha) * CE(student, target) + alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T))
+R = sum |w|  ("l1")   or   sum w^2  ("l2")
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from numbers import Real
 
-import torch
 from torch import Tensor, nn
 
 from ..sparse import ops
 
 
-class KDLoss(nn.Module):
-    """``(1 - alpha) * CE(student, target) + alpha * T^2 * KL(teacher || student)`` from raw logits, in one pass.
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"Expected {name} to be a number, got {value!r}")
+    return float(value)
 
-    CE averages over the rows that are not ignored, KL sums over classes and averages over rows; both see the same rows,
-    unless ``distill_ignored`` lets the teacher speak on unlabelled ones too. T^2 keeps the teacher's share of the
-    gradient independent of the temperature.
+
+class KDLoss(nn.Module):
+    """Cross entropy with the labels, mixed with the divergence from the teacher's softened distribution.
+
+    KL sums over classes and averages over rows ("batchmean"; over all positions for ``[N, C, d1, ...]``), CE averages
+    over the labelled rows. The factor T^2 keeps the size of the teacher's gradient the same at every temperature.
 
     Args:
-        temperature: T > 0, softens both distributions.
-        alpha: weight of the teacher's term, in [0, 1].
-        ignore_index: target of rows without a label.
+        temperature: T > 0; softens the distributions of both networks, in KL alone.
+        alpha: weight of the teacher's term, in [0, 1]; 0 is plain cross entropy, 1 needs no labels.
+        ignore_index: the target of rows without a label; such rows are out of both terms.
         label_smoothing: of CE alone, in [0, 1].
-        distill_ignored: KL keeps the rows with ``ignore_index``.
+        distill_ignored: keep unlabelled rows in KL, so that the teacher speaks where no label does.
 
-    Call it with student logits and teacher logits ``[N, C]`` or ``[N, C, d1, ...]`` and int64 targets ``[N]`` or
-    ``[N, d1, ...]`` (None needs alpha = 1); it gives a float32 scalar (float64 for float64 logits). Teacher logits take
-    no gradient. Errors as in :func:`sparsekd.sparse.ops.kd_loss`.
+    Call it with
+        student_logits: ``[N, C]`` or ``[N, C, d1, ...]``, any floating dtype.
+        teacher_logits: of the same shape, any floating dtype; takes no gradient.
+        target: int64 ``[N]`` or ``[N, d1, ...]``; None needs alpha = 1.
+
+    It returns a scalar, float64 for float64 student logits and float32 otherwise. It is NaN when no row is labelled, as
+    torch's cross entropy is, unless ``distill_ignored`` leaves rows to distil.
+
+    Raises:
+        ValueError, TypeError: settings out of their range, logits or targets that don't fit.
+        IndexError: a target that is neither a class nor ``ignore_index``.
 
     Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015.
     """
@@ -41,15 +58,19 @@ class KDLoss(nn.Module):
         distill_ignored: bool = False,
     ) -> None:
         super().__init__()
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"Expected a finite temperature > 0, got {temperature}")
-        if not 0 <= alpha <= 1:
+        self.temperature = _number("temperature", temperature)
+        self.alpha = _number("alpha", alpha)
+        self.label_smoothing = _number("label_smoothing", label_smoothing)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"Expected temperature to be positive and finite, got {temperature}")
+        if not 0 <= self.alpha <= 1:
             raise ValueError(f"Expected alpha in [0, 1], got {alpha}")
-        if not 0 <= label_smoothing <= 1:
+        if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"Expected label_smoothing in [0, 1], got {label_smoothing}")
-        self.temperature, self.alpha = float(temperature), float(alpha)
-        self.ignore_index, self.label_smoothing = ignore_index, float(label_smoothing)
-        self.distill_ignored = distill_ignored
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"Expected ignore_index to be an int, got {ignore_index!r}")
+        self.ignore_index = ignore_index
+        self.distill_ignored = bool(distill_ignored)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
         return ops.kd_loss(
@@ -64,51 +85,67 @@ class KDLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        said = f"temperature={self.temperature}, alpha={self.alpha}"
+        parts = [f"temperature={self.temperature}", f"alpha={self.alpha}"]
+        if self.ignore_index != -100:
+            parts.append(f"ignore_index={self.ignore_index}")
         if self.label_smoothing:
-            said += f", label_smoothing={self.label_smoothing}"
-        return said + (", distill_ignored=True" if self.distill_ignored else "")
+            parts.append(f"label_smoothing={self.label_smoothing}")
+        if self.distill_ignored:
+            parts.append("distill_ignored=True")
+        return ", ".join(parts)
 
 
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+# --- penalties -------------------------------------------------------------------------------------------------------
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def weights_of(model: nn.Module) -> Iterator[Tensor]:
-    """The weights of convolutions and linear layers (packed values of sparse ones), not biases or norms; each once."""
-    seen: set[int] = set()
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    """Weights of convolutions and linear layers, packed values of sparse ones; a shared weight counts once."""
+    seen: list[Tensor] = []
     for module in model.modules():
-        weight = module.weight if isinstance(module, WEIGHTED) else module._parameters.get("values")
-        if weight is not None and id(weight) not in seen:
-            seen.add(id(weight))
+        weight = module._parameters.get("values")
+        if weight is None and isinstance(module, (*_CONVOLUTIONS, nn.Linear)):
+            weight = module.weight
+        if weight is not None and not any(weight is other for other in seen):
+            seen.append(weight)
             yield weight
 
 
-def l1(model: nn.Module) -> Tensor:
-    """R(W) = sum |w|."""
-    return _total(weight.abs().sum() for weight in weights_of(model))
-
-
-def l2(model: nn.Module) -> Tensor:
-    """R(W) = sum w^2."""
-    return _total(weight.square().sum() for weight in weights_of(model))
-
-
-def _total(terms: Iterator[Tensor]) -> Tensor:
-    found = list(terms)
-    if not found:
+def _summed(model: nn.Module, of_weight: Callable[[Tensor], Tensor]) -> Tensor:
+    terms = [of_weight(weight) for weight in _weights(model)]
+    if not terms:
         raise ValueError("Expected a model with convolutions or linear layers to penalise, got none")
-    return torch.stack(found).sum()
+    return sum(terms[1:], start=terms[0])
 
 
-PENALTIES = {"l1": l1, "l2": l2}
+def _l1(model: nn.Module) -> Tensor:
+    """sum |w|"""
+    return _summed(model, lambda weight: weight.abs().sum())
 
 
-def penalty(name: str | Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
-    """R(W) by name ("l1", "l2"), or any callable from the model to a scalar."""
-    if isinstance(name, str):
-        if name not in PENALTIES:
-            raise ValueError(f"Expected penalty to be one of {', '.join(PENALTIES)} or a callable, got {name!r}")
-        return PENALTIES[name]
-    if not callable(name):
-        raise TypeError(f"Expected penalty to be a name or a callable, got {name!r}")
-    return name
+def _l2(model: nn.Module) -> Tensor:
+    """sum w^2"""
+    return _summed(model, lambda weight: weight.square().sum())
+
+
+_PENALTIES = {"l1": _l1, "l2": _l2}
+
+
+def penalty(name_or_callable: str | Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
+    """R(W) as a function from the model to a scalar.
+
+    Args:
+        name_or_callable: "l1" (sum of |w|) or "l2" (sum of w^2) over the weights of convolutions and linear layers,
+            biases and normalisations left out; or any callable, which is returned as it is.
+
+    Raises:
+        ValueError: an unknown name; from the function, a model without such weights. TypeError: neither of the two.
+    """
+    if isinstance(name_or_callable, str):
+        if name_or_callable not in _PENALTIES:
+            raise ValueError(f"Expected penalty to be {', '.join(_PENALTIES)} or a callable, got {name_or_callable!r}")
+        return _PENALTIES[name_or_callable]
+    if not callable(name_or_callable):
+        raise TypeError(f"Expected penalty to be a name or a callable, got {type(name_or_callable).__name__}")
+    return name_or_callable
