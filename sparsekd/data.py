@@ -54,7 +54,7 @@ def load(
 
     Raises:
         ValueError: an unknown name, CIFAR-10 without a root, or a size for a set that has its own, or too small a one.
-        FileNotFoundError: CIFAR-10's files are not in ``root``, or not whole.
+        FileNotFoundError: CIFAR-10's files are not in ``root``, not whole, or cannot be read or fetched.
     """
     if name not in NAMES:
         raise ValueError(f"Expected data to be one of {', '.join(NAMES)}, got {name!r}")
@@ -97,6 +97,9 @@ def _cifar10(root: str | Path | None, download: bool) -> Data:
 
     try:
         parts = [CIFAR10(str(root), train=train, download=download) for train in (True, False)]
+    except OSError as error:
+        done = "fetch" if download else "read"
+        raise FileNotFoundError(f"Expected to {done} CIFAR-10 in {root}, got: {error}") from None
     except RuntimeError:  # torchvision checks the sums of the files
         raise FileNotFoundError(f"Expected the whole of CIFAR-10 in {root}, got missing or corrupt files") from None
     made = [(torch.from_numpy(p.data).permute(0, 3, 1, 2).float() / 255, torch.tensor(p.targets)) for p in parts]
