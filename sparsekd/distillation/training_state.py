@@ -198,7 +198,7 @@ class Checkpoint:
                 _unpacked(self._pending)
             except Exception as error:
                 raise ValueError(
-                    "Expected states of tensors and plain types of optimizer, scheduler and pruner to keep a checkpoint, "
+                    "Expected optimizer, scheduler and pruner states of tensors and plain types to keep a checkpoint, "
                     f"got others: {_first_line(error)}"
                 ) from error
             return []

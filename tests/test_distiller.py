@@ -1,0 +1,352 @@
+"""The training loop: one step by hand, what it does to each network and in which order, and what it refuses."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparsekd.distillation import Distiller, KDLoss, evaluate
+
+CLASSES = 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The batches are so small that waking a second thread takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def batches(count=4, rows=6, labels=CLASSES):
+    generator = torch.Generator().manual_seed(7)
+    return [
+        (torch.randn(rows, 4, generator=generator), torch.randint(labels, (rows,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def network(width=6):
+    """With dropout, so that the training draws random numbers, and batch statistics."""
+    return nn.Sequential(
+        nn.Linear(4, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True), nn.Dropout(0.3), nn.Linear(width, CLASSES)
+    )
+
+
+def sgd(model, lr=0.1):
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def copies(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- one step by hand ------------------------------------------------------------------------------------------------
+
+
+def test_one_step_by_hand():
+    # The student gives (0, 0), the teacher's softened distribution is (3/4, 1/4) at T = 2, the label is 0: the gradient
+    # at the logits is (-1/2, 1/2), see test_losses.py. With x = 1 and lr 0.1 each weight and bias moves by 0.05.
+    student, teacher = nn.Linear(1, 2), nn.Linear(1, 2)
+    with torch.no_grad():
+        for parameter in (*student.parameters(), *teacher.parameters()):
+            parameter.zero_()
+        teacher.bias[0] = 2 * math.log(3)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    loader = [(torch.ones(1, 1), torch.tensor([0]))]
+    (record,) = Distiller(student, teacher, KDLoss(temperature=2)).fit(loader, 1, optimizer, val_loader=loader)
+    assert record.loss == pytest.approx(0.608198, abs=1e-6)
+    assert student.weight.flatten().tolist() == pytest.approx([0.05, -0.05])
+    assert student.bias.tolist() == pytest.approx([0.05, -0.05])
+    assert (record.epoch, record.val_accuracy) == (0, 1.0) and record.seconds > 0
+
+
+def test_epoch_loss_is_the_mean_over_rows():
+    model = nn.Linear(4, CLASSES)
+    big, small = batches(1, rows=6)[0], batches(1, rows=2)[0]
+    want = (6 * F.cross_entropy(model(big[0]), big[1]) + 2 * F.cross_entropy(model(small[0]), small[1])) / 8
+    (record,) = Distiller(model, None).fit([big, small], 1, sgd(model, lr=0.0))
+    assert record.loss == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_student_learns_what_the_teacher_knows():
+    # No label is given, so the teacher is the only source.
+    teacher, student = nn.Linear(4, CLASSES), network(32)
+    loader = [(x, torch.full_like(y, -100)) for x, y in batches(8, rows=32)]
+    test = [(x, teacher(x).argmax(1)) for x, _ in batches(8, rows=32)]
+    loss = KDLoss(distill_ignored=True)
+    history = Distiller(student, teacher, loss).fit(loader, 15, sgd(student, 0.05), val_loader=test)
+    assert history[-1].val_accuracy > 0.9
+    assert all(record.train_accuracy is None for record in history)
+
+
+def test_without_a_teacher_it_is_plain_training():
+    torch.manual_seed(1)
+    student, twin = network(), network()
+    twin.load_state_dict(student.state_dict())
+    (x, y), *_ = batches(1)
+    y[0] = -100
+    rng = torch.get_rng_state()
+    (record,) = Distiller(student, None).fit([(x, y)], 1, sgd(student))
+    torch.set_rng_state(rng)
+    optimizer = sgd(twin)
+    logits = twin(x)
+    F.cross_entropy(logits, y).backward()
+    optimizer.step()
+    assert equal(student.state_dict(), twin.state_dict())
+    assert record.train_accuracy == pytest.approx((logits.argmax(1) == y)[1:].float().mean().item())
+
+
+# --- the teacher, modes and outputs ----------------------------------------------------------------------------------
+
+
+def test_teacher_is_left_as_it_was():
+    # overhaul-distillation#37: a teacher in train mode drifts by its batch statistics.
+    student, teacher = network(), network()
+    teacher.train()
+    teacher[1].eval()
+    before, modes = copies(teacher), [module.training for module in teacher.modules()]
+    seen = []
+    teacher.register_forward_hook(lambda module, args, output: seen.append((module[3].training, output.requires_grad)))
+    Distiller(student, teacher, features={"0": "0"}).fit(batches(), 2, sgd(student), val_loader=batches())
+    assert seen == [(False, False)] * 8
+    assert equal(copies(teacher), before) and [module.training for module in teacher.modules()] == modes
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_modes_come_back_after_an_error():
+    student, teacher = network().eval(), network()
+    student[3].train()
+    with pytest.raises(TypeError):
+        Distiller(student, teacher).fit(["ab"], 1, sgd(student))
+    assert teacher[1].training and not student[1].training and student[3].training
+
+
+def test_student_trains_after_each_validation():
+    student, modes = network(), []
+    student.register_forward_hook(lambda module, args, output: modes.append(module.training))
+    Distiller(student, None).fit(batches(2), 2, sgd(student), val_loader=batches(1))
+    assert modes == [True, True, False] * 2
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner, wrap):
+        super().__init__()
+        self.inner, self.wrap = inner, wrap
+
+    def forward(self, x):
+        return self.wrap(self.inner(x))
+
+
+WRAPS = {
+    "object": lambda logits: SimpleNamespace(loss=None, logits=logits),
+    "tuple": lambda logits: (logits, None),
+    "list": lambda logits: [logits],
+    "dict": lambda logits: {"logits": logits},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPS)
+def test_outputs_that_hold_logits(kind):
+    # KD_Lib#128
+    wrap = WRAPS[kind]
+    torch.manual_seed(2)
+    plain, teacher = network(), network()
+    student = network()
+    student.load_state_dict(plain.state_dict())
+    histories = []
+    for model, taught in ((plain, teacher), (Wrapped(student, wrap), Wrapped(teacher, wrap))):
+        torch.manual_seed(3)
+        history = Distiller(model, taught).fit(batches(), 2, sgd(model), val_loader=batches())
+        histories.append([(record.loss, record.val_accuracy) for record in history])
+    assert histories[0] == histories[1]
+
+
+def test_default_loss_is_not_shared():
+    first, second = Distiller(network(), network()), Distiller(network(), network())
+    first.loss.temperature = 1.0
+    assert (second.loss.temperature, Distiller(network(), network()).loss.temperature) == (4.0, 4.0)
+
+
+def test_evaluate():
+    # The model says 1 where x > 0: rows 0 and 2 are right, row 1 is wrong, row 3 has no label.
+    model = nn.Linear(1, 2, bias=False).train()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+    x = torch.tensor([[2.0], [1.0], [-3.0], [4.0]])
+    y = torch.tensor([1, 0, 0, -100])
+    assert evaluate(model, [(x, y), [x[:1], y[:1]]]) == 3 / 4
+    assert model.training
+    for empty in ([], [(x, torch.full_like(y, -100))]):
+        with pytest.raises(
+            ValueError, match="Expected a loader with at least one labelled row to evaluate on, got none"
+        ):
+            evaluate(model, empty)
+
+
+def test_accuracy_leaves_out_the_rows_that_the_loss_ignores():
+    student, teacher = nn.Linear(4, CLASSES), nn.Linear(4, CLASSES)
+    x, _ = batches(1)[0]
+    y = student(x).argmax(1)
+    y[:3] = 255
+    loss = KDLoss(ignore_index=255)
+    (record,) = Distiller(student, teacher, loss).fit([(x, y)], 1, sgd(student, 0.0), val_loader=[(x, y)])
+    assert (record.train_accuracy, record.val_accuracy) == (1.0, 1.0)
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def test_order_of_steps():
+    student, said = nn.Linear(4, CLASSES), []
+    optimizer = sgd(student)
+    optimizer.register_step_post_hook(lambda *_: said.append("optimizer"))
+    pruner = SimpleNamespace(step=lambda: said.append("pruner"))
+    scheduler = SimpleNamespace(step=lambda: said.append("scheduler"))
+    Distiller(student, None).fit(
+        batches(2), 2, optimizer, scheduler, pruner, on_epoch=lambda record: said.append(record.epoch)
+    )
+    assert said == [*["optimizer", "pruner"] * 2, "scheduler", 0, *["optimizer", "pruner"] * 2, "scheduler", 1]
+
+
+def test_plateau_scheduler_hears_the_loss():
+    student = nn.Linear(4, CLASSES)
+    optimizer = sgd(student, 0.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    history = Distiller(student, None).fit(batches(), 2, optimizer, scheduler)
+    assert scheduler.best == pytest.approx(history[0].loss)
+
+
+def test_loader_is_told_the_epoch():
+    class Loader(list):
+        epoch, given = 5, ()
+
+        def __iter__(self):
+            self.given += (self.epoch,)
+            self.epoch += 7
+            return super().__iter__()
+
+    student, loader = network(), Loader(batches())
+    Distiller(student, None).fit(loader, 3, sgd(student))
+    assert loader.given == (0, 1, 2)
+
+
+def test_quiet_unless_asked(capsys):
+    Distiller(student := network(), None).fit(batches(), 1, sgd(student))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_shows_loss_accuracy_and_time(monkeypatch):
+    import rich.progress
+
+    kept = []
+
+    class Kept(rich.progress.Progress):
+        def __exit__(self, *error):
+            kept.append(self.tasks[0])
+            kept.append([type(column).__name__ for column in self.columns])
+            return super().__exit__(*error)
+
+    monkeypatch.setattr(rich.progress, "Progress", Kept)
+    student = network()
+    history = Distiller(student, None).fit(batches(), 2, sgd(student), val_loader=batches(1), progress=True)
+    task, columns = kept
+    assert (task.completed, task.total) == (8, 8) and "TimeRemainingColumn" in columns
+    assert task.description == f"loss {history[-1].loss:.4f}, accuracy {history[-1].val_accuracy:.4f}"
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "batch, got",
+    [
+        ({"x": 1}, "dict"),
+        (torch.zeros(2, 4), "Tensor"),
+        ((torch.zeros(2, 4),), r"tuple of \(Tensor\)"),
+        ((torch.zeros(2, 4), [0, 1]), r"tuple of \(Tensor, list\)"),
+        ([torch.zeros(2, 4), torch.zeros(2), torch.zeros(2)], r"list of \(Tensor, Tensor, Tensor\)"),
+    ],
+)
+def test_other_batches(batch, got):
+    student = network()
+    with pytest.raises(TypeError, match=rf"Expected batches \(x, y\) of two tensors, got a {got}"):
+        Distiller(student, None).fit([batch], 1, sgd(student))
+
+
+def test_other_outputs():
+    student = Wrapped(network(), lambda logits: {"out": logits})
+    with pytest.raises(TypeError, match="Expected the student to give logits .*, got dict"):
+        Distiller(student, None).fit(batches(), 1, sgd(student))
+    teacher = Wrapped(network(), lambda logits: None)
+    with pytest.raises(TypeError, match="Expected the teacher to give logits .*, got NoneType"):
+        student = network()
+        Distiller(student, teacher).fit(batches(), 1, sgd(student))
+
+
+def test_empty_loader(tmp_path):
+    file, student = tmp_path / "run", network()
+    for loader in ([], iter([])):
+        with pytest.raises(ValueError, match="Expected train_loader to give at least one batch"):
+            Distiller(student, None).fit(loader, 1, sgd(student), checkpoint=file)
+    with pytest.raises(ValueError, match="Expected val_loader to give at least one batch"):
+        Distiller(student, None).fit(batches(), 1, sgd(student), val_loader=[], checkpoint=file)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loader_that_can_be_read_once():
+    student = network()
+    with pytest.raises(ValueError, match="Expected train_loader .* in each epoch, got none in epoch 1"):
+        Distiller(student, None).fit(iter(batches()), 2, sgd(student))
+
+
+def test_loss_that_is_not_finite_changes_nothing(tmp_path):
+    file, student = tmp_path / "run", network()
+    Distiller(student, None).fit(batches(), 1, sgd(student), checkpoint=file)
+    saved, before = file.read_bytes(), copies(student[4])
+    x, y = batches(1)[0]
+    bad = [(torch.full_like(x, math.nan), y)]
+    with pytest.raises(FloatingPointError, match="Expected a finite loss, got nan at epoch 1, batch 0$"):
+        Distiller(student, None).fit(bad, 2, sgd(student), checkpoint=file)
+    assert file.read_bytes() == saved and list(tmp_path.iterdir()) == [file]
+    assert equal(copies(student[4]), before)
+    unlabelled = [(x, torch.full_like(y, -100))]
+    with pytest.raises(FloatingPointError, match="no labelled row"):
+        Distiller(student, network()).fit(unlabelled, 1, sgd(student))
+
+
+def test_settings_that_do_not_fit(tmp_path):
+    student, teacher = network(), network()
+    for arguments, error, said in (
+        (("student", teacher), TypeError, "Expected student to be a torch.nn.Module, got str"),
+        ((student, "teacher"), TypeError, "Expected teacher to be a torch.nn.Module or None, got str"),
+        ((student, student), ValueError, "Expected teacher and student to be two modules"),
+        ((student, teacher, 3), TypeError, "Expected loss to be callable, got int"),
+        ((student, teacher, None, None, "l1", -1), ValueError, "Expected penalty_weight to be finite and at least 0"),
+        ((student, teacher, None, None, None, 1), ValueError, "Expected a penalty for penalty_weight=1, got none"),
+    ):
+        with pytest.raises(error, match=said):
+            Distiller(*arguments)
+    distiller = Distiller(student, teacher)
+    with pytest.raises(ValueError, match="Expected epochs to be an int of at least 1, got 0"):
+        distiller.fit(batches(), 0, sgd(student))
+    with pytest.raises(TypeError, match="Expected optimizer to be a torch.optim.Optimizer, got float"):
+        distiller.fit(batches(), 1, 0.1)
+    with pytest.raises(ValueError, match="Expected an optimizer over the student's parameters, got one over none"):
+        distiller.fit(batches(), 1, sgd(network()))
+    with pytest.raises(
+        ValueError, match="Expected an optimizer that leaves the teacher alone, got one that holds its 0.w"
+    ):
+        distiller.fit(batches(), 1, sgd(nn.ModuleList([student, teacher])))
+    with pytest.raises(ValueError, match="Expected a checkpoint in a folder that exists, got"):
+        distiller.fit(batches(), 1, sgd(student), checkpoint=tmp_path / "no" / "run")
+    with pytest.raises(ValueError, match=r"Expected loss and penalty to give scalar tensors, got shape \(3,\)"):
+        Distiller(student, teacher, lambda s, t, y: s.sum(0)).fit(batches(), 1, sgd(student))
