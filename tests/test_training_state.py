@@ -12,12 +12,9 @@ from sparsekd.distillation import Distiller
 CLASSES = 3
 
 
-def batches(count=4, rows=6, labels=CLASSES):
+def batches(count=4):
     generator = torch.Generator().manual_seed(7)
-    return [
-        (torch.randn(rows, 4, generator=generator), torch.randint(labels, (rows,), generator=generator))
-        for _ in range(count)
-    ]
+    return [(torch.randn(6, 4, generator=generator), torch.randint(3, (6,), generator=generator)) for _ in range(count)]
 
 
 def network(width=6):
@@ -36,9 +33,6 @@ class Shuffled:
 
     def __init__(self, interrupt_at=None):
         self.epoch, self.given, self.interrupt_at = 0, [], interrupt_at
-
-    def __len__(self):
-        return 4
 
     def __iter__(self):
         order = torch.randperm(4, generator=torch.Generator().manual_seed(self.epoch)).tolist()
@@ -223,6 +217,16 @@ def test_an_interrupt_while_writing(tmp_path, whole, monkeypatch):
     assert_same(content(file), whole[0])
 
 
+def test_a_write_that_fails_leaves_the_last_file_alone(tmp_path, monkeypatch):
+    file, (fit, *_) = tmp_path / "run", training()
+    fit(1, checkpoint=file)
+    saved = file.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda handle: os.close(-1))
+    with pytest.raises(OSError):
+        fit(2, checkpoint=file)
+    assert file.read_bytes() == saved and list(tmp_path.iterdir()) == [file]
+
+
 def test_content_is_of_plain_types(whole):
     state, _ = whole
     assert state["epoch"] == len(state["history"]) == 4
@@ -298,11 +302,7 @@ def test_a_file_of_another_training(tmp_path):
     student = network()
     with pytest.raises(ValueError, match="got one with optimizer SGD, not Adam"):
         Distiller(student, None).fit(batches(), 2, torch.optim.Adam(student.parameters()), checkpoint=file)
-
-
-def test_another_kind_of_file(tmp_path):
-    file = tmp_path / "weights.pt"
-    torch.save(network().state_dict(), file)
+    torch.save(student.state_dict(), file)
     assert_refused(file, "Expected a checkpoint of .*, got another kind of file")
 
 
