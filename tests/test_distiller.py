@@ -1,6 +1,7 @@
 """The training loop: one step by hand, what it does to each network and in which order, and what it refuses."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -239,9 +240,17 @@ def test_loader_is_told_the_epoch():
     assert loader.given == (0, 1, 2)
 
 
-def test_quiet_unless_asked(capsys):
-    Distiller(student := network(), None).fit(batches(), 1, sgd(student))
-    assert capsys.readouterr() == ("", "")
+@pytest.mark.parametrize("terminal, progress, shown", [(False, None, 0), (True, None, 1), (True, False, 0)])
+def test_bar_where_there_is_a_terminal(terminal, progress, shown, monkeypatch, capsys):
+    import rich.progress
+
+    made, bar = [], rich.progress.Progress
+    monkeypatch.setattr(rich.progress, "Progress", lambda *args, **rest: made.append(1) or bar(*args, **rest))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    Distiller(student := network(), None).fit(batches(), 1, sgd(student), progress=progress)
+    assert len(made) == shown
+    if not shown:
+        assert capsys.readouterr() == ("", "")
 
 
 def test_progress_shows_loss_accuracy_and_time(monkeypatch):
@@ -344,5 +353,10 @@ def test_settings_that_do_not_fit(tmp_path):
         distiller.fit(batches(), 1, sgd(nn.ModuleList([student, teacher])))
     with pytest.raises(ValueError, match="Expected a checkpoint in a folder that exists, got"):
         distiller.fit(batches(), 1, sgd(student), checkpoint=tmp_path / "no" / "run")
-    with pytest.raises(ValueError, match=r"Expected loss and penalty to give scalar tensors, got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"Expected loss to give a scalar tensor, got shape \(3,\)"):
         Distiller(student, teacher, lambda s, t, y: s.sum(0)).fit(batches(), 1, sgd(student))
+    for features in (None, {"0": "0"}):  # a forgotten return must not fail at what is added to it
+        with pytest.raises(ValueError, match="Expected loss to give a scalar tensor, got NoneType"):
+            Distiller(student, teacher, lambda s, t, y: None, features).fit(batches(), 1, sgd(student))
+    with pytest.raises(ValueError, match="Expected penalty to give a scalar tensor, got NoneType"):
+        Distiller(student, None, penalty=lambda model: None, penalty_weight=1.0).fit(batches(), 1, sgd(student))

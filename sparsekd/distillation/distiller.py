@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -50,6 +51,13 @@ def _pair(batch: object, device: torch.device | None) -> tuple[Tensor, Tensor]:
     if isinstance(batch, (tuple, list)):
         got += f" of ({', '.join(type(part).__name__ for part in batch)})"
     raise TypeError(f"Expected batches (x, y) of two tensors, got a {got}")
+
+
+def _scalar(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"Expected {name} to give a scalar tensor, got {got}")
+    return value
 
 
 def _device(model: nn.Module) -> torch.device | None:
@@ -173,7 +181,8 @@ class Distiller:
             checkpoint: a file. Where it exists the training goes on from it, bit for bit as if it had never stopped;
                 it is replaced in one move after each epoch. On KeyboardInterrupt, which is raised on, it holds the
                 last finished epoch. Random numbers of torch, and of the loader's ``generator``, are in it.
-            progress: True shows a bar with loss, accuracy and the time left.
+            progress: a bar with loss, accuracy and the time left. True shows it, False is quiet, None shows it where
+                the standard output is a terminal.
             on_epoch: called with each new record, after the checkpoint is written.
 
         Returns:
@@ -270,20 +279,18 @@ class Distiller:
                 taught = logits_of(self.teacher(x), "teacher")
             logits = logits_of(self.student(x), "student")
             objective = self.loss(logits, taught, y)
+        objective = _scalar("loss", objective)
         if self.hints is not None:
             objective = objective + self.feature_weight * self.hints.loss()
         if self.penalty is not None and self.penalty_weight:
-            objective = objective + self.penalty_weight * self.penalty(self.student)
-        if not isinstance(objective, Tensor) or objective.dim() != 0:
-            got = f"shape {tuple(objective.shape)}" if isinstance(objective, Tensor) else type(objective).__name__
-            raise ValueError(f"Expected loss and penalty to give scalar tensors, got {got}")
+            objective = objective + self.penalty_weight * _scalar("penalty", self.penalty(self.student))
         return logits, objective
 
 
 @contextmanager
 def _bar(loader: Iterable, done: int, epochs: int, progress: bool | None) -> Iterator[Callable]:
     """A function (loss, accuracy, batches done) that moves a bar on, or does nothing."""
-    if not progress:
+    if not (sys.stdout.isatty() if progress is None else progress):
         yield lambda loss, accuracy, advance: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
