@@ -3,6 +3,9 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "../check.h"
 #include "direct.h"
 
@@ -12,8 +15,10 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 
 Pair checked_pair(at::IntArrayRef values, const char* name, int64_t least) {
-  TORCH_CHECK_VALUE(values.size() == 2 && values[0] >= least && values[1] >= least, "Expected two values of at least ",
-                    least, " for ", name, ", got ", values);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // so that sums and products of two don't wrap around
+  TORCH_CHECK_VALUE(values.size() == 2 && std::min(values[0], values[1]) >= least &&
+                        std::max(values[0], values[1]) <= kMost,
+                    "Expected two values of at least ", least, " and below 2^31 for ", name, ", got ", values);
   return {values[0], values[1]};
 }
 

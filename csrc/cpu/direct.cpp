@@ -152,10 +152,10 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
                  T* grad_values) {
   const Planes planes = input_planes(shape);
   const Rows<T> rows = stretched_rows<T>(shape, pattern, planes, nullptr);
+  std::fill(grad_values, grad_values + pattern.n_vectors * pattern.vector, T(0));
+  if (shape.batch == 0 || shape.output[0] * shape.output[1] == 0) return;  // linear has no pixels for no rows
   const Tiling tiling = make_tiling(rows, planes, shape.output, planes.reach,
                                     type_kernels<T>().sddmm_shape(rows.vector));
-  std::fill(grad_values, grad_values + pattern.n_vectors * pattern.vector, T(0));
-  if (shape.batch == 0) return;
 
   // The gradient's rows in packed order at the planes' pitch. Zeros between lines and after the last one cancel what
   // the input's planes hold there.

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <limits>
 #include <numeric>
 
@@ -32,6 +33,10 @@ Pattern::Pattern(const at::Tensor& crow_indices, const at::Tensor& col_indices,
   check_indices(crow_indices, "crow_indices", crow_indices);
   check_indices(col_indices, "col_indices", crow_indices);
   rows_per_group = rows / groups;
+  // Padding takes memory, so that a V made by hand could ask for any amount of it.
+  const int64_t most = std::max<int64_t>(rows_per_group, 1024);
+  TORCH_CHECK_VALUE(vector <= most, "Expected V of at most ", most, " for ", rows_per_group,
+                    " output channels per group, got V = ", vector);
   packed_per_group = (rows_per_group + vector - 1) / vector;
   check_size(crow_indices, "crow_indices", 0, groups * packed_per_group + 1, "row groups + 1");
   crow = crow_indices.data_ptr<int32_t>();

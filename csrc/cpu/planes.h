@@ -15,6 +15,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <vector>
 
 namespace sparsekd::cpu {
@@ -65,14 +66,14 @@ inline Planes input_planes(const Conv2dShape& shape) {
   for (int d = 0; d < 2; ++d) {
     size[d] = shape.output[d] + (shape.kernel[d] - 1) * shape.dilation[d] / shape.stride[d];
   }
-  std::vector<int64_t> phase_of(shape.stride[0] * shape.stride[1], -1);
+  std::map<Pair, int64_t> phase_of;
   for (int64_t r = 0; r < shape.kernel[0]; ++r) {
     for (int64_t s = 0; s < shape.kernel[1]; ++s) {
       const int64_t y = r * shape.dilation[0], x = s * shape.dilation[1];
       const int64_t phase_h = y % shape.stride[0], phase_w = x % shape.stride[1];
-      int64_t& phase = phase_of[phase_h * shape.stride[1] + phase_w];
-      if (phase < 0) {  // phases that no tap reads are never made
-        phase = static_cast<int64_t>(planes.phases.size());
+      const auto [entry, made] = phase_of.try_emplace({phase_h, phase_w}, static_cast<int64_t>(planes.phases.size()));
+      const int64_t phase = entry->second;
+      if (made) {  // phases that no tap reads are never made
         planes.phases.push_back({size, shape.stride, {phase_h - shape.padding[0], phase_w - shape.padding[1]}});
       }
       const int64_t shift = y / shape.stride[0] * size[1] + x / shape.stride[1];
@@ -97,13 +98,14 @@ inline Planes input_grad_planes(const Conv2dShape& shape, std::vector<InputGradP
   Plane plane{{1, 1}, {1, 1}, {0, 0}};
   for (int d = 0; d < 2; ++d) {
     int64_t low = INT64_MAX, high = INT64_MIN;
-    for (int64_t phase = 0; phase < shape.stride[d]; ++phase) {
-      const int64_t first = ceil_div(shape.padding[d] - phase, shape.stride[d]);
-      const int64_t end = floor_div(shape.input[d] - 1 + shape.padding[d] - phase, shape.stride[d]) + 1;
-      Axis axis{first * shape.stride[d] + phase - shape.padding[d], std::max<int64_t>(end - first, 0), {}, {}};
+    // A stride beyond the input has phases without pixels, which are left out.
+    for (int64_t begin = 0; begin < std::min(shape.stride[d], shape.input[d]); ++begin) {
+      const int64_t phase = (begin + shape.padding[d]) % shape.stride[d];
+      const int64_t first = (begin + shape.padding[d]) / shape.stride[d];
+      Axis axis{begin, (shape.input[d] - 1 - begin) / shape.stride[d] + 1, {}, {}};
       for (int64_t tap = 0; tap < shape.kernel[d]; ++tap) {
         const int64_t distance = tap * shape.dilation[d];
-        const bool reached = axis.count > 0 && distance % shape.stride[d] == phase;
+        const bool reached = distance % shape.stride[d] == phase;
         axis.shifts.push_back(first - distance / shape.stride[d]);
         axis.reached.push_back(reached);
         if (reached) {
@@ -123,7 +125,6 @@ inline Planes input_grad_planes(const Conv2dShape& shape, std::vector<InputGradP
   planes.phases.push_back(plane);
   for (const Axis& h : axes[0]) {
     for (const Axis& w : axes[1]) {
-      if (h.count == 0 || w.count == 0) continue;
       InputGradPhase phase{{{h.count, w.count}, shape.stride, {h.origin, w.origin}}, {}, 0};
       for (int64_t r = 0; r < shape.kernel[0]; ++r) {
         for (int64_t s = 0; s < shape.kernel[1]; ++s) {
