@@ -61,7 +61,8 @@ class RandomImportance:
         self.seed = seed
 
     def __call__(self, name: str, weight: Tensor, gradient: None) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(name.encode()))
+        # A hash of both, as the CPU's generator takes in 32 bits of a seed only.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
         return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
@@ -176,7 +177,7 @@ class GradientGatherer:
             raise RuntimeError(
                 f"Expected a gradient of each weight to be pruned, got none for {', '.join(missing)}{left_out}"
             )
-        return {name: sums[name] / batches for name in self.weights}
+        return {name: sums[name].to(weight.device) / batches for name, weight in self.weights.items()}
 
     def _all_reduced(self) -> tuple[dict[str, Tensor], dict[str, int], int]:
         device = next(iter(self.weights.values())).device
@@ -208,7 +209,10 @@ class GradientGatherer:
         check_keys("gathered", state, ("sums", "pending", "seen", "batches", "skipped"))
         check_keys("gathered seen", state["seen"], self.weights)
         for part in ("sums", "pending"):
-            check_keys(f"gathered {part}", {**dict.fromkeys(self.weights), **state[part]}, self.weights)
+            # A weight may have no part in what was gathered so far, but no stranger may.
+            got = state[part]
+            got = {**dict.fromkeys(self.weights), **got} if isinstance(got, Mapping) else got
+            check_keys(f"gathered {part}", got, self.weights)
             for name, value in state[part].items():
                 check_like(f"the gathered {part} of {name}", value, self.weights[name], FLOATS)
         for name, count in {"batches": state["batches"], "skipped": state["skipped"], **state["seen"]}.items():

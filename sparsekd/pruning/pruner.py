@@ -36,7 +36,8 @@ class Pruner:
         pattern: "unstructured".
         budget: "global", "uniform", or a dict from name globs to sparsities, see :mod:`sparsekd.pruning.budget`.
         schedule: :class:`CubicSL`, :class:`LinearSL` or None.
-        optimizer: held to the mask contract after each of its steps. Without one, :meth:`step` applies the masks.
+        optimizer: held to the mask contract after each of its steps. Without one, and for weights that it does not
+            hold, :meth:`step` sets pruned weights to zero, and the state of the optimiser in use is not cleaned.
         ignored_layers: modules, names or globs, one or several, that stay dense; "first_last" is the first convolution
             and the last linear layer; ``()`` is none. A container stands for all that it holds.
         importance_steps: calls of :meth:`step` before the only pruning when there is no schedule.
@@ -155,7 +156,7 @@ class Pruner:
                 self._gatherer.detach()
         # Only now: after an error the next call is this step again.
         self._steps += 1
-        if changed or self._optimizer is None:
+        if changed or not self._all_held():
             self._hold()
 
     def _prune(self, at: Callable[[float], float]) -> bool:
@@ -165,7 +166,8 @@ class Pruner:
             gradients = None if self._gatherer is None else self._gatherer.means()
             scores = score(self._importance, self._weights, gradients)
             for name, pruned in self._pruned.items():
-                scores[name] = scores[name].masked_fill(pruned, -math.inf)  # what is pruned stays pruned
+                # What is pruned stays pruned; the masks may not have followed a model that has moved.
+                scores[name] = scores[name].masked_fill(pruned.to(scores[name].device), -math.inf)
             counts = self._budget.counts(scores, at)
             masks = {}
             for name, values in scores.items():
@@ -182,6 +184,12 @@ class Pruner:
         if self._gatherer is not None:
             self._gatherer.forget()
         return changed
+
+    def _all_held(self) -> bool:
+        """Whether the optimizer's hook holds every mask; weights of a second optimizer are held by :meth:`step`."""
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        return all(id(self._weights[name]) in held for name in self._pruned)
 
     def _take(self, masks: dict[str, Tensor]) -> None:
         self._masks = masks
