@@ -1,0 +1,119 @@
+"""What the tests share: seeds, one table of tolerances, the way to run a check under another instruction set."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The same examples in every run: a failure is found again, and a pass does not depend on luck. `--hypothesis-profile
+# explore` looks at new ones.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+settings.register_profile("explore", deadline=None, max_examples=2000)
+settings.load_profile("fixed")
+
+# dtype: (relative, absolute). Relative is to the largest element, see `assert_near`. Half types are computed in float32
+# and rounded once, so they are off by half a unit in the last place of the largest element, here allowed twice.
+TOLERANCE = {
+    torch.float64: (1e-10, 0.0),
+    torch.float32: (1e-4, 0.0),
+    torch.float16: (2.0**-10, 2.0**-24),
+    torch.bfloat16: (2.0**-7, 0.0),
+}
+
+
+def assert_near(got, want, dtype=None, what="result"):
+    """Largest absolute error over largest absolute value, within TOLERANCE of the dtype.
+
+    Single elements may cancel to nearly zero, where no summation order keeps relative digits; the largest does not.
+    """
+    assert got.shape == want.shape, f"{what}: {tuple(got.shape)} for {tuple(want.shape)}"
+    if want.numel() == 0:
+        return
+    relative, absolute = TOLERANCE[dtype or got.dtype]
+    got, want = got.detach().double(), want.detach().double()
+    error, size = float((got - want).abs().max()), float(want.abs().max())
+    assert error <= relative * size + absolute, f"{what}: off by {error:.3g}, largest element {size:.3g}"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_thread_counts():
+    """Calls a function on 1 thread and on 2, gives both results, and leaves the number as it was."""
+
+    def run(function):
+        before = torch.get_num_threads()
+        try:
+            results = []
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                results.append(function())
+            return results
+        finally:
+            torch.set_num_threads(before)
+
+    return run
+
+
+def cpu_flags():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+ISA_FLAGS = {
+    "baseline": set(),
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx512f", "avx512vl", "avx512dq", "avx512bw"},
+}
+
+
+def python_under_isa(isa, code):
+    """A new interpreter with SPARSEKD_CPU_ISA set, which is read once per process."""
+    here = Path(__file__).parent
+    path = os.pathsep.join(filter(None, [str(here), str(here.parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "SPARSEKD_CPU_ISA": isa, "PYTHONPATH": path}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+@functools.cache
+def checks_under_isa(isa):
+    """{op: "ok" or what failed} of each op's small sample; one interpreter for all ops."""
+    code = """
+import json
+from sparsekd.sparse import ops
+found = {"isa": ops.cpu_isa()}
+for name in ("conv2d", "linear", "kd_loss"):
+    try:
+        __import__("test_" + name).check_sample()
+        found[name] = "ok"
+    except AssertionError as error:
+        found[name] = str(error)
+print(json.dumps(found))
+"""
+    run = python_under_isa(isa, code)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(params=list(ISA_FLAGS))
+def isa_checks(request):
+    """What the samples gave under each instruction set that this processor has."""
+    isa = request.param
+    missing = ISA_FLAGS[isa] - cpu_flags()
+    if missing:
+        pytest.skip(f"this processor has no {', '.join(sorted(missing))}, which {isa} needs")
+    found = checks_under_isa(isa)
+    assert found["isa"] == isa
+    return found
