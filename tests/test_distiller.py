@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsekd.distillation import Distiller, KDLoss, evaluate
+from sparsekd.pruning import CubicSL, Pruner
 
 CLASSES = 3
 
@@ -216,6 +217,44 @@ def test_order_of_steps():
         batches(2), 2, optimizer, scheduler, pruner, on_epoch=lambda record: said.append(record.epoch)
     )
     assert said == [*["optimizer", "pruner"] * 2, "scheduler", 0, *["optimizer", "pruner"] * 2, "scheduler", 1]
+
+
+@pytest.mark.parametrize("schedule", [None, CubicSL(start=1, end=9)], ids=["once", "gradually"])
+@pytest.mark.parametrize("stop_after", [2, 6, 9])
+def test_pruned_on_the_way_and_resumed(tmp_path, schedule, stop_after):
+    # Importance is gathered, the cut made, or the masks held when the interrupt comes.
+    file, teacher = tmp_path / "run", network(10)
+
+    def run(seed, loader, **rest):
+        torch.manual_seed(seed)
+        student = network()
+        optimizer = sgd(student)
+        settings = {"schedule": schedule, "optimizer": optimizer, "ignored_layers": (), "importance_steps": 5}
+        pruner = Pruner(student, 0.5, **settings)
+        try:
+            Distiller(student, teacher).fit(loader, 3, optimizer, pruner=pruner, **rest)
+        except KeyboardInterrupt:
+            pass
+        return student.state_dict(), pruner.masks
+
+    def interrupted():
+        for count in range(12):
+            if count == stop_after:
+                raise KeyboardInterrupt
+            yield batches()[count % 4]
+
+    class Interrupted:
+        given = interrupted()
+
+        def __iter__(self):
+            return iter([next(self.given) for _ in range(4)])
+
+    whole, masks = run(0, batches())
+    run(0, Interrupted(), checkpoint=file)
+    resumed, resumed_masks = run(9, batches(), checkpoint=file)
+    assert equal(resumed, whole) and equal(resumed_masks, masks)
+    assert sum(int((~mask).sum()) for mask in masks.values()) == 21  # half of 4 x 6 + 6 x 3 weights
+    assert all(not resumed[name][~mask].any() for name, mask in masks.items())
 
 
 def test_plateau_scheduler_hears_the_loss():
