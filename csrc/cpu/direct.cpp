@@ -39,9 +39,9 @@ Rows<T> stretched_rows(const Conv2dShape& shape, const Pattern& pattern, const P
   check_reachable(rows.channels_per_group, planes);
   const std::vector<int32_t> table = column_offsets(rows.channels_per_group, planes, planes.tap_offsets);
   const auto columns = static_cast<int32_t>(table.size());
-  TORCH_CHECK_INDEX(kernels().stretch(pattern.col, pattern.n_vectors, table.data(), columns, rows.offsets.data()),
-                    "Expected col_indices in 0..", columns - 1, " for ", rows.channels_per_group,
-                    " input channels per group and ", shape.taps(), " taps, got one outside");
+  if (!kernels().stretch(pattern.col, pattern.n_vectors, table.data(), columns, rows.offsets.data())) {
+    outside_error(pattern.col, pattern.n_vectors, columns, "col_indices");
+  }
   return rows;
 }
 
@@ -215,16 +215,6 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
         }
       }
     });
-  }
-}
-
-// Calls body with a value of the tensor's C++ type.
-template <class Body>
-void dispatch(const at::Tensor& tensor, Body body) {
-  if (tensor.scalar_type() == at::kDouble) {
-    body(double{});
-  } else {
-    body(float{});
   }
 }
 

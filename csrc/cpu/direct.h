@@ -16,6 +16,16 @@ void direct_input_grad(const Conv2dShape& shape, const Transposed& transposed, c
 void direct_weight_grad(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,
                         const at::Tensor& grad_output, at::Tensor& grad_values);
 
+// Calls body with a value of the tensor's C++ type.
+template <class Body>
+void dispatch(const at::Tensor& tensor, Body body) {
+  if (tensor.scalar_type() == at::kDouble) {
+    body(double{});
+  } else {
+    body(float{});
+  }
+}
+
 // half and bfloat16 are computed in float.
 inline at::Tensor widened(const at::Tensor& tensor) {
   if (!tensor.defined()) return tensor;

@@ -55,6 +55,19 @@ struct SddmmTile {
   int vectors;
 };
 
+// Packed rows on one row of activations; see spmv.inc.
+template <class T>
+struct SpmvRows {
+  const T* input;       // [columns]
+  const int32_t* crow;  // [groups + 1]
+  const int32_t* col;   // [n_vectors], checked in the loop
+  int32_t columns;
+  const T* values;      // [n_vectors, vector]
+  int vector;
+  const T* init;        // [groups * vector] or null for zero
+  T* output;            // [groups * vector]
+};
+
 // One row of the distillation loss; see kd_loss.inc.
 template <class T>
 struct KDLossRow {
@@ -77,18 +90,21 @@ struct TypeKernels {
   void (*spmm)(const SpmmTile<T>&, int64_t group_begin, int64_t group_end);
   TileShape (*sddmm_shape)(int vector);
   void (*sddmm)(const SddmmTile<T>&, int64_t group_begin, int64_t group_end);
+  bool (*spmv)(const SpmvRows<T>&, int64_t group_begin, int64_t group_end);
+  // out[c * out_pitch + r] = in[r * in_pitch + c]
+  void (*transpose)(const T* in, int64_t rows, int64_t columns, int64_t in_pitch, T* out, int64_t out_pitch);
   double (*kd_loss_row)(const KDLossRow<T>&);  // the row's share of the loss
 };
-
-// offsets[i] = table[col[i]]; false if any column is outside 0 .. columns - 1 (nothing outside the table is read).
-using StretchKernel = bool (*)(const int32_t* col, int64_t count, const int32_t* table, int32_t columns,
-                               int32_t* offsets);
 
 struct Kernels {
   const char* isa;
   TypeKernels<float> f32;
   TypeKernels<double> f64;
-  StretchKernel stretch;
+  // Both give false if any column is outside 0 .. columns - 1.
+  // offsets[i] = table[col[i]]; nothing outside the table is read.
+  bool (*stretch)(const int32_t* col, int64_t count, const int32_t* table, int32_t columns, int32_t* offsets);
+  // offsets[i] = col[i] * pitch.
+  bool (*scale)(const int32_t* col, int64_t count, int32_t pitch, int32_t columns, int32_t* offsets);
 };
 
 namespace baseline { extern const Kernels kernels; }

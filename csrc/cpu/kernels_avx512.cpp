@@ -24,14 +24,17 @@ namespace {
 #include "spmm.inc"
 #include "sddmm.inc"
 #include "stretch.inc"
+#include "spmv.inc"
+#include "transpose.inc"
 #include "kd_loss.inc"
 }  // namespace
 
 const Kernels kernels = {
     "avx512",
-    {&spmm_shape<float>, &spmm<float>, &sddmm_shape<float>, &sddmm<float>, &kd_loss_row<float>},
-    {&spmm_shape<double>, &spmm<double>, &sddmm_shape<double>, &sddmm<double>, &kd_loss_row<double>},
+    {&spmm_shape<float>, &spmm<float>, &sddmm_shape<float>, &sddmm<float>, &spmv<float>, &transpose<float>, &kd_loss_row<float>},
+    {&spmm_shape<double>, &spmm<double>, &sddmm_shape<double>, &sddmm<double>, &spmv<double>, &transpose<double>, &kd_loss_row<double>},
     &stretch,
+    &scale,
 };
 }  // namespace sparsekd::cpu::avx512
 #if defined(__clang__)

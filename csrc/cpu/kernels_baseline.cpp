@@ -16,13 +16,16 @@ namespace {
 #include "spmm.inc"
 #include "sddmm.inc"
 #include "stretch.inc"
+#include "spmv.inc"
+#include "transpose.inc"
 #include "kd_loss.inc"
 }  // namespace
 
 const Kernels kernels = {
     "baseline",
-    {&spmm_shape<float>, &spmm<float>, &sddmm_shape<float>, &sddmm<float>, &kd_loss_row<float>},
-    {&spmm_shape<double>, &spmm<double>, &sddmm_shape<double>, &sddmm<double>, &kd_loss_row<double>},
+    {&spmm_shape<float>, &spmm<float>, &sddmm_shape<float>, &sddmm<float>, &spmv<float>, &transpose<float>, &kd_loss_row<float>},
+    {&spmm_shape<double>, &spmm<double>, &sddmm_shape<double>, &sddmm<double>, &spmv<double>, &transpose<double>, &kd_loss_row<double>},
     &stretch,
+    &scale,
 };
 }  // namespace sparsekd::cpu::baseline

@@ -1,11 +1,16 @@
-// linear and its gradients on the CPU: a 1 x 1 convolution in which the rows of the input are the pixels.
+// linear and its gradients on the CPU.
 //
 //   output [N, out] = input [N, in] @ weight^T + bias, weight [out, in] in vector-CSR
+//
+// One row of activations is a dot product per output (spmv.inc). More rows lie side by side in the lanes: a panel of
+// rows is transposed to [in, width], where a non-zero is one run of activations, as a column of a convolution is a run of
+// pixels (spmm.inc). The weight gradient takes the convolution's: rows are the pixels of a 1 x 1 convolution.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "../check.h"
 #include "direct.h"
+#include "spmm.h"
 
 namespace sparsekd::cpu {
 namespace {
@@ -16,6 +21,10 @@ Conv2dShape pixels_of_rows(int64_t rows, int64_t in_features, int64_t out_featur
   return {1, in_features, out_features, 1, {1, rows}, {1, rows}, {1, 1}, {1, 1}, {0, 0}, {1, 1}};
 }
 
+void check_index_range(int64_t features) {
+  TORCH_CHECK_VALUE(features <= std::numeric_limits<int32_t>::max(), "Expected fewer than 2^31 features, got ", features);
+}
+
 void check_values(const at::Tensor& values, const at::Tensor& like, const char* like_name,
                   const at::Tensor& col_indices) {
   check_dim(values, "values", 2);
@@ -24,8 +33,116 @@ void check_values(const at::Tensor& values, const at::Tensor& like, const char* 
   check_size(values, "values", 0, col_indices.size(0), "the number of col_indices");
 }
 
-// [N, features] to [features, N] and back.
-at::Tensor transposed(const at::Tensor& matrix) { return widened(matrix.t()); }
+at::Tensor transposed(const at::Tensor& matrix) { return widened(matrix.t()); }  // [N, features] to [features, N]
+
+// What both products need of a packed matrix: the weight in the forward, its transposed pattern in the input gradient.
+template <class T>
+struct Packed {
+  const int32_t* crow;
+  const int32_t* col;
+  int64_t n_vectors;
+  const T* values;  // [n_vectors, vector]
+  int vector;
+  const std::vector<int64_t>& row_of;  // [row groups * vector], -1 for padding
+  const T* init;                       // [row groups * vector] or null
+  int64_t columns, results;            // sizes of a row of activations before and after
+
+  int64_t groups() const { return static_cast<int64_t>(row_of.size()) / vector; }
+};
+
+template <class Body>
+void parallel_over(int64_t count, int64_t grain, Body body) {
+  at::parallel_for(0, count, std::max<int64_t>(grain, 1), body);
+}
+
+constexpr int64_t kGrain = 32 * 1024;  // multiply-adds that pay for another thread
+
+template <class T>
+void one_row(const Packed<T>& packed, const T* input, T* output, const char* name) {
+  const int64_t groups = packed.groups();
+  std::unique_ptr<T[]> sums(new T[packed.row_of.size()]);
+  const SpmvRows<T> rows{input,         packed.crow,   packed.col,  static_cast<int32_t>(packed.columns),
+                         packed.values, packed.vector, packed.init, sums.get()};
+  const int64_t per_group = packed.n_vectors * packed.vector / std::max<int64_t>(groups, 1) + 1;
+  parallel_over(groups, kGrain / per_group, [&](int64_t begin, int64_t end) {
+    if (!type_kernels<T>().spmv(rows, begin, end)) outside_error(packed.col, packed.n_vectors, packed.columns, name);
+    for (int64_t position = begin * packed.vector; position < end * packed.vector; ++position) {
+      if (packed.row_of[position] >= 0) output[packed.row_of[position]] = sums[position];
+    }
+  });
+}
+
+template <class T>
+void panels(const Packed<T>& packed, int64_t count, const T* input, T* output, const char* name) {
+  const TileShape shape = type_kernels<T>().spmm_shape(packed.vector);
+  const int64_t vectors = ceil_div(count, shape.lanes);
+  const int64_t n_panels = ceil_div(vectors, shape.max_vectors);
+  const int64_t width = ceil_div(vectors, n_panels) * shape.lanes;
+  const Planes planes{{Plane{{1, width}, {1, 1}, {0, 0}}}, {0}, 0};
+  Rows<T> rows;
+  rows.packed_per_group = packed.groups();
+  rows.vector = packed.vector;
+  rows.crow.assign(packed.crow, packed.crow + rows.packed() + 1);
+  rows.offsets.resize(packed.n_vectors);
+  rows.values = packed.values;
+  rows.row_of = packed.row_of.data();
+  rows.channels_per_group = packed.columns;
+  check_reachable(packed.columns, planes);
+  if (!kernels().scale(packed.col, packed.n_vectors, static_cast<int32_t>(width), static_cast<int32_t>(packed.columns),
+                       rows.offsets.data())) {
+    outside_error(packed.col, packed.n_vectors, packed.columns, name);
+  }
+  const Tiling tiling = make_tiling(rows, planes, {1, width}, 0, shape);
+
+  auto fill = [&](int64_t panel, int64_t from, int64_t to, T* turned) {  // columns from .. to of one panel
+    const int64_t first = panel * width, valid = std::min(width, count - first);
+    type_kernels<T>().transpose(input + first * packed.columns + from, valid, to - from, packed.columns,
+                                turned + from * width, width);
+    for (int64_t c = from; valid < width && c < to; ++c) {
+      std::fill(turned + c * width + valid, turned + (c + 1) * width, T(0));
+    }
+  };
+  auto multiply = [&](int64_t panel, const T* turned, T* made, int64_t begin, int64_t end) {
+    const Result<T> result{made, width, width, {{1, width}, {1, 1}, {0, 0}}};
+    spmm_row_range(rows, tiling, planes, turned, packed.init, result, begin, end);
+  };
+  auto finish = [&](int64_t panel, const T* made) {
+    const int64_t first = panel * width;
+    type_kernels<T>().transpose(made, packed.results, std::min(width, count - first), width,
+                                output + first * packed.results, packed.results);
+  };
+  if (n_panels >= at::get_num_threads()) {  // panels side by side
+    parallel_over(n_panels, 1, [&](int64_t from, int64_t to) {
+      PlaneBuffer<T> turned(packed.columns * width);
+      std::unique_ptr<T[]> made(new T[packed.results * width]);
+      for (int64_t panel = from; panel < to; ++panel) {
+        fill(panel, 0, packed.columns, turned.data.get());
+        multiply(panel, turned.data.get(), made.get(), 0, rows.packed());
+        finish(panel, made.get());
+      }
+    });
+    return;
+  }
+  PlaneBuffer<T> turned(packed.columns * width);
+  std::unique_ptr<T[]> made(new T[packed.results * width]);
+  for (int64_t panel = 0; panel < n_panels; ++panel) {  // one panel at a time, its rows side by side
+    parallel_over(packed.columns, kGrain / width,
+                  [&](int64_t from, int64_t to) { fill(panel, from, to, turned.data.get()); });
+    parallel_rows(rows, [&](int64_t begin, int64_t end) { multiply(panel, turned.data.get(), made.get(), begin, end); });
+    finish(panel, made.get());
+  }
+}
+
+constexpr int64_t kSingly = 2;  // rows that are faster one by one than in the lanes, most of which they would leave idle
+
+template <class T>
+void product(const Packed<T>& packed, int64_t count, const T* input, T* output, const char* name) {
+  if (count == 0 || packed.results == 0) return;
+  if (count > kSingly) return panels(packed, count, input, output, name);
+  for (int64_t n = 0; n < count; ++n) {
+    one_row(packed, input + n * packed.columns, output + n * packed.results, name);
+  }
+}
 
 at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& values, const at::Tensor& crow_indices,
                       const at::Tensor& col_indices, const OptionalTensor& row_indices, const OptionalTensor&,
@@ -33,19 +150,29 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& values, const a
   check_floating(input, "input");
   check_dim(input, "input", 2);
   check_values(values, input, "input", col_indices);
-  at::Tensor wide_bias;
   if (bias) {
     check_dim(*bias, "bias", 1);
     check_size(*bias, "bias", 0, out_features, "output features");
     check_same(*bias, "bias", input, "input");
-    wide_bias = widened(*bias);
   }
   const Pattern pattern(crow_indices, col_indices, row_indices, out_features, 1, values.size(1));
-  const Conv2dShape shape = pixels_of_rows(input.size(0), input.size(1), out_features);
-  const at::Tensor planes = transposed(input);
-  at::Tensor output = at::empty({out_features, input.size(0)}, planes.options());
-  direct_forward(shape, pattern, planes, widened(values), wide_bias, output);
-  return output.t().to(input.scalar_type()).contiguous();
+  check_index_range(input.size(1));
+  const at::Tensor wide_input = widened(input), wide_values = widened(values);
+  at::Tensor output = at::empty({input.size(0), out_features}, wide_input.options());
+  dispatch(wide_input, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<T> init;
+    if (bias) {
+      const at::Tensor wide_bias = widened(*bias);
+      const T* data = wide_bias.const_data_ptr<T>();
+      for (const int64_t row : pattern.row_of) init.push_back(row < 0 ? T(0) : data[row]);
+    }
+    const Packed<T> packed{pattern.crow, pattern.col, pattern.n_vectors, wide_values.const_data_ptr<T>(),
+                           static_cast<int>(pattern.vector), pattern.row_of, bias ? init.data() : nullptr,
+                           input.size(1), out_features};
+    product(packed, input.size(0), wide_input.const_data_ptr<T>(), output.mutable_data_ptr<T>(), "col_indices");
+  });
+  return output.to(input.scalar_type());
 }
 
 at::Tensor linear_input_grad_cpu(const at::Tensor& grad_output, const at::Tensor& values,
@@ -61,10 +188,22 @@ at::Tensor linear_input_grad_cpu(const at::Tensor& grad_output, const at::Tensor
                                                         out_features, in_features, 1, 1);
   check_same(plan, "transpose", crow_indices, "crow_indices");
   const Transposed pattern(plan, in_features, values.numel());
-  const at::Tensor planes = transposed(grad_output);
-  at::Tensor grad_input = at::empty({in_features, rows}, planes.options());
-  direct_input_grad(pixels_of_rows(rows, in_features, out_features), pattern, planes, widened(values), grad_input);
-  return grad_input.t().to(grad_output.scalar_type()).contiguous();
+  check_index_range(out_features);
+  const at::Tensor wide_grad = widened(grad_output), wide_values = widened(values);
+  at::Tensor grad_input = at::empty({rows, in_features}, wide_grad.options());
+  std::vector<int64_t> row_of(in_features);
+  std::iota(row_of.begin(), row_of.end(), 0);
+  dispatch(wide_grad, [&](auto zero) {
+    using T = decltype(zero);
+    std::unique_ptr<T[]> gathered(new T[pattern.count]);
+    const T* data = wide_values.const_data_ptr<T>();
+    for (int64_t i = 0; i < pattern.count; ++i) gathered[i] = data[pattern.place[i]];
+    const Packed<T> packed{pattern.crow, pattern.col, pattern.count, gathered.get(), 1, row_of, nullptr, out_features,
+                           in_features};
+    product(packed, rows, wide_grad.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>(),
+            "the transpose plan's columns");
+  });
+  return grad_input.to(grad_output.scalar_type());
 }
 
 at::Tensor linear_weight_grad_cpu(const at::Tensor& input, const at::Tensor& grad_output,

@@ -82,6 +82,12 @@ Transposed::Transposed(const at::Tensor& transpose, int64_t columns_total, int64
   }
 }
 
+void outside_error(const int32_t* col, int64_t count, int64_t columns, const char* name) {
+  const int32_t* bad = std::find_if(col, col + count, [&](int32_t c) { return c < 0 || c >= columns; });
+  TORCH_CHECK_INDEX(bad == col + count, "Expected ", name, " in 0..", columns - 1, ", got ", *bad);
+  TORCH_CHECK(false, "Expected ", name, " that stay as they are during the call, got some that changed");
+}
+
 at::Tensor transpose_pattern(const at::Tensor& crow_indices, const at::Tensor& col_indices,
                              const std::optional<at::Tensor>& row_indices, int64_t vector, int64_t rows,
                              int64_t in_channels, int64_t taps, int64_t groups) {

@@ -43,6 +43,9 @@ struct Transposed {
   int64_t count;
 };
 
+// The error of columns of which a kernel found one outside 0 .. columns - 1: names the first.
+[[noreturn]] void outside_error(const int32_t* col, int64_t count, int64_t columns, const char* name);
+
 at::Tensor transpose_pattern(const at::Tensor& crow_indices, const at::Tensor& col_indices,
                              const std::optional<at::Tensor>& row_indices, int64_t vector, int64_t rows,
                              int64_t in_channels, int64_t taps, int64_t groups);

@@ -46,6 +46,19 @@ struct Tiling {
 constexpr int64_t kL1Budget = 24 * 1024;  // bytes of a 32 KiB L1 that a block of channels may take
 constexpr int64_t kMinBlockWork = 12;     // non-zeros per row and block that pay for reloading the partial sums
 
+// First of offsets[begin .. end) that is not below the limit, for rising offsets. Without a branch: whether a non-zero
+// lies before or after is a coin toss, and a call has thousands of these searches.
+inline int32_t first_not_below(const int32_t* offsets, int32_t begin, int32_t end, int64_t limit) {
+  int32_t count = end - begin;
+  const int32_t* at = offsets + begin;
+  while (count > 1) {
+    const int32_t half = count / 2;
+    at += at[half - 1] < limit ? half : 0;
+    count -= half;
+  }
+  return static_cast<int32_t>(at - offsets) + (count == 1 && *at < limit ? 1 : 0);
+}
+
 template <class T>
 Tiling make_tiling(const Rows<T>& rows, const Planes& planes, const Pair& size, int64_t reach, TileShape shape) {
   Tiling tiling;
@@ -71,10 +84,7 @@ Tiling make_tiling(const Rows<T>& rows, const Planes& planes, const Pair& size, 
     for (int64_t block = 1; block < blocks; ++block) {
       // Searching on from the last boundary keeps bounds rising, so columns in any order are each taken once.
       const int64_t limit = block * block_channels * planes.channel();
-      bounds[block] = static_cast<int32_t>(
-          std::lower_bound(rows.offsets.begin() + bounds[block - 1], rows.offsets.begin() + rows.crow[row + 1],
-                           limit, [](int32_t offset, int64_t bound) { return offset < bound; }) -
-          rows.offsets.begin());
+      bounds[block] = first_not_below(rows.offsets.data(), bounds[block - 1], rows.crow[row + 1], limit);
     }
     bounds[blocks] = rows.crow[row + 1];
   }

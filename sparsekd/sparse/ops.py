@@ -7,6 +7,8 @@ bilinear, so that any order of differentiation stays within these ops.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,11 +39,11 @@ def _check_device(input: Tensor) -> None:
         raise NotImplementedError(f"Expected input on cpu, got {input.device}: no kernel is built for this device")
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
     """Under ``torch.autocast``, floating tensors in its dtype, as ``torch.nn.functional.conv2d`` takes them."""
-    device = tensors[0].device.type
+    device = "cpu" if tensors[0].is_cpu else tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return list(tensors)
+        return tensors
     dtype = torch.get_autocast_dtype(device)
 
     def lower(tensor):
@@ -171,9 +173,10 @@ def linear(
     if input.dim() == 0:
         raise ValueError("Expected an input of at least 1 dimension [..., in_features], got a scalar")
     input, values, bias = _autocast(input, values, bias)
-    rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
+    flat = input.dim() == 2  # a reshape of nothing takes as long as a small layer
+    rows = input if flat else input.reshape(input.shape[:-1].numel(), input.shape[-1])
     output = _ops.linear(rows, values, crow_indices, col_indices, row_indices, transpose, bias, out_features)
-    return output.reshape(*input.shape[:-1], out_features)
+    return output if flat else output.reshape(*input.shape[:-1], out_features)
 
 
 def kd_loss(
