@@ -43,17 +43,19 @@ struct KDLoss : torch::autograd::Function<KDLoss> {
     auto [loss, grad] = kd_loss_forward(student, teacher, target, temperature, alpha, ignore_index, label_smoothing,
                                         distill_ignored, true);
     ctx->save_for_backward({grad});
+    ctx->saved_data["dtype"] = static_cast<int64_t>(student.scalar_type());
     return loss;
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    TORCH_CHECK(!grads[0].requires_grad() || !at::GradMode::is_enabled(),
+    // Without this the gradient would be taken for a constant.
+    TORCH_CHECK(!at::GradMode::is_enabled(),
                 "Expected kd_loss to be differentiated once: its gradient is made in the forward; for a second "
                 "derivative use sparsekd.sparse.reference.kd_loss_reference, got a backward with create_graph=True");
-    const at::Tensor grad = ctx->get_saved_variables()[0];
+    at::Tensor grad = ctx->get_saved_variables()[0];
     // loss.backward() hands in 1. The gradient is then passed on as it is: a copy costs as much as making it did.
     const bool plain = grads[0].device().is_cpu() && !at::isTensorSubclassLike(grads[0]);
-    if (plain && grads[0].item<double>() == 1.0) return {grad, {}, {}, {}, {}, {}, {}, {}};
-    return {at::mul(grad, grads[0].to(grad.scalar_type())), {}, {}, {}, {}, {}, {}, {}};
+    if (!plain || grads[0].item<double>() != 1.0) grad = at::mul(grad, grads[0]);
+    return {grad.to(static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt())), {}, {}, {}, {}, {}, {}, {}};
   }
 };
 
@@ -91,7 +93,7 @@ TORCH_LIBRARY(sparsekd, m) {
   // The transposed pattern for conv2d_input_grad: [in_channels + 1 | n | n], see csrc/cpu/pattern.h.
   m.def("transpose_pattern(Tensor crow_indices, Tensor col_indices, Tensor? row_indices, int vector, "
         "int out_channels, int in_channels, int taps, int groups) -> Tensor");
-  // (1 - alpha) * CE + alpha * T^2 * KL from raw logits; the gradient is made in the forward.
+  // (1 - alpha) * CE + alpha * T^2 * KL from raw logits; the gradient is made in the forward, in the dtype of the loss.
   m.def("kd_loss(Tensor student, Tensor teacher, Tensor? target, float temperature, float alpha, int ignore_index, "
         "float label_smoothing, bool distill_ignored) -> Tensor", &sparsekd::kd_loss);
   m.def("kd_loss_forward(Tensor student, Tensor teacher, Tensor? target, float temperature, float alpha, "

@@ -132,11 +132,24 @@ def test_the_whole_network_goes_back_when_it_is_slower(net, x, monkeypatch):
         def __init__(self, seconds):
             self.min = seconds
 
+    seconds = {("dense", False): 3.0, ("dense", True): 1.0, ("sparse", False): 2.0, ("sparse", True): 4.0}
     monkeypatch.setattr(convert_module, "measure_layer", sparse_wins)
-    monkeypatch.setattr(convert_module, "compare", lambda engines, **_: {"dense": Timed(1.0), "sparse": Timed(2.0)})
-    with pytest.warns(UserWarning, match="the whole network took 2e\\+03 ms with sparse layers"):
+    monkeypatch.setattr(convert_module, "compare", lambda engines, **_: {key: Timed(seconds[key]) for key in engines})
+    with pytest.warns(UserWarning, match=r"took 2e\+03 ms with sparse layers and 1e\+03 ms dense \(channels_last\)"):
         fast = sparsekd.convert(net, x)
     assert not any(isinstance(m, sparsekd.SparseConv2d) for m in fast.modules())
+    # And the other way round, in channels_last.
+    seconds["sparse", True] = 0.5
+    fast = sparsekd.convert(net, x, filter_fn=lambda module, name: name != "conv1")
+    convolutions = [m for m in fast.modules() if type(m) is nn.Conv2d and m.kernel_size != (1, 1)]
+    assert convolutions and all(_channels_last(m.weight) for m in convolutions)
+    assert any(isinstance(m, sparsekd.SparseConv2d) for m in fast.modules())
+    assert not any(_channels_last(m.weight) for m in net.modules() if type(m) is nn.Conv2d and m.kernel_size != (1, 1))
+    assert torch.allclose(fast(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def _channels_last(weight):
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 def test_wrong_results_are_an_error_and_change_nothing(net, x, monkeypatch):

@@ -74,11 +74,17 @@ at::Tensor conv2d_cpu(const at::Tensor& input, const at::Tensor& values, const a
     wide_bias = widened(*bias);
   }
   const Pattern pattern(crow_indices, col_indices, row_indices, out_channels, groups, values.size(1));
-  const at::Tensor wide_input = widened(input);
-  at::Tensor output =
-      at::empty({shape.batch, out_channels, shape.output[0], shape.output[1]}, wide_input.options());
+  // Half types take a copy anyway. One that is contiguous both ways counts as [N, C, H, W].
+  const auto format = input.suggest_memory_format();
+  const bool half = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
+  const bool last = format == at::MemoryFormat::ChannelsLast && input.is_contiguous(format) && !input.is_contiguous();
+  const at::Tensor wide_input = last && !half ? input : widened(input);
+  at::Tensor output = at::empty({shape.batch, out_channels, shape.output[0], shape.output[1]},
+                                wide_input.options().memory_format(wide_input.is_contiguous()
+                                                                       ? at::MemoryFormat::Contiguous
+                                                                       : at::MemoryFormat::ChannelsLast));
   direct_forward(shape, pattern, wide_input, widened(values), wide_bias, output);
-  return output.to(input.options(), false, false, input.suggest_memory_format());
+  return output.to(input.options(), false, false, format);
 }
 
 at::Tensor conv2d_input_grad_cpu(const at::Tensor& grad_output, const at::Tensor& values,

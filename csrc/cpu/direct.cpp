@@ -35,6 +35,7 @@ Rows<T> stretched_rows(const Conv2dShape& shape, const Pattern& pattern, const P
   rows.offsets.resize(pattern.n_vectors);
   rows.values = values;
   rows.row_of = pattern.row_of.data();
+  rows.in_order = pattern.in_order;
   rows.channels_per_group = shape.in_channels / shape.groups;
   check_reachable(rows.channels_per_group, planes);
   const std::vector<int32_t> table = column_offsets(rows.channels_per_group, planes, planes.tap_offsets);
@@ -54,22 +55,35 @@ struct Pass {
   std::vector<T> values;  // where the rows own a copy in their own order
 };
 
+// Images as the passes read or write them.
+template <class T>
+struct Batch {
+  T* data;
+  int64_t channels;
+  Pair size;
+  bool last;  // channels_last
+  T* image(int64_t n) const { return data + n * channels * size[0] * size[1]; }
+};
+
 // result[n] = all passes over the planes of source[n].
 template <class T>
-void run_passes(int64_t batch, int64_t channels, const Pair& source_size, const T* source, const Planes& planes,
-                const std::vector<Pass<T>>& passes, const T* init, int64_t result_channels, const Pair& result_size,
-                T* result) {
-  const int64_t source_image = channels * source_size[0] * source_size[1];
-  const int64_t result_plane = result_size[0] * result_size[1];
+void run_passes(int64_t batch, const Batch<const T>& source, const Planes& planes, const std::vector<Pass<T>>& passes,
+                const T* init, const Batch<T>& result) {
+  const int64_t channels = source.channels, plane = result.size[0] * result.size[1];
+  auto fill = [&](int64_t n, int64_t begin, int64_t end, T* packed) {
+    fill_planes<T>({source.image(n), channels, source.size, source.last}, planes, begin, end,
+                   type_kernels<T>().transpose, packed);
+  };
   auto rows_of_image = [&](const Pass<T>& pass, int64_t n, const T* packed, int64_t begin, int64_t end) {
-    const Result<T> target{result + n * result_channels * result_plane, result_plane, result_size[1], pass.target};
+    const Result<T> target{result.image(n), result.last ? 1 : plane, result.last ? result.channels : 1, result.size[1],
+                           pass.target};
     spmm_row_range(pass.rows, pass.tiling, planes, packed, init, target, begin, end);
   };
   if (batch >= at::get_num_threads()) {  // images side by side, each thread with its own planes
     at::parallel_for(0, batch, 1, [&](int64_t from, int64_t to) {
       PlaneBuffer<T> packed(channels * planes.channel());
       for (int64_t n = from; n < to; ++n) {
-        fill_planes(source + n * source_image, source_size, planes, 0, channels, packed.data.get());
+        fill(n, 0, channels, packed.data.get());
         for (const Pass<T>& pass : passes) rows_of_image(pass, n, packed.data.get(), 0, pass.rows.packed());
       }
     });
@@ -77,10 +91,8 @@ void run_passes(int64_t batch, int64_t channels, const Pair& source_size, const 
   }
   PlaneBuffer<T> packed(channels * planes.channel());
   for (int64_t n = 0; n < batch; ++n) {  // one image at a time, its rows side by side
-    const int64_t grain = std::max<int64_t>(16384 / planes.channel(), 1);
-    at::parallel_for(0, channels, grain, [&](int64_t from, int64_t to) {
-      fill_planes(source + n * source_image, source_size, planes, from, to, packed.data.get());
-    });
+    const int64_t grain = std::max<int64_t>(16384 / planes.channel(), 16);
+    at::parallel_for(0, channels, grain, [&](int64_t from, int64_t to) { fill(n, from, to, packed.data.get()); });
     for (const Pass<T>& pass : passes) {
       parallel_rows(pass.rows, [&](int64_t begin, int64_t end) {
         rows_of_image(pass, n, packed.data.get(), begin, end);
@@ -91,7 +103,7 @@ void run_passes(int64_t batch, int64_t channels, const Pair& source_size, const 
 
 template <class T>
 void forward(const Conv2dShape& shape, const Pattern& pattern, const T* input, const T* values, const T* bias,
-             T* output) {
+             bool channels_last, T* output) {
   const Planes planes = input_planes(shape);
   std::vector<Pass<T>> passes(1);
   Pass<T>& pass = passes[0];
@@ -103,8 +115,8 @@ void forward(const Conv2dShape& shape, const Pattern& pattern, const T* input, c
   if (bias != nullptr) {
     for (const int64_t row : pattern.row_of) init.push_back(row < 0 ? T(0) : bias[row]);
   }
-  run_passes(shape.batch, shape.in_channels, shape.input, input, planes, passes, bias ? init.data() : nullptr,
-             shape.out_channels, shape.output, output);
+  run_passes<T>(shape.batch, {input, shape.in_channels, shape.input, channels_last}, planes, passes,
+                bias ? init.data() : nullptr, {output, shape.out_channels, shape.output, channels_last});
 }
 
 template <class T>
@@ -141,8 +153,8 @@ void input_grad(const Conv2dShape& shape, const Transposed& transposed, const T*
     pass.target = phase.target;
     pass.tiling = make_tiling(pass.rows, planes, phase.target.size, phase.reach, type_kernels<T>().spmm_shape(1));
   }
-  run_passes<T>(shape.batch, shape.out_channels, shape.output, grad_output, planes, passes, nullptr,
-                shape.in_channels, shape.input, grad_input);
+  run_passes<T>(shape.batch, {grad_output, shape.out_channels, shape.output, false}, planes, passes, nullptr,
+                {grad_input, shape.in_channels, shape.input, false});
 }
 
 constexpr int64_t kImagesScratch = 64 << 20;  // bytes of planes that the weight gradient holds at a time
@@ -166,25 +178,27 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
   const int64_t images = std::clamp<int64_t>(kImagesScratch / std::max<int64_t>(bytes, 1), 1, shape.batch);
   PlaneBuffer<T> packed(images * input_image);
   std::unique_ptr<T[]> grads(new T[images * grad_image]);
-  const Plane grad_plane{{shape.output[0], planes.pitch()}, {1, 1}, {0, 0}};
+  const Planes grad_plane{{Plane{{shape.output[0], planes.pitch()}, {1, 1}, {0, 0}}}, {0}, 0};
   for (int64_t first = 0; first < shape.batch; first += images) {
     const int64_t count = std::min(images, shape.batch - first);
     at::parallel_for(0, count * shape.in_channels, 4, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
         const int64_t n = i / shape.in_channels, c = i % shape.in_channels;
-        fill_planes(input + (first + n) * shape.in_channels * shape.input[0] * shape.input[1], shape.input, planes, c,
-                    c + 1, packed.data.get() + n * input_image);
+        const T* image = input + (first + n) * shape.in_channels * shape.input[0] * shape.input[1];
+        fill_planes<T>({image, shape.in_channels, shape.input, false}, planes, c, c + 1, type_kernels<T>().transpose,
+                       packed.data.get() + n * input_image);
       }
     });
     at::parallel_for(0, count * positions, 4, [&](int64_t from, int64_t to) {
-      std::unique_ptr<T[]> whole(new T[grad_plane.elements()]);
+      std::unique_ptr<T[]> whole(new T[grad_plane.plane()]);
       for (int64_t i = from; i < to; ++i) {
         T* out = grads.get() + i * pitch;
         const int64_t row = pattern.row_of[i % positions];
         int64_t filled = 0;
         if (row >= 0) {
           const int64_t channel = (first + i / positions) * shape.out_channels + row;
-          fill_plane(grad_output + channel * shape.output[0] * shape.output[1], shape.output, grad_plane, whole.get());
+          fill_planes<T>({grad_output + channel * shape.output[0] * shape.output[1], 1, shape.output, false}, grad_plane,
+                         0, 1, type_kernels<T>().transpose, whole.get());
           std::copy(whole.get(), whole.get() + tiling.positions, out);
           filled = tiling.positions;
         }
@@ -223,10 +237,11 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
 void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,
                     const at::Tensor& values, const at::Tensor& bias, at::Tensor& output) {
   if (output.numel() == 0) return;
+  const bool channels_last = !input.is_contiguous();
   dispatch(input, [&](auto zero) {
     using T = decltype(zero);
     forward(shape, pattern, input.const_data_ptr<T>(), values.const_data_ptr<T>(),
-            bias.defined() ? bias.const_data_ptr<T>() : nullptr, output.mutable_data_ptr<T>());
+            bias.defined() ? bias.const_data_ptr<T>() : nullptr, channels_last, output.mutable_data_ptr<T>());
   });
 }
 

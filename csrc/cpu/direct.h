@@ -8,7 +8,8 @@
 
 namespace sparsekd::cpu {
 
-// Contiguous tensors; `bias` may be undefined, `transpose` is the plan of transpose_pattern.
+// Contiguous tensors; `bias` may be undefined, `transpose` is the plan of transpose_pattern. The forward's input may be in
+// channels_last, and its output then has to be, too.
 void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,
                     const at::Tensor& values, const at::Tensor& bias, at::Tensor& output);
 void direct_input_grad(const Conv2dShape& shape, const Transposed& transposed, const at::Tensor& grad_output,

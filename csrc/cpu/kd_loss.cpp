@@ -14,6 +14,14 @@
 namespace sparsekd::cpu {
 namespace {
 
+// By halves: a sum of millions of rows one after the other would lose six digits. The same on any number of threads.
+double sum_by_halves(const double* values, int64_t count) {
+  if (count > 64) return sum_by_halves(values, count / 2) + sum_by_halves(values + count / 2, count - count / 2);
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += values[i];
+  return sum;
+}
+
 template <class T>
 double rows_loss(const at::Tensor& student, const at::Tensor& teacher, const int64_t* target, at::Tensor& grad,
                  double temperature, double alpha, int64_t ignore_index, double label_smoothing,
@@ -22,8 +30,8 @@ double rows_loss(const at::Tensor& student, const at::Tensor& teacher, const int
   int64_t labelled = 0;
   for (int64_t i = 0; i < rows; ++i) {
     if (target == nullptr || target[i] == ignore_index) continue;
-    TORCH_CHECK_INDEX(target[i] >= 0 && target[i] < classes, "Expected targets in 0..", classes - 1, " or ignore_index=",
-                      ignore_index, ", got ", target[i]);
+    TORCH_CHECK_INDEX(target[i] >= 0 && target[i] < classes, "Expected targets in 0..", classes - 1,
+                      " or ignore_index=", ignore_index, ", got ", target[i]);
     ++labelled;
   }
   const int64_t distilled = target == nullptr || distill_ignored ? rows : labelled;
@@ -41,7 +49,7 @@ double rows_loss(const at::Tensor& student, const at::Tensor& teacher, const int
   const int64_t pitch = (classes + 15) / 16 * 16;
   std::vector<double> losses(rows);
   at::parallel_for(0, rows, std::max<int64_t>(4096 / classes, 1), [&](int64_t begin, int64_t end) {
-    std::unique_ptr<T[]> scratch(new T[3 * pitch]);
+    std::unique_ptr<double[]> scratch(new double[3 * pitch]);
     for (int64_t i = begin; i < end; ++i) {
       KDLossRow<T> row = common;
       row.student = s + i * classes;
@@ -54,9 +62,7 @@ double rows_loss(const at::Tensor& student, const at::Tensor& teacher, const int
       losses[i] = type_kernels<T>().kd_loss_row(row);
     }
   });
-  // In order, so that the sum is the same on any number of threads.
-  double loss = 0;
-  for (const double value : losses) loss += value;
+  double loss = sum_by_halves(losses.data(), rows);
   // As torch: the mean over no rows is NaN. Unlabelled rows that are distilled make the loss well defined.
   const bool no_labels = target != nullptr && labelled == 0;
   if (rows == 0 || (no_labels && !distill_ignored)) loss = std::numeric_limits<double>::quiet_NaN();
@@ -72,9 +78,11 @@ std::tuple<at::Tensor, at::Tensor> kd_loss_forward_cpu(const at::Tensor& student
   check_dim(student, "student logits", 2);
   TORCH_CHECK_VALUE(teacher.sizes() == student.sizes(), "Expected teacher logits of the student's shape ",
                     student.sizes(), ", got ", teacher.sizes());
+  TORCH_CHECK_VALUE(teacher.device() == student.device(), "Expected teacher logits on ", student.device(), ", got ",
+                    teacher.device());
   TORCH_CHECK_VALUE(student.size(1) >= 1, "Expected at least one class, got shape ", student.sizes());
   TORCH_CHECK_VALUE(temperature > 0 && temperature < std::numeric_limits<double>::infinity(),
-                    "Expected temperature > 0, got ", temperature);
+                    "Expected temperature to be positive and finite, got ", temperature);
   TORCH_CHECK_VALUE(alpha >= 0 && alpha <= 1, "Expected alpha in [0, 1], got ", alpha);
   TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "Expected label_smoothing in [0, 1], got ",
                     label_smoothing);
@@ -100,9 +108,11 @@ std::tuple<at::Tensor, at::Tensor> kd_loss_forward_cpu(const at::Tensor& student
                                                label_smoothing, distill_ignored)
                            : rows_loss<float>(s, t, label_data, grad, temperature, alpha, ignore_index,
                                               label_smoothing, distill_ignored);
-  at::Tensor result = at::empty({}, s.options().dtype(student.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  // The gradient stays as wide as the loss: in float16 it would be lost before a loss scale gets to it.
+  const auto options = s.options().dtype(student.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  at::Tensor result = at::empty({}, options);
   result.fill_(loss);
-  return {result, with_grad ? grad.to(student.scalar_type()) : at::empty({0}, student.options())};
+  return {result, with_grad ? grad.to(options.dtype()) : at::empty({0}, options)};
 }
 
 }  // namespace

@@ -74,7 +74,7 @@ struct KDLossRow {
   const T* student;   // [classes]
   const T* teacher;   // [classes]
   T* grad;            // [classes], or null when no gradient is wanted
-  T* scratch;         // [3, classes rounded up to 16]
+  double* scratch;    // [3, classes rounded up to 16]
   int64_t classes;
   int64_t target;     // class index, or -1 for no cross-entropy term
   bool distill;       // whether the KL term takes this row

@@ -103,7 +103,7 @@ void panels(const Packed<T>& packed, int64_t count, const T* input, T* output, c
     }
   };
   auto multiply = [&](int64_t panel, const T* turned, T* made, int64_t begin, int64_t end) {
-    const Result<T> result{made, width, width, {{1, width}, {1, 1}, {0, 0}}};
+    const Result<T> result{made, width, 1, width, {{1, width}, {1, 1}, {0, 0}}};
     spmm_row_range(rows, tiling, planes, turned, packed.init, result, begin, end);
   };
   auto finish = [&](int64_t panel, const T* made) {

@@ -26,7 +26,7 @@ void check_crow(const int32_t* crow, int64_t entries, int64_t count, const char*
 
 Pattern::Pattern(const at::Tensor& crow_indices, const at::Tensor& col_indices,
                  const std::optional<at::Tensor>& row_indices, int64_t rows, int64_t groups, int64_t vector)
-    : n_vectors(col_indices.size(0)), vector(vector), rows(rows), groups(groups) {
+    : n_vectors(col_indices.size(0)), vector(vector), rows(rows), groups(groups), in_order(!row_indices) {
   TORCH_CHECK_VALUE(vector >= 1, "Expected values of shape [n_vectors, V] with V >= 1, got V = ", vector);
   TORCH_CHECK_VALUE(groups >= 1 && rows >= groups && rows % groups == 0,
                     "Expected a number of output channels divisible by groups, got ", rows, " and groups=", groups);

@@ -30,6 +30,7 @@ struct Pattern {
   int64_t groups;           // of the convolution
   int64_t rows_per_group;
   int64_t packed_per_group;  // row groups in one convolution group
+  bool in_order;             // no permutation
   std::vector<int64_t> row_of;  // [groups * packed_per_group * vector], output row or -1 for padding
 };
 

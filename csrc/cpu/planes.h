@@ -142,39 +142,62 @@ inline Planes input_grad_planes(const Conv2dShape& shape, std::vector<InputGradP
   return planes;
 }
 
-// Copies one channel into one of its planes.
+// An image as it lies in memory: [C, H, W], or [H, W, C] when `last` (channels_last).
 template <class T>
-void fill_plane(const T* source, const Pair& size, const Plane& plane, T* out) {
-  const int64_t pitch = plane.pitch();
-  const int64_t step = plane.step[1], origin = plane.origin[1];
-  const int64_t begin = std::clamp<int64_t>(ceil_div(-origin, step), 0, pitch);
-  const int64_t end = std::clamp<int64_t>(ceil_div(size[1] - origin, step), begin, pitch);
-  for (int64_t y = 0; y < plane.size[0]; ++y, out += pitch) {
-    const int64_t row = y * plane.step[0] + plane.origin[0];
-    if (row < 0 || row >= size[0]) {
-      std::fill(out, out + pitch, T(0));
-      continue;
-    }
-    const T* line = source + row * size[1] + origin;
-    std::fill(out, out + begin, T(0));
-    if (step == 1) {
-      std::copy(line + begin, line + end, out + begin);
-    } else {
-      for (int64_t x = begin; x < end; ++x) out[x] = line[x * step];
-    }
-    std::fill(out + end, out + pitch, T(0));
-  }
-}
+struct Image {
+  const T* data;
+  int64_t channels;
+  Pair size;
+  bool last;
+};
 
-// All planes of channels begin .. end - 1 of one image.
 template <class T>
-void fill_planes(const T* image, const Pair& size, const Planes& planes, int64_t begin, int64_t end, T* out) {
-  for (int64_t channel = begin; channel < end; ++channel) {
-    T* target = out + channel * planes.channel();
-    for (const Plane& plane : planes.phases) {
-      fill_plane(image + channel * size[0] * size[1], size, plane, target);
-      target += plane.elements();
+using Transpose = void (*)(const T* in, int64_t rows, int64_t columns, int64_t in_pitch, T* out, int64_t out_pitch);
+
+// Copies channels begin .. end - 1 of an image into their planes, out + c * planes.channel() + ... for channel c.
+template <class T>
+void fill_planes(const Image<T>& image, const Planes& planes, int64_t begin, int64_t end, Transpose<T> transpose, T* out) {
+  const Pair& size = image.size;
+  const int64_t stride = planes.channel();
+  int64_t first = 0;  // of this phase in its channel
+  for (const Plane& plane : planes.phases) {
+    const int64_t pitch = plane.pitch();
+    const int64_t step = plane.step[1], origin = plane.origin[1];
+    const int64_t left = std::clamp<int64_t>(ceil_div(-origin, step), 0, pitch);
+    const int64_t right = std::clamp<int64_t>(ceil_div(size[1] - origin, step), left, pitch);
+    auto row_of = [&](int64_t y) {
+      const int64_t row = y * plane.step[0] + plane.origin[0];
+      return row >= 0 && row < size[0] ? row : -1;
+    };
+    for (int64_t channel = begin; channel < end; ++channel) {
+      T* line_out = out + channel * stride + first;
+      for (int64_t y = 0; y < plane.size[0]; ++y, line_out += pitch) {
+        const int64_t row = row_of(y);
+        if (row < 0) {
+          std::fill(line_out, line_out + pitch, T(0));
+          continue;
+        }
+        std::fill(line_out, line_out + left, T(0));
+        std::fill(line_out + right, line_out + pitch, T(0));
+        if (image.last) continue;
+        const T* line = image.data + (channel * size[0] + row) * size[1] + origin;
+        if (step == 1) {
+          std::copy(line + left, line + right, line_out + left);
+        } else {
+          for (int64_t x = left; x < right; ++x) line_out[x] = line[x * step];
+        }
+      }
     }
+    if (image.last) {
+      for (int64_t y = 0; y < plane.size[0]; ++y) {
+        const int64_t row = row_of(y);
+        if (row < 0 || left >= right) continue;
+        const T* line = image.data + (row * size[1] + left * step + origin) * image.channels + begin;
+        transpose(line, right - left, end - begin, step * image.channels, out + begin * stride + first + y * pitch + left,
+                  stride);
+      }
+    }
+    first += plane.elements();
   }
 }
 

@@ -24,6 +24,7 @@ struct Rows {
   std::vector<int32_t> offsets;  // [n_vectors]
   const T* values = nullptr;     // [n_vectors, vector]
   const int64_t* row_of = nullptr;  // [groups * packed_per_group * vector] result row, -1 for padding
+  bool in_order = true;             // whether row_of rises by one within a convolution group
   int64_t channels_per_group = 0;   // planes' channels that one convolution group reads
 
   int64_t packed() const { return groups * packed_per_group; }
@@ -95,8 +96,9 @@ Tiling make_tiling(const Rows<T>& rows, const Planes& planes, const Pair& size, 
 template <class T>
 struct Result {
   T* data;              // first element of the image
-  int64_t channel;      // elements between rows (channels)
-  int64_t width;        // elements between lines
+  int64_t channel;      // elements between rows (channels); 1 in channels_last
+  int64_t pixel;        // elements between pixels; 1 unless in channels_last
+  int64_t width;        // pixels in a line
   Target target;
 };
 
@@ -136,16 +138,28 @@ void spmm_rows_of_group(const Rows<T>& rows, const Tiling& tiling, const T* plan
                               (from - y * pitch) * target.step[1],
                           to - from});
     }
-    for (int64_t position = begin * rows.vector; position < end * rows.vector; ++position) {
+    const int64_t first_position = begin * rows.vector, last_position = end * rows.vector;
+    if (result.channel == 1 && rows.in_order) {  // channels side by side
+      int64_t count = last_position - first_position;
+      while (count > 0 && rows.row_of[first_position + count - 1] < 0) --count;  // padding ends a convolution group
+      T* out = result.data + rows.row_of[first_position];
+      for (const Segment& s : segments) {
+        type_kernels<T>().transpose(scratch + s.source, count, s.count, width, out + s.target * result.pixel,
+                                    target.step[1] * result.pixel);
+      }
+      continue;
+    }
+    for (int64_t position = first_position; position < last_position; ++position) {
       const int64_t row = rows.row_of[position];
       if (row < 0) continue;
-      const T* source = scratch + (position - begin * rows.vector) * width;
+      const T* source = scratch + (position - first_position) * width;
       T* out = result.data + row * result.channel;
-      if (target.step[1] == 1) {
-        for (const Segment& s : segments) std::copy(source + s.source, source + s.source + s.count, out + s.target);
-      } else {
-        for (const Segment& s : segments) {
-          for (int64_t x = 0; x < s.count; ++x) out[s.target + x * target.step[1]] = source[s.source + x];
+      const int64_t step = target.step[1] * result.pixel;
+      for (const Segment& s : segments) {
+        if (step == 1) {
+          std::copy(source + s.source, source + s.source + s.count, out + s.target);
+        } else {
+          for (int64_t x = 0; x < s.count; ++x) out[s.target * result.pixel + x * step] = source[s.source + x];
         }
       }
     }

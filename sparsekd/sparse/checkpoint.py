@@ -5,7 +5,8 @@ One file holds the state dict, in which every packed or mostly-zero weight ``nam
     name#nonzeros   the kept values in row-major order, in the weight's dtype
     name#bitmask    uint8 [ceil(numel / 8)], bit 7 - i % 8 of byte i // 8 is set where element i is kept
 
-and, in the metadata, which of them belong to sparse modules and how those were grouped. At 90% sparsity a float32
+and, in the metadata, which of them belong to sparse modules and how those were grouped, and which convolutions are stored
+in channels_last. At 90% sparsity a float32
 weight takes 10% + 1/32 of its dense bytes.
 """
 
@@ -57,8 +58,11 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     packed: dict[str, dict] = {}
     aliases: dict[str, str] = {}
     owner: dict[tuple, str] = {}
+    channels_last: list[str] = []
     for key, tensor in dense_state_dict(model).items():
         prefix, _, last = key.rpartition(".")
+        if _only_channels_last(tensor):
+            channels_last.append(key)
         tensor = tensor.detach().cpu().contiguous()
         module = sparse.get(prefix) if last == "weight" else None
         if module is None and tensor.numel():
@@ -81,7 +85,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
             continue
         tensors[f"{key}#nonzeros"] = tensor[mask.cpu()]
         tensors[f"{key}#bitmask"] = _pack_bits(mask)
-    metadata = {"format": FORMAT, "version": str(VERSION), "packed": json.dumps(packed), "aliases": json.dumps(aliases)}
+    facts = {"packed": packed, "aliases": aliases, "channels_last": channels_last}
+    metadata = {"format": FORMAT, "version": str(VERSION), **{name: json.dumps(fact) for name, fact in facts.items()}}
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"Expected a folder to write {path.name} into, got {path.parent}, which is none")
@@ -98,13 +103,19 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         raise
 
 
+def _only_channels_last(tensor: Tensor) -> bool:
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return last and not tensor.is_contiguous()
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict, dict]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors, and the facts of the metadata."""
     if not path.is_file():
         raise FileNotFoundError(f"Expected a file saved by sparsekd.save, got {path}, which is none")
     try:
@@ -117,7 +128,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict, dict]:
         raise ValueError(f"Expected a file saved by sparsekd.save, got {path} without its mark")
     if int(metadata.get("version", 0)) > VERSION:
         raise ValueError(f"Expected format version {VERSION} or older, got {metadata['version']} in {path}")
-    return tensors, json.loads(metadata["packed"]), json.loads(metadata["aliases"])
+    defaults = {"packed": "{}", "aliases": "{}", "channels_last": "[]"}
+    return tensors, {name: json.loads(metadata.get(name, default)) for name, default in defaults.items()}
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -127,10 +139,10 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     shapes, corrupt data and newer formats are errors, and the model is then unchanged. Nothing is unpickled.
     """
     path = Path(path)
-    tensors, packed, aliases = _read(path)
+    tensors, facts = _read(path)
     state = {key: tensor for key, tensor in tensors.items() if "#" not in key}
     swaps: dict[nn.Module, nn.Module] = {}
-    for key, info in packed.items():
+    for key, info in facts["packed"].items():
         try:
             mask = _unpack_bits(tensors[f"{key}#bitmask"], tuple(info["shape"]))
             nonzeros = tensors[f"{key}#nonzeros"]
@@ -158,8 +170,12 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
             made.weight.copy_(weight)
         mask = mask.to(made.weight.device)
         swaps[old] = from_dense(made, mask, info["vector"], False if rows is None else rows)
-    state.update({key: state[source] for key, source in aliases.items()})
+    state.update({key: state[source] for key, source in facts["aliases"].items()})
     _load_checked(model, state, swaps, path)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key in facts["channels_last"]:
+        if key in parameters:
+            parameters[key].data = parameters[key].data.contiguous(memory_format=torch.channels_last)
     return model
 
 

@@ -34,6 +34,14 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
+def _call(op, *arguments):
+    """Runs an op. Without gradients it goes past its autograd formula, which is in Python and costs 10 us even then."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
 def _check_device(input: Tensor) -> None:
     if input.device.type not in ("cpu", "meta"):
         raise NotImplementedError(f"Expected input on cpu, got {input.device}: no kernel is built for this device")
@@ -112,7 +120,8 @@ def conv2d(
         padding = (sides[0][0], sides[1][0])
     input, values, bias = _autocast(input, values, bias)
     batched = input.dim() == 4
-    output = _ops.conv2d(
+    output = _call(
+        _ops.conv2d.default,
         input if batched else input.unsqueeze(0),
         values,
         crow_indices,
@@ -175,7 +184,8 @@ def linear(
     input, values, bias = _autocast(input, values, bias)
     flat = input.dim() == 2  # a reshape of nothing takes as long as a small layer
     rows = input if flat else input.reshape(input.shape[:-1].numel(), input.shape[-1])
-    output = _ops.linear(rows, values, crow_indices, col_indices, row_indices, transpose, bias, out_features)
+    op = _ops.linear.default
+    output = _call(op, rows, values, crow_indices, col_indices, row_indices, transpose, bias, out_features)
     return output if flat else output.reshape(*input.shape[:-1], out_features)
 
 
@@ -192,9 +202,9 @@ def kd_loss(
 ) -> Tensor:
     """``(1 - alpha) * CE + alpha * T^2 * KL(teacher || student)`` from raw logits, in one pass over both.
 
-    The gradient is made in the forward. Sums run in double. CE averages over the rows that are not ignored, KL sums over
-    classes and averages over its rows: those not ignored, or all with ``distill_ignored``. With no such row the loss
-    is NaN, as torch's cross entropy; with ``distill_ignored`` and no label CE counts as 0.
+    The gradient is made in the forward. All is computed in double and rounded once. CE averages over the rows that are
+    not ignored, KL sums over classes and averages over its rows: those not ignored, or all with ``distill_ignored``.
+    With no such row the loss is NaN, as torch's cross entropy; with ``distill_ignored`` and no label CE counts as 0.
 
     Args:
         student: logits ``[N, C]`` or ``[N, C, d1, ...]`` (classes in dimension 1) or ``[C]``, any floating dtype.
@@ -296,9 +306,12 @@ def _transpose_pattern_fake(crow, col, rows, vector, out_channels, in_channels, 
 def _kd_loss_forward_fake(
     student, teacher, target, temperature, alpha, ignore_index, label_smoothing, distill_ignored, with_grad
 ):
+    # Here too, since one tensor on meta brings the whole call here.
+    for name, tensor in (("teacher logits", teacher), ("target", target)):
+        if tensor is not None and tensor.device != student.device:
+            raise ValueError(f"Expected {name} on {student.device}, got {tensor.device}")
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    grad = torch.empty_like(student, memory_format=torch.contiguous_format) if with_grad else student.new_empty((0,))
-    return student.new_empty((), dtype=dtype), grad
+    return student.new_empty((), dtype=dtype), student.new_empty(student.shape if with_grad else (0,), dtype=dtype)
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
