@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 from pathlib import Path
 
@@ -18,10 +19,12 @@ def model_of(name: str, num_classes: int):
 
     package, _, factory = name.rpartition(":")
     if package == "timm":
-        timm = importlib.import_module("timm")
-        return timm.create_model(factory, pretrained=False, num_classes=num_classes)
+        return _imported("timm").create_model(factory, pretrained=False, num_classes=num_classes)
     if package:
-        model = getattr(importlib.import_module(package), factory)()
+        make = getattr(_imported(package), factory, None)
+        if not callable(make):
+            raise ValueError(f"Expected a function {factory} in {package} that makes the model, got none")
+        model = make()
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected {name} to make a torch.nn.Module, got {type(model).__name__}")
         return model
@@ -40,6 +43,16 @@ def model_of(name: str, num_classes: int):
             f"Expected a model out of {', '.join(ours)}, torchvision's, timm:NAME or package.module:factory, got {name!r}"
         )
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+
+
+def _imported(package: str):
+    # As `python -m` does: a file in the folder where one stands can be named.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"Expected the package {package} to be importable, got: {error}") from error
 
 
 def _data(args):
@@ -64,9 +77,13 @@ def _fit(args, model, teacher, train, test, sparsity: float | None = None) -> No
     import torch
 
     from .distillation import Distiller, KDLoss, evaluate
+    from .distillation.training_state import put_aside
     from .pruning import CubicSL, Pruner
     from .sparse.checkpoint import save
 
+    for name, value in (("lr", args.lr), ("momentum", args.momentum)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"Expected --{name} of at least 0 and finite, got {value}")
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)
     pruner = None
     if sparsity is not None:
@@ -83,9 +100,9 @@ def _fit(args, model, teacher, train, test, sparsity: float | None = None) -> No
         settings["loss"] = KDLoss(args.temperature, args.alpha)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = out.with_suffix(".checkpoint")
-    if checkpoint.exists() and not args.resume:
-        checkpoint.unlink()
+    checkpoint = out.with_name(f"{out.name}.checkpoint")
+    if not args.resume:
+        put_aside(checkpoint)
     Distiller(model, teacher, **settings).fit(
         train, args.epochs, optimizer, pruner=pruner, val_loader=test, checkpoint=checkpoint, progress=True
     )
@@ -114,10 +131,22 @@ def prune(args) -> None:
     _fit(args, model, teacher, training, test, sparsity=args.sparsity)
 
 
-def _example(args):
+def _example(args, model):
+    """Random images that the model has taken once."""
     import torch
 
-    return torch.randn(args.batch, 3, args.size, args.size)
+    from .sparse.dispatch import evaluating
+
+    for name in ("batch", "size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"Expected --{name} of at least 1, got {getattr(args, name)}")
+    images = torch.randn(args.batch, 3, args.size, args.size)
+    try:
+        with evaluating(model):
+            model(images)
+    except RuntimeError as error:
+        raise ValueError(f"Expected a model that takes images {list(images.shape)} (--size), got: {error}") from error
+    return images
 
 
 def convert(args) -> None:
@@ -126,9 +155,11 @@ def convert(args) -> None:
     from .sparse.checkpoint import save
     from .sparse.convert import convert as convert_model
 
+    model = _model(args, args.model, args.weights, args.num_classes).eval()
     with threads(args.threads):
-        converted = convert_model(_model(args, args.model, args.weights, args.num_classes).eval(), _example(args))
-        _show(report(converted, _example(args)), args)
+        images = _example(args, model)
+        converted = convert_model(model, images)
+        _show(report(converted, images), args)
     if args.out:
         save(converted, args.out)
 
@@ -142,6 +173,8 @@ def bench(args) -> None:
 
     if not 0 <= args.sparsity < 1:
         raise ValueError(f"Expected sparsity in [0, 1), got {args.sparsity}")
+    if args.vector < 1:
+        raise ValueError(f"Expected --vector of at least 1, got {args.vector}")
     model = _model(args, args.model, None, args.num_classes).eval()
     layers = [m for m in model.modules() if type(m) in (torch.nn.Conv2d, torch.nn.Linear)]
     with torch.no_grad():
@@ -149,7 +182,8 @@ def bench(args) -> None:
             layer.weight.mul_(random_mask(layer.weight, args.sparsity, args.vector, getattr(layer, "groups", 1)))
     print(f"random weights at random places, every layer but the first at sparsity {args.sparsity}")
     with threads(args.threads):
-        _show(report(convert_model(model, _example(args)), _example(args)), args)
+        images = _example(args, model)
+        _show(report(convert_model(model, images), images), args)
 
 
 def _show(made, args) -> None:
@@ -253,11 +287,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.function(args)
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        resumable = "; the same command with --resume goes on" if hasattr(args, "resume") else ""
+        print(f"interrupted{resumable}", file=sys.stderr)
         return 130
     except Exception as error:
         if args.debug:
             raise
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            error = f"Expected to read or write {error.filename}, got: {error.strerror}"
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         print(f"sparsekd: {said}", file=sys.stderr)
         return 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import statistics
 import time
 from argparse import Namespace
@@ -22,6 +21,7 @@ from torch import nn
 
 from . import data, demo_report, reference_models
 from .distillation import Distiller, KDLoss, evaluate
+from .distillation.training_state import put_aside
 from .measure.report import NetworkReport, write_text
 from .measure.timing import threads
 from .pruning import Pruner
@@ -47,11 +47,13 @@ class Settings:
     temperature: float = 4.0
     alpha: float = 0.5
     labels_fraction: float = 1.0  # of the training images whose labels the student sees; the teacher sees all
+    # Where the time goes is in the convolutions, and under a global budget the linear layers pay for them.
+    budget: str = "uniform"
 
 
 SETTINGS = {
     "digits": Settings(teacher_epochs=10, epochs=10, retrain_epochs=10),
-    "shapes": Settings(teacher_epochs=6, epochs=6, retrain_epochs=4, labels_fraction=0.05, alpha=0.9),
+    "shapes": Settings(teacher_epochs=10, epochs=6, retrain_epochs=4, labels_fraction=0.25, alpha=0.9),
     "cifar10": Settings(teacher_epochs=10, epochs=10, retrain_epochs=10),
 }
 
@@ -81,8 +83,8 @@ class Demo:
         written = self.stages / "settings.json"
         if resume and written.exists() and json.loads(written.read_text()) != signature:
             raise ValueError(f"Expected the settings of the run in {self.folder} to resume it, got others; leave --resume out")
-        if not resume and self.stages.exists():
-            shutil.rmtree(self.stages)
+        if not resume:
+            put_aside(self.stages)
         self.stages.mkdir(parents=True, exist_ok=True)
         write_text(written, json.dumps(signature))
 
@@ -93,7 +95,8 @@ class Demo:
         weights, record = self.stages / f"{name}.safetensors", self.stages / f"{name}.json"
         if record.exists():
             return load(model, weights), json.loads(record.read_text())
-        self.console.print(f"[bold]{said}[/bold]")
+        done = sum(1 for other in self.stages.glob("*.json")) - 1  # one is of the settings
+        self.console.print(f"[bold]{done + 1} of {1 + 5 * len(self.seeds)}: {said}[/bold]")
         checkpoint = self.stages / f"{name}.checkpoint"
         began = time.perf_counter()
         result = work(model, checkpoint)
@@ -164,7 +167,8 @@ class Demo:
     def gather_and_prune(self, model: nn.Module, importance: str, sparsity: float, train, teacher=None, optimizer=None) -> Pruner:
         """Mean importance over up to 64 batches of the untouched model, then the cut; nothing is trained here."""
         batches = min(len(train), 64)
-        pruner = Pruner(model, sparsity, importance, optimizer=optimizer, importance_steps=batches)
+        budget = self.settings.budget
+        pruner = Pruner(model, sparsity, importance, budget=budget, optimizer=optimizer, importance_steps=batches)
         loss = self.loss()
         for index, (x, y) in enumerate(train):
             if index == batches:

@@ -304,11 +304,20 @@ def test_progress_shows_loss_accuracy_and_time(monkeypatch):
             return super().__exit__(*error)
 
     monkeypatch.setattr(rich.progress, "Progress", Kept)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     student = network()
     history = Distiller(student, None).fit(batches(), 2, sgd(student), val_loader=batches(1), progress=True)
     task, columns = kept
     assert (task.completed, task.total) == (8, 8) and "TimeRemainingColumn" in columns
     assert task.description == f"loss {history[-1].loss:.4f}, accuracy {history[-1].val_accuracy:.4f}"
+
+
+def test_progress_is_a_line_per_epoch_in_a_log(capsys):
+    student = network()
+    history = Distiller(student, None).fit(batches(), 2, sgd(student), val_loader=batches(1), progress=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1] == f"  epoch 2/2: loss {history[1].loss:.4f}, accuracy {history[1].val_accuracy:.4f}, 0 s left"
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

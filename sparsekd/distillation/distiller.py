@@ -181,8 +181,8 @@ class Distiller:
             checkpoint: a file. Where it exists the training goes on from it, bit for bit as if it had never stopped;
                 it is replaced in one move after each epoch. On KeyboardInterrupt, which is raised on, it holds the
                 last finished epoch. Random numbers of torch, and of the loader's ``generator``, are in it.
-            progress: a bar with loss, accuracy and the time left. True shows it, False is quiet, None shows it where
-                the standard output is a terminal.
+            progress: a bar with loss, accuracy and the time left. True shows it, and writes a line per epoch where the
+                standard output is no terminal; False is quiet; None shows it on a terminal only.
             on_epoch: called with each new record, after the checkpoint is written.
 
         Returns:
@@ -289,10 +289,37 @@ class Distiller:
 
 @contextmanager
 def _bar(loader: Iterable, done: int, epochs: int, progress: bool | None) -> Iterator[Callable]:
-    """A function (loss, accuracy, batches done) that moves a bar on, or does nothing."""
-    if not (sys.stdout.isatty() if progress is None else progress):
+    """A function (loss, accuracy, batches done) that moves a bar on, writes a line per epoch, or does nothing."""
+    terminal = sys.stdout.isatty()
+    if not (terminal if progress is None else progress):
         yield lambda loss, accuracy, advance: None
-        return
+    elif terminal:
+        with _moving_bar(loader, done, epochs) as show:
+            yield show
+    else:
+        yield _lines(done, epochs)
+
+
+def _said(loss: float, accuracy: float | None) -> str:
+    return f"loss {loss:.4f}" + ("" if accuracy is None else f", accuracy {accuracy:.4f}")
+
+
+def _lines(done: int, epochs: int) -> Callable:
+    """For logs, which a bar would fill with its copies."""
+    began, finished = time.perf_counter(), done
+
+    def show(loss: float, accuracy: float | None, advance: int) -> None:
+        nonlocal finished
+        if advance == 0:  # the end of an epoch
+            finished += 1
+            left = (time.perf_counter() - began) / (finished - done) * (epochs - finished)
+            print(f"  epoch {finished}/{epochs}: {_said(loss, accuracy)}, {left:.0f} s left", flush=True)
+
+    return show
+
+
+@contextmanager
+def _moving_bar(loader: Iterable, done: int, epochs: int) -> Iterator[Callable]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     batches = len(loader) if hasattr(loader, "__len__") else None
@@ -301,9 +328,4 @@ def _bar(loader: Iterable, done: int, epochs: int, progress: bool | None) -> Ite
         task = bar.add_task(
             "", total=None if batches is None else epochs * batches, completed=0 if batches is None else done * batches
         )
-
-        def show(loss: float, accuracy: float | None, advance: int) -> None:
-            said = f"loss {loss:.4f}" + ("" if accuracy is None else f", accuracy {accuracy:.4f}")
-            bar.update(task, advance=advance, description=said)
-
-        yield show
+        yield lambda loss, accuracy, advance: bar.update(task, advance=advance, description=_said(loss, accuracy))

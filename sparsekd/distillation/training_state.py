@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -243,6 +244,16 @@ class Checkpoint:
         buffer = io.BytesIO()
         torch.save(self.state.take(history), buffer)
         return buffer.getvalue()
+
+
+def put_aside(path: Path) -> None:
+    """Renames what an earlier run left, so that a new one can begin and nothing is lost; the newest is kept."""
+    if path.exists():
+        aside = path.with_name(f"{path.name}.old")
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        path.replace(aside)
+        print(f"an earlier run's {path.name} was there (--resume goes on with it); it is kept as {aside}")
 
 
 def _unpacked(content: bytes) -> object:

@@ -1,0 +1,289 @@
+"""The command line: what each command leaves behind, and one sentence for everything that is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sparsekd import SparseConv2d, SparseLinear, data, evaluate, load
+from sparsekd.cli import main, model_of
+from sparsekd.distillation import Distiller
+from sparsekd.reference_models import ReferenceNet, reference_student
+from sparsekd.sparse.checkpoint import save
+
+
+def tiny():
+    """For --model test_cli:tiny."""
+    return ReferenceNet(8, 32)
+
+
+def no_module():
+    return "a string"
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch, tmp_path):
+    """A quarter of the digits, and a folder of our own to stand in."""
+    whole = data.load("digits")
+    part = {"train_images": whole.train_images[::4], "train_labels": whole.train_labels[::4]}
+    small = data.Data(**{**vars(whole), **part})
+    real = data.load
+    monkeypatch.setattr(data, "load", lambda name, **rest: small if name == "digits" else real(name, **rest))
+    monkeypatch.chdir(tmp_path)
+    return small
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+TINY = ("--model", "test_cli:tiny")
+
+
+TRAINED = ("train", *TINY, "--epochs", 4, "--lr", 0.05)
+
+
+@pytest.fixture
+def trained(few_images):
+    assert run(*TRAINED, "--out", "alone.safetensors") == 0
+    return Path("alone.safetensors")
+
+
+# --- the recipes -----------------------------------------------------------------------------------------------------
+
+
+def test_train_says_the_accuracy_of_what_it_saved(few_images, capsys):
+    assert run(*TRAINED, "--out", "alone.safetensors") == 0
+    said, size = capsys.readouterr().out, Path("alone.safetensors").stat().st_size
+    accuracy = evaluate(load(tiny(), "alone.safetensors"), data.loaders(few_images)[1])
+    assert f"accuracy {accuracy:.4f} on digits, alone.safetensors of {size} bytes" in said
+    assert "epoch 4/4: loss" in said and accuracy > 0.2  # a tenth by chance
+    assert [file.name for file in Path().iterdir()] == ["alone.safetensors"]
+
+
+def test_training_is_the_same_each_time(trained):
+    assert run(*TRAINED, "--out", "again/second.safetensors") == 0  # the folder is made
+    one, other = load(tiny(), trained).state_dict(), load(tiny(), "again/second.safetensors").state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert run(*TRAINED, "--seed", 1, "--out", "other.safetensors") == 0
+    assert not torch.equal(load(tiny(), "other.safetensors").fc1.weight, one["fc1.weight"])
+
+
+def test_distill_listens_to_the_teacher(trained):
+    words = ("distill", *TINY, "--teacher", trained, "--teacher-model", "test_cli:tiny", "--epochs", 1)
+    assert run(*words, "--alpha", 0.9, "--out", "distilled.safetensors") == 0
+    assert run(*words, "--alpha", 0, "--out", "deaf.safetensors") == 0
+    one, other = load(tiny(), "distilled.safetensors"), load(tiny(), "deaf.safetensors")
+    assert not torch.equal(one.fc2.weight, other.fc2.weight)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--importance", "magnitude", "--budget", "uniform"),
+        ("--importance", "random", "--gradual"),
+        ("--teacher", "alone.safetensors", "--teacher-model", "test_cli:tiny"),
+        ("--penalty", "l1", "--penalty-weight", 1e-3),
+    ],
+    ids=["gradient", "magnitude, uniform", "random, gradual", "taught", "penalised"],
+)
+def test_prune(trained, options):
+    words = ("prune", *TINY, "--weights", trained, "--sparsity", 0.8, "--epochs", 6, "--out", "pruned.safetensors")
+    assert run(*words, *options) == 0
+    model = load(tiny(), "pruned.safetensors")
+    weights = [model.conv2.weight, model.fc1.weight]  # the first convolution and the last linear layer stay dense
+    count = sum(weight.numel() for weight in weights)
+    assert sum(int((weight == 0).sum()) for weight in weights) == round(0.8 * count)
+    assert model.conv1.weight.all() and model.fc2.weight.all()
+    if "uniform" in options:
+        assert [int((w == 0).sum()) for w in weights] == [round(0.8 * w.numel()) for w in weights]
+
+
+def test_convert_reports_and_saves(trained, capsys):
+    run("prune", *TINY, "--weights", trained, "--epochs", 1, "--out", "pruned.safetensors")
+    words = ("convert", *TINY, "--weights", "pruned.safetensors", "--json", "report.json", "--html", "report.html")
+    capsys.readouterr()
+    threads = torch.get_num_threads()
+    assert run(*words, "--out", "swapped.safetensors") == 0
+    assert torch.get_num_threads() == threads
+    said, found = capsys.readouterr().out, json.loads(Path("report.json").read_text())
+    assert [layer["name"] for layer in found["layers"]] == ["conv1", "conv2", "fc1", "fc2"]
+    assert "conv2" in said and found["machine"]["threads"] == "1" and found["network"][0]["dense_ms"] > 0
+    assert "<table>" in Path("report.html").read_text()
+    model, plain = load(tiny(), "swapped.safetensors"), load(tiny(), "pruned.safetensors")
+    kinds = {layer["name"]: layer["kernel"] for layer in found["layers"]}
+    for name, kernel in kinds.items():
+        assert isinstance(getattr(model, name), (SparseConv2d, SparseLinear)) == (kernel == "sparse")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(model.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_bench(capsys):
+    assert run("bench", *TINY, "--size", 32, "--sparsity", 0.9, "--vector", 4, "--json", "bench.json") == 0
+    assert "random weights" in capsys.readouterr().out
+    sparsities = {layer["name"]: layer["sparsity"] for layer in json.loads(Path("bench.json").read_text())["layers"]}
+    assert sparsities["conv1"] == 0 and sparsities["fc1"] == pytest.approx(0.9, abs=1e-3)
+
+
+def test_doctor(capsys):
+    assert run("doctor") == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def test_as_a_program():
+    made = subprocess.run([sys.executable, "-m", "sparsekd.cli", "--help"], capture_output=True, text=True)
+    assert made.returncode == 0
+    assert all(name in made.stdout for name in ("demo", "train", "distill", "prune", "convert", "bench", "doctor"))
+
+
+# --- models by name --------------------------------------------------------------------------------------------------
+
+
+def test_models_by_name():
+    assert model_of("reference_student", 7).fc2.out_features == 7
+    assert model_of("cifar_resnet20x4", 10).conv1.out_channels == 64
+    assert model_of("resnet18", 5).fc.out_features == 5
+    assert isinstance(model_of("test_cli:tiny", 10), ReferenceNet)
+
+
+def test_a_file_in_the_folder_where_one_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    (tmp_path / "mine_of_test_cli.py").write_text("from torch import nn\ndef make(): return nn.Linear(2, 3)\n")
+    assert isinstance(model_of("mine_of_test_cli:make", 10), nn.Linear)
+
+
+# --- interrupted and resumed -----------------------------------------------------------------------------------------
+
+
+class InterruptAt:
+    """Ctrl-C at the n-th step of a training."""
+
+    def __init__(self, monkeypatch, step):
+        self.left, self.original = step, Distiller._objective
+        monkeypatch.setattr(Distiller, "_objective", lambda *args: self(*args))
+
+    def __call__(self, *args):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return self.original(*args)
+
+
+@pytest.mark.parametrize("step", [2, 9])  # within the first epoch, and within the second
+def test_interrupted_and_resumed(trained, monkeypatch, capsys, step):
+    words = ("prune", *TINY, "--weights", trained, "--epochs", 2, "--out")
+    assert run(*words, "whole.safetensors") == 0
+    with monkeypatch.context() as context:
+        InterruptAt(context, step)
+        assert run(*words, "cut.safetensors") == 130
+    assert "--resume" in capsys.readouterr().err
+    assert Path("cut.safetensors.checkpoint").is_file() and not Path("cut.safetensors").exists()
+    assert run(*words, "cut.safetensors", "--resume") == 0
+    one, other = load(tiny(), "cut.safetensors").state_dict(), load(tiny(), "whole.safetensors").state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not Path("cut.safetensors.checkpoint").exists()
+
+
+def test_an_unfinished_run_is_kept_when_a_new_one_begins(monkeypatch, capsys):
+    words = ("train", *TINY, "--epochs", 2, "--out", "model.safetensors")
+    with monkeypatch.context() as context:
+        InterruptAt(context, 8)
+        assert run(*words) == 130
+    left = Path("model.safetensors.checkpoint").read_bytes()
+    assert run(*words) == 0
+    assert "is kept as model.safetensors.checkpoint.old" in capsys.readouterr().out
+    assert Path("model.safetensors.checkpoint.old").read_bytes() == left
+
+
+def test_an_interrupt_where_nothing_can_be_resumed(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsekd.measure.doctor.print_report", interrupt)
+    assert run("doctor") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+PRUNE = ("prune", *TINY, "--weights", "weights.safetensors", "--out", "out.safetensors")
+TRAIN = ("train", *TINY, "--out", "out.safetensors")
+ERRORS = {
+    "sparsity of 1.5": ((*PRUNE, "--sparsity", 1.5), "Expected sparsity in [0, 1), got 1.5"),
+    "sparsity of -0.1": ((*PRUNE, "--sparsity", -0.1), "Expected sparsity in [0, 1), got -0.1"),
+    "sparsity of nan": ((*PRUNE, "--sparsity", "nan"), "Expected sparsity in [0, 1), got nan"),
+    "unknown importance": (
+        (*PRUNE, "--importance", "taylor"),
+        "Expected importance to be one of 'gradient', 'magnitude', 'random' or a callable, got 'taylor'",
+    ),
+    "alpha": (("distill", *TINY, "--teacher", "weights.safetensors", "--teacher-model", "test_cli:tiny", "--alpha", 2,
+               "--out", "out.safetensors"), "Expected alpha in [0, 1], got 2"),
+    "temperature": (("distill", *TINY, "--teacher", "weights.safetensors", "--teacher-model", "test_cli:tiny",
+                     "--temperature", 0, "--out", "out.safetensors"), "Expected temperature to be positive"),
+    "no epochs": ((*TRAIN, "--epochs", 0), "Expected epochs to be an int of at least 1, got 0"),
+    "no batch": ((*TRAIN, "--batch-size", 0), "Expected a batch size of at least 1, got 0"),
+    "learning rate": ((*TRAIN, "--lr", -1), "Expected --lr of at least 0 and finite, got -1"),
+    "a loss that runs away": ((*TRAIN, "--lr", 1e30), "Expected a finite loss, got"),
+    "missing data folder": ((*TRAIN, "--data", "cifar10", "--root", "nowhere"), "Expected CIFAR-10's folder"),
+    "no data folder": ((*TRAIN, "--data", "cifar10"), "Expected a root folder for cifar10, got none"),
+    "unknown model": (("train", "--model", "resnet1001", "--out", "out.safetensors"), "Expected a model out of"),
+    "unknown package": (("train", "--model", "no.such:thing", "--out", "x"), "Expected the package no.such to be"),
+    "unknown factory": (("train", "--model", "test_cli:huge", "--out", "x"), "Expected a function huge in test_cli"),
+    "no module": (("train", "--model", "test_cli:no_module", "--out", "x"), "Expected test_cli:no_module to make a"),
+    "missing weights": (("convert", *TINY, "--weights", "none.safetensors"), "Expected a file saved by sparsekd.save"),
+    "corrupt weights": (("convert", *TINY, "--weights", "corrupt.safetensors"), "Expected a whole file saved by"),
+    "torn weights": (("convert", *TINY, "--weights", "torn.safetensors"), "Expected a whole file saved by"),
+    "weights of another model": (("convert", "--weights", "weights.safetensors"), "Expected conv1.weight of shape"),
+    "corrupt checkpoint": ((*TRAIN, "--resume"), "Expected a checkpoint of this training of ReferenceNet in"),
+    "sparsity of 1": (("bench", *TINY, "--sparsity", 1), "Expected sparsity in [0, 1), got 1"),
+    "no threads": (("bench", *TINY, "--size", 32, "--threads", 0), "Expected a number of threads of at least 1, got 0"),
+    "no images": (("bench", *TINY, "--size", 32, "--batch", 0), "Expected --batch of at least 1, got 0"),
+    "no size": (("bench", *TINY, "--size", -3), "Expected --size of at least 1, got -3"),
+    "a size that does not fit": (("bench", *TINY, "--size", 64), "Expected a model that takes images [1, 3, 64, 64]"),
+    "no vector": (("bench", *TINY, "--size", 32, "--vector", 0), "Expected --vector of at least 1, got 0"),
+    "no seeds": (("demo", "--seeds", 0), "Expected at least 1 seed, got 0"),
+    "demo sparsity": (("demo", "--sparsity", 1.5), "Expected sparsity in (0, 1), got 1.5"),
+    "demo without epochs": (("demo", "--epochs", 0), "Expected at least 1 epoch, got 0"),
+    "a file for a folder": (("demo", "--out", "weights.safetensors"), "Expected to read or write weights.safetensors/stages"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_one_sentence_and_no_harm(name, tmp_path, capsys):
+    torch.manual_seed(0)
+    save(tiny(), "weights.safetensors")
+    content = Path("weights.safetensors").read_bytes()
+    Path("corrupt.safetensors").write_bytes(b"not a model at all")
+    Path("torn.safetensors").write_bytes(content[: len(content) // 2])
+    Path("out.safetensors").write_bytes(b"of an earlier run")
+    if name == "corrupt checkpoint":
+        Path("out.safetensors.checkpoint").write_bytes(b"torn")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    words, message = ERRORS[name]
+    assert run(*words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"sparsekd: {message}") and said.count("\n") == 1, said
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="Expected the package no to be importable"):
+        run("convert", "--debug", "--weights", "none.safetensors", "--model", "no:thing")
+
+
+def test_a_bad_word_is_argparses():
+    with pytest.raises(SystemExit) as ended:
+        run("prune", "--sparsity", "much")
+    assert ended.value.code == 2
+
+
+def test_weights_that_need_more_classes(capsys):
+    save(reference_student(12), "twelve.safetensors")
+    assert run("convert", "--weights", "twelve.safetensors") == 1
+    assert "fc2" in capsys.readouterr().err
+    assert run("convert", "--weights", "twelve.safetensors", "--num-classes", 12) == 0
