@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from .distillation import Distiller, KDLoss
+from .distillation import Distiller
 from .pruning import CubicSL, Pruner
 from .sparse.convert import convert
 
@@ -31,8 +31,9 @@ def compress(
     checkpoint: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> nn.Module:
-    """Distils ``teacher`` into ``student`` for ``epochs``; the sparsity rises on a cubic schedule over the second quarter
-    and the third of them, the last quarter retrains at the final masks. Then pruned layers are swapped where faster.
+    """Distils ``teacher`` into ``student`` for ``epochs``; the sparsity rises on a cubic schedule over the second
+    quarter and the third of them, the last quarter retrains at the final masks. Then pruned layers are swapped where
+    faster.
 
     Args:
         student: trained in place; keeps its dense shape, with zeros where pruned.
@@ -48,24 +49,41 @@ def compress(
         A converted copy of the student.
 
     Raises:
-        ValueError: fewer than 4 epochs, an empty loader, or what the parts raise.
+        ValueError: fewer than 4 epochs, an empty loader, one that gives fewer batches than its length says, or what the
+            parts raise. TypeError: a loader without a length, or what the parts raise.
     """
-    if epochs < 4:
-        raise ValueError(f"Expected at least 4 epochs (distil, prune over two quarters, retrain), got {epochs}")
-    if not hasattr(train_loader, "__len__"):
-        raise TypeError(f"Expected a train_loader with a length, got {type(train_loader).__name__}")
-    steps = len(train_loader) * epochs
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 4:
+        raise ValueError(f"Expected at least 4 epochs (distil, prune over two quarters, retrain), got {epochs!r}")
+    try:
+        batches = len(train_loader)
+    except TypeError:  # a DataLoader of an IterableDataset has __len__, which raises
+        raise TypeError(f"Expected a train_loader with a length, got {type(train_loader).__name__}") from None
+    steps = batches * epochs
     if steps == 0:
         raise ValueError("Expected a train_loader with at least one batch, got none")
+    distiller = Distiller(student, teacher, **({} if teacher is None or loss is None else {"loss": loss}))
+    parameters = list(student.parameters())
+    if not parameters:
+        raise ValueError(f"Expected a student with parameters to train, got a {type(student).__name__} without")
     if optimizer is None:
-        optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
+        optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
     schedule = CubicSL(start=steps // 4, end=3 * steps // 4, update_frequency=max(steps // 40, 1))
     pruner = Pruner(student, sparsity, importance, pattern, budget, schedule, optimizer, ignored_layers)
-    distiller = Distiller(student, teacher, **({} if teacher is None else {"loss": loss or KDLoss()}))
-    distiller.fit(
-        train_loader, epochs, optimizer, pruner=pruner, val_loader=val_loader, checkpoint=checkpoint, progress=progress
-    )
-    pruner.squash_mask()
+    try:
+        distiller.fit(
+            train_loader,
+            epochs,
+            optimizer,
+            pruner=pruner,
+            val_loader=val_loader,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        if not pruner.finished:
+            raise ValueError(f"Expected a train_loader that gives its {batches} batches in each epoch, got fewer")
+    finally:
+        # Also after an error or an interrupt: its hook on the optimizer would hold these masks through the next run.
+        pruner.squash_mask()
     if example_inputs is None:
-        example_inputs = next(iter(train_loader))[0]
+        example_inputs = next(iter(train_loader))[0].to(parameters[0].device)
     return convert(student, example_inputs)

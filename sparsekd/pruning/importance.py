@@ -105,8 +105,8 @@ class GradientGatherer:
         frozen = [name for name, weight in weights.items() if not weight.requires_grad]
         if frozen:
             raise RuntimeError(
-                f"Expected gradients of each weight to be pruned, got requires_grad=False for {', '.join(frozen)}: name "
-                "these in ignored_layers or take another importance"
+                f"Expected gradients of each weight to be pruned, got requires_grad=False for {', '.join(frozen)}: "
+                "name these in ignored_layers or take another importance"
             )
         self.weights = dict(weights)
         self.pending: dict[str, Tensor] = {}  # |gradient| of the batch under way
@@ -217,6 +217,9 @@ class GradientGatherer:
                 check_like(f"the gathered {part} of {name}", value, self.weights[name], FLOATS)
         for name, count in {"batches": state["batches"], "skipped": state["skipped"], **state["seen"]}.items():
             check_count(f"gathered {name}", count)
+        for name, count in state["seen"].items():
+            if count > state["batches"] or (count > 0) != (name in state["sums"]):
+                raise ValueError(f"Expected gathered sums that fit the batches seen, got others for {name}")
 
     def load_state_dict(self, state: Mapping) -> None:
         for part in ("sums", "pending"):

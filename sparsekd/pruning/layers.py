@@ -44,7 +44,7 @@ def find_prunable(model: nn.Module, ignored_layers: Ignored) -> dict[str, nn.Mod
         if name in ignored:
             continue
         parameter = f"{name}.weight" if name else "weight"
-        if "weight_orig" in module._parameters:
+        if "weight_orig" in module._parameters and "weight_mask" in module._buffers:
             raise ValueError(f"Expected a plain {parameter}, got nn.utils.prune's: call prune.remove() first")
         if parametrize.is_parametrized(module, "weight"):
             raise ValueError(f"Expected a plain {parameter}, got a parametrised one: remove_parametrizations() first")
@@ -88,6 +88,16 @@ def _ignored(model: nn.Module, layers: Mapping[str, nn.Module], ignored_layers: 
             raise ValueError(f"Expected ignored_layers to be in the model, got {said}")
         inside.update(id(part) for module in chosen for part in module.modules())
     return {name for name, module in layers.items() if id(module) in inside}
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module of a dotted name, None where there is none."""
+    for part in path.split(".") if path else ():
+        found = model._modules.get(part)
+        if found is None:
+            return None
+        model = found
+    return model
 
 
 def check_keys(what: str, got: object, expected: Iterable[str]) -> None:

@@ -7,18 +7,25 @@ left there would move the weight again, weight decay would have something to dec
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .budget import Budget, check_sparsity
 from .importance import GradientGatherer, Importance, find_importance, score
-from .layers import Ignored, check_count, check_keys, check_like, find_prunable, unwrap
+from .layers import Ignored, check_count, check_keys, check_like, find_prunable, module_at, unwrap
+from .optimizers import begin_anew, entries_of, parameters_of
 from .patterns import find_pattern
 from .schedule import SparsitySchedule
+
+_PRUNERS: weakref.WeakSet[Pruner] = weakref.WeakSet()  # those in use, which look after optimizers they were not given
 
 
 class Pruner:
@@ -36,8 +43,9 @@ class Pruner:
         pattern: "unstructured".
         budget: "global", "uniform", or a dict from name globs to sparsities, see :mod:`sparsekd.pruning.budget`.
         schedule: :class:`CubicSL`, :class:`LinearSL` or None.
-        optimizer: held to the mask contract after each of its steps. Without one, and for weights that it does not
-            hold, :meth:`step` sets pruned weights to zero, and the state of the optimiser in use is not cleaned.
+        optimizer: held to the mask contract after each of its steps, for as long as it lives. Other optimizers of
+            ``torch.optim`` that step with prunable weights are held to it too, for as long as the Pruner lives; weights
+            that none of them moves are set to zero by :meth:`step`.
         ignored_layers: modules, names or globs, one or several, that stay dense; "first_last" is the first convolution
             and the last linear layer; ``()`` is none. A container stands for all that it holds.
         importance_steps: calls of :meth:`step` before the only pruning when there is no schedule.
@@ -60,7 +68,7 @@ class Pruner:
         pattern: str = "unstructured",
         budget: str | Mapping[str, float] = "global",
         schedule: SparsitySchedule | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizer | None = None,
         ignored_layers: Ignored = "first_last",
         importance_steps: int = 32,
     ) -> None:
@@ -77,12 +85,10 @@ class Pruner:
         self._model = unwrap(model)
         self._owners = find_prunable(self._model, ignored_layers)
         self._weights = {name: module.weight for name, module in self._owners.items()}
-        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise TypeError(f"Expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if optimizer is not None:
-            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            if not any(id(weight) in held for weight in self._weights.values()):
-                raise ValueError("Expected an optimizer of the prunable weights, got one that holds none of them")
+        if optimizer is not None and not self._moved_by([optimizer]):
+            raise ValueError("Expected an optimizer of the prunable weights, got one that holds none of them")
         self._schedule, self._optimizer, self._importance_steps = schedule, optimizer, importance_steps
         self._budget = Budget(budget, sparsity, {name: weight.numel() for name, weight in self._weights.items()})
         label = importance if isinstance(importance, str) else getattr(importance, "__qualname__", None)
@@ -90,7 +96,8 @@ class Pruner:
             "sparsity": sparsity,
             "importance": label or type(importance).__name__,
             "pattern": pattern,
-            "budget": dict(budget) if isinstance(budget, Mapping) else budget,
+            # Plain floats: torch.load(weights_only=True) does not read numpy's.
+            "budget": {glob: float(value) for glob, value in budget.items()} if isinstance(budget, Mapping) else budget,
             "schedule": repr(schedule),
             "importance_steps": importance_steps,
         }
@@ -100,9 +107,15 @@ class Pruner:
         self._gatherer = GradientGatherer(self._weights) if getattr(self._importance, "needs_gradient", True) else None
         if self._gatherer is not None:
             self._gatherer.attach()
-        # Strong: the masks hold as long as the optimizer steps, whoever forgets the Pruner. An optimizer's own copy and
-        # pickle leave hooks out.
-        self._after_step = None if optimizer is None else optimizer.register_step_post_hook(lambda *_: self._hold())
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those that move prunable weights
+        self._hooks: list = []
+        _watch_all_optimizers()
+        _PRUNERS.add(self)
+        if optimizer is not None:
+            self._meet(optimizer)
+            # Strong: the masks hold as long as the optimizer steps, whoever forgets the Pruner. An optimizer's own copy
+            # and pickle leave hooks out.
+            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._hold([optimizer])))
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -156,8 +169,11 @@ class Pruner:
                 self._gatherer.detach()
         # Only now: after an error the next call is this step again.
         self._steps += 1
-        if changed or not self._all_held():
-            self._hold()
+        if changed:
+            for optimizer in self._optimizers:
+                begin_anew(optimizer)
+        if changed or not self._pruned.keys() <= self._moved_by(self._optimizers):
+            self._hold(self._optimizers)
 
     def _prune(self, at: Callable[[float], float]) -> bool:
         """Makes all masks, then takes them; False when no further weight has to go."""
@@ -173,6 +189,9 @@ class Pruner:
             for name, values in scores.items():
                 masks[name] = torch.empty_like(self._masks[name])  # in the weight's memory format
                 masks[name].copy_(self._pattern(values, counts[name]))
+                if name in self._pruned:
+                    # A schedule may ask for less in one layer while it asks for more in all.
+                    masks[name] &= self._masks[name]
             emptied = [name for name in masks if self._masks[name].any() and not masks[name].any()]
             if emptied:
                 warnings.warn(
@@ -185,18 +204,34 @@ class Pruner:
             self._gatherer.forget()
         return changed
 
-    def _all_held(self) -> bool:
-        """Whether the optimizer's hook holds every mask; weights of a second optimizer are held by :meth:`step`."""
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        held = {id(parameter) for group in groups for parameter in group["params"]}
-        return all(id(self._weights[name]) in held for name in self._pruned)
+    def _moved_by(self, optimizers: Iterable[Optimizer]) -> set[str]:
+        """Names of the prunable weights that these optimizers hold."""
+        theirs = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
+        return {name for name, weight in self._weights.items() if id(weight) in theirs}
+
+    def _meet(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer moves prunable weights; from now on it is one of those that do."""
+        if optimizer in self._optimizers:
+            return True
+        moved = self._moved_by([optimizer])
+        if moved:
+            self._optimizers.add(optimizer)
+        if isinstance(optimizer, LBFGS):
+            # It evaluates the loss many times in a step. Without gradients at pruned weights all of that happens where
+            # they are 0; else it would find a minimum elsewhere, that the mask then spoils.
+            for name in moved:
+                if self._weights[name].requires_grad:
+                    hook = _mask_gradient(weakref.ref(self), name)
+                    self._hooks.append(self._weights[name].register_post_accumulate_grad_hook(hook))
+        return bool(moved)
 
     def _take(self, masks: dict[str, Tensor]) -> None:
         self._masks = masks
         self._pruned = {name: ~mask for name, mask in masks.items() if not mask.all()}
 
     @torch.no_grad()
-    def _hold(self) -> None:
+    def _hold(self, optimizers: Iterable[Optimizer]) -> None:
+        """Zero at each pruned weight, and in the state that the optimizers keep for it."""
         for name, pruned in self._pruned.items():
             weight = self._weights[name]
             if pruned.device != weight.device:  # the model has moved
@@ -204,9 +239,8 @@ class Pruner:
                 self._masks[name] = self._masks[name].to(weight.device)
             # Filled, not multiplied: NaN times 0 is NaN, and a negative number times 0 is -0.
             weight.masked_fill_(pruned, 0)
-            state = {} if self._optimizer is None else self._optimizer.state.get(weight, {})
-            for value in state.values():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
+            for optimizer in optimizers:
+                for value in entries_of(optimizer, weight):
                     value.masked_fill_(pruned.to(value.device), 0)
 
     @torch.no_grad()
@@ -214,13 +248,16 @@ class Pruner:
         """Sets pruned weights to zero, here or, by name, in another model of the same architecture (an EMA copy).
 
         Raises:
-            ValueError: the other model has no parameter of that name and shape; it is then left as it was.
+            TypeError, ValueError: the other model is none, or has no parameter of that name and shape; it is then left
+                as it was.
             RuntimeError: the masks are squashed.
         """
         self._check_in_use("apply_masks")
         if model is None:
             self._check_weights()
-            return self._hold()
+            return self._hold(self._optimizers)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
         weights = dict(unwrap(model).named_parameters(remove_duplicate=False))
         for name, mask in self._masks.items():
             got = tuple(weights[name].shape) if name in weights else "none"
@@ -230,14 +267,20 @@ class Pruner:
             weights[name].masked_fill_(pruned.to(weights[name].device), 0)
 
     def squash_mask(self) -> None:
-        """Drops masks and hooks. The zeros stay in the weights, and nothing holds them any longer."""
+        """Drops masks and hooks. The zeros stay in the weights, and nothing holds them any longer.
+
+        Raises:
+            RuntimeError: the weights are no longer those of the constructor, so that there may be no zeros.
+        """
         if self._squashed:
             return
-        self._hold()
+        self._check_weights()
+        self._hold(self._optimizers)
         if self._gatherer is not None:
             self._gatherer.detach()
-        if self._after_step is not None:
-            self._after_step.remove()
+        for hook in self._hooks:
+            hook.remove()
+        _PRUNERS.discard(self)
         self._masks, self._pruned, self._squashed = {}, {}, True
 
     def state_dict(self) -> dict:
@@ -260,8 +303,10 @@ class Pruner:
 
         Raises:
             TypeError, ValueError: the state is of something else; nothing is changed then.
+            RuntimeError: the weights are no longer those of the constructor; the masks are squashed.
         """
         self._check_in_use("load_state_dict")
+        self._check_weights()
         if not isinstance(state, Mapping):
             raise TypeError(f"Expected state to be a dict of Pruner.state_dict(), got {type(state).__name__}")
         check_keys("a Pruner's state", state, ("settings", "masks", "steps", "finished", "gathered"))
@@ -275,6 +320,9 @@ class Pruner:
         check_count("steps", state["steps"])
         if not isinstance(state["finished"], bool):
             raise ValueError(f"Expected finished to be a bool, got {state['finished']!r}")
+        last = self._importance_steps if self._schedule is None else self._schedule.end
+        if state["finished"] != (state["steps"] >= last):
+            raise ValueError(f"Expected finished from step {last} on, got {state['finished']} at step {state['steps']}")
         if self._gatherer is not None:
             self._gatherer.check_state(state["gathered"])
             self._gatherer.load_state_dict(state["gathered"])
@@ -284,7 +332,7 @@ class Pruner:
                 self._gatherer.attach()
         self._take({name: torch.empty_like(m).copy_(state["masks"][name]) for name, m in self._masks.items()})
         self._steps, self._finished = state["steps"], state["finished"]
-        self._hold()
+        self._hold(self._optimizers)
 
     def _check_in_use(self, method: str) -> None:
         if self._squashed:
@@ -293,10 +341,16 @@ class Pruner:
     def _check_weights(self) -> None:
         # Masks of parameters that the model no longer uses would hold nothing, silently.
         for name, module in self._owners.items():
-            if module._parameters.get("weight") is not self._weights[name]:
+            weight = self._weights[name]
+            lost = module._parameters.get("weight") is not weight
+            if not lost and module_at(self._model, name.rpartition(".")[0]) is not module:
+                # A layer may go on under another name, for instance when torch.compile wraps a block.
+                lost = not any(weight is parameter for parameter in self._model.parameters())
+            if lost:
                 raise RuntimeError(
                     f"Expected {name} to be the Parameter that the Pruner was made with, got another: make the Pruner "
-                    "(and the optimizer) after the model is sharded, reparametrised or loaded with assign=True"
+                    "(and the optimizer) after the model is sharded, reparametrised, given other layers or loaded with "
+                    "assign=True"
                 )
 
     def __reduce_ex__(self, protocol: int) -> object:
@@ -305,3 +359,24 @@ class Pruner:
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self._settings.items())
         return f"Pruner({settings}; {len(self._weights)} layers, step {self._steps}, now {self.sparsity():.4f})"
+
+
+@functools.cache  # once; a hook per Pruner, that goes with it, could go while an optimizer iterates over them
+def _watch_all_optimizers() -> None:
+    def hold(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        for pruner in list(_PRUNERS):
+            # The Pruner's own optimizer has a hook for it, which needs nobody else to keep the Pruner.
+            if optimizer is not pruner._optimizer and pruner._meet(optimizer):
+                pruner._hold([optimizer])
+
+    register_optimizer_step_post_hook(hold)
+
+
+def _mask_gradient(pruner: weakref.ref, name: str) -> Callable[[Tensor], None]:
+    @torch.no_grad()
+    def mask(parameter: Tensor) -> None:
+        owner = pruner()
+        if owner is not None and name in owner._pruned and parameter.grad is not None:
+            parameter.grad.masked_fill_(owner._pruned[name].to(parameter.grad.device), 0)
+
+    return mask
