@@ -37,8 +37,9 @@ class VectorCSR(NamedTuple):
 
 def check_mask(weight: Tensor, mask: Tensor) -> None:
     """Raises unless ``mask`` is a bool tensor of the weight's shape and device (True = keep)."""
-    if mask.dtype != torch.bool:
-        raise TypeError(f"Expected a mask of dtype torch.bool (True = keep), got {mask.dtype}")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"Expected a mask of dtype torch.bool (True = keep), got {got}")
     if mask.shape != weight.shape:
         raise ValueError(f"Expected a mask of shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
     if mask.device != weight.device:
@@ -70,7 +71,7 @@ def largest_vector(mask: Tensor, groups: int = 1) -> int:
 def grouping_permutation(mask: Tensor, vector: int, groups: int = 1) -> Tensor:
     """Output channels ordered so that channels with equal columns are neighbours: int32 ``[K]``.
 
-    Whole groups of ``vector`` equal channels come first, so a mask that fits V x 1 under some order fits under this one.
+    Whole groups of ``vector`` equal channels come first, so a mask that fits V x 1 in some order fits in this one.
     """
     rows = _row_masks(mask, groups)
     per_group = rows.shape[1]
