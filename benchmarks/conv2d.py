@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-
 from sparsekd.measure.timing import compare, peak_flops, speedup, threads
 from sparsekd.sparse import ops
 from sparsekd.sparse.modules import SparseConv2d
@@ -138,7 +137,10 @@ def main() -> None:
             f"float32 on both sides, {args.threads} thread(s), {args.clock} time, sparsity {args.sparsity}, "
             f"V={args.vector}, batch {args.batch}, {ops.cpu_isa()}, FMA peak {peak:.0f} GF/s"
         )
-        print(f"{'layer':32} {'dense ms':>9} {'as':>14} {'sparse ms':>9} {'speed-up':>8}  {'interval':13} {'GF/s':>6} {'peak':>5}")
+        print(
+            f"{'layer':32} {'dense ms':>9} {'as':>14} {'sparse ms':>9} {'speed-up':>8}  {'interval':13} "
+            f"{'GF/s':>6} {'peak':>5}"
+        )
         for layer in suite(args.suite):
             if args.kernel and layer.kernel != args.kernel:
                 continue

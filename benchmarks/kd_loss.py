@@ -83,14 +83,19 @@ def main() -> None:
     best = min((name for name in engines if name != "fused"), key=lambda name: timings[name].min)
     gain = speedup(timings[best], timings["fused"])
     rate = 3 * 4 * student.numel() / timings["fused"].min
-    print(f"({args.rows}, {args.classes}) float32, forward + backward, {args.threads} thread(s), {args.clock} time, {ops.cpu_isa()}")
+    print(
+        f"({args.rows}, {args.classes}) float32, forward + backward, {args.threads} thread(s), {args.clock} time, "
+        f"{ops.cpu_isa()}"
+    )
     for name, timing in timings.items():
         print(f"{name:20} {timing.min * 1e3:9.3f} ms")
     print(f"fused against {best}: {gain}; {rate / 1e9:.1f} GB/s, {rate / bandwidth:.0%} of a copy's")
     if args.json:
         figures = {name: timing.min * 1e3 for name, timing in timings.items()}
         with open(args.json, "w") as file:
-            json.dump({"settings": vars(args), "isa": ops.cpu_isa(), "ms": figures, "speedup": gain.value}, file, indent=1)
+            json.dump(
+                {"settings": vars(args), "isa": ops.cpu_isa(), "ms": figures, "speedup": gain.value}, file, indent=1
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""sparsekd: distil, prune, and swap layers for ones with sparse weights and dense activations that really run faster."""
+"""sparsekd: distil, prune, and swap layers for ones with sparse weights (dense activations) that really run faster."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -40,7 +40,8 @@ def model_of(name: str, num_classes: int):
 
     if name not in torchvision.models.list_models():
         raise ValueError(
-            f"Expected a model out of {', '.join(ours)}, torchvision's, timm:NAME or package.module:factory, got {name!r}"
+            f"Expected a model out of {', '.join(ours)}, torchvision's, timm:NAME or package.module:factory, "
+            f"got {name!r}"
         )
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
 
@@ -251,7 +252,9 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     made = command(demo, "the whole way on real images: distil, prune, retrain, swap, measure", data)
-    made.add_argument("--out", default=None, metavar="FOLDER", help="default: runs/demo (runs/demo-DATA for other data)")
+    made.add_argument(
+        "--out", default=None, metavar="FOLDER", help="default: runs/demo (runs/demo-DATA for other data)"
+    )
     made.add_argument("--sparsity", type=float, default=0.9)
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--epochs", type=int, default=None, help="default: what suits the data")

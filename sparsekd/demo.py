@@ -69,7 +69,9 @@ class Demo:
             if args.epochs < 1:
                 raise ValueError(f"Expected at least 1 epoch, got {args.epochs}")
             count = args.epochs
-            self.settings = Settings(**{**vars(self.settings), "teacher_epochs": count, "epochs": count, "retrain_epochs": count})
+            self.settings = Settings(
+                **{**vars(self.settings), "teacher_epochs": count, "epochs": count, "retrain_epochs": count}
+            )
         self.data = data.load(args.data, root=args.root, download=args.download)
         self.args = args
         self.sparsity, self.seeds = args.sparsity, range(args.seed, args.seed + args.seeds)
@@ -82,7 +84,9 @@ class Demo:
     def _open_folder(self, signature: dict, resume: bool) -> None:
         written = self.stages / "settings.json"
         if resume and written.exists() and json.loads(written.read_text()) != signature:
-            raise ValueError(f"Expected the settings of the run in {self.folder} to resume it, got others; leave --resume out")
+            raise ValueError(
+                f"Expected the settings of the run in {self.folder} to resume it, got others; leave --resume out"
+            )
         if not resume:
             put_aside(self.stages)
         self.stages.mkdir(parents=True, exist_ok=True)
@@ -90,7 +94,9 @@ class Demo:
 
     # --- stages ---
 
-    def stage(self, name: str, said: str, model: nn.Module, work: Callable[[nn.Module, Path], dict]) -> tuple[nn.Module, dict]:
+    def stage(
+        self, name: str, said: str, model: nn.Module, work: Callable[[nn.Module, Path], dict]
+    ) -> tuple[nn.Module, dict]:
         """Runs one stage, or takes its result from an earlier run."""
         weights, record = self.stages / f"{name}.safetensors", self.stages / f"{name}.json"
         if record.exists():
@@ -164,7 +170,9 @@ class Demo:
         self.train[seed], self.alone[seed] = (train, epochs), (alone, alone_epochs)
         self.test = test
 
-    def gather_and_prune(self, model: nn.Module, importance: str, sparsity: float, train, teacher=None, optimizer=None) -> Pruner:
+    def gather_and_prune(
+        self, model: nn.Module, importance: str, sparsity: float, train, teacher=None, optimizer=None
+    ) -> Pruner:
         """Mean importance over up to 64 batches of the untouched model, then the cut; nothing is trained here."""
         batches = min(len(train), 64)
         budget = self.settings.budget
@@ -200,8 +208,11 @@ class Demo:
             pruner.squash_mask()
             return result
 
-        said = f"pruned by {importance} to {self.sparsity:.0%}, retrained{' with the teacher' if taught else ''}, seed {seed}"
-        self.models[kind, seed], self.records[kind, seed] = self.stage(f"{kind}-{seed}", said, copy.deepcopy(base), work)
+        with_teacher = " with the teacher" if taught else ""
+        said = f"pruned by {importance} to {self.sparsity:.0%}, retrained{with_teacher}, seed {seed}"
+        self.models[kind, seed], self.records[kind, seed] = self.stage(
+            f"{kind}-{seed}", said, copy.deepcopy(base), work
+        )
 
     def curve(self) -> dict[str, list[float]]:
         """Accuracy of the first seed's student after pruning alone, by sparsity and importance."""
@@ -246,13 +257,17 @@ class Demo:
         seed = self.seeds[0]
         with threads(1):
             rows = self.rows()
-            converted = convert(self.models["both", seed].eval(), self.data.test_images[:1], mapping={"*": {"vector": 1}})
+            converted = convert(
+                self.models["both", seed].eval(), self.data.test_images[:1], mapping={"*": {"vector": 1}}
+            )
             layers = report(converted, self.data.test_images[:1], BATCHES)
             where = machine()
         accuracy = evaluate(converted, self.test)
         dense = evaluate(self.models["both", seed], self.test)
         if abs(accuracy - dense) > 0.002:
-            raise RuntimeError(f"Expected the swapped student as accurate as the dense one ({dense:.4f}), got {accuracy:.4f}")
+            raise RuntimeError(
+                f"Expected the swapped student as accurate as the dense one ({dense:.4f}), got {accuracy:.4f}"
+            )
         save(converted, self.folder / "student.safetensors")
         demo_report.write(self, rows, curve, layers, where)
 

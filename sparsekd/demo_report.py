@@ -47,7 +47,9 @@ def findings(demo: Demo) -> list[str]:
                 f"{percent(after)}%)."
             )
         else:
-            said.append(f"Pruning lost nothing ({percent(before)}% → {percent(low)}%); retraining gives {percent(after)}%.")
+            said.append(
+                f"Pruning lost nothing ({percent(before)}% → {percent(low)}%); retraining gives {percent(after)}%."
+            )
     said.append(
         f"Gradient importance against random: {percent(pruned)}% against {percent(random_pruned)}% before retraining, "
         f"{percent(kept)}% against {percent(random_kept)}% after it."
@@ -124,8 +126,8 @@ def _markdown(demo: Demo, rows: list[dict], curve: dict, layers: Report, where: 
         demo.data.note,
         "",
         f"Machine: {', '.join(f'{key} {value}' for key, value in where.items())}. Settings: {settings}.",
-        "Accuracy is on the test images, mean ± standard deviation over seeds; times are of the first seed's model, dense",
-        "as the better of NCHW and channels_last, minimum over rounds in which dense and sparse take turns.",
+        "Accuracy is on the test images, mean ± standard deviation over seeds; times are of the first seed's model,",
+        "dense as the better of NCHW and channels_last, minimum over rounds in which dense and sparse take turns.",
         "",
         "| " + " | ".join(HEADER) + " |",
         "|" + "---|" * len(HEADER),
@@ -157,11 +159,17 @@ def _plot_curve(demo: Demo, curve: dict[str, list[float]], path: Path) -> None:
     axes = figure.subplots()
     for name, values in curve.items():
         axes.plot(_curve_sparsities(), [100 * v for v in values], marker="o", label=f"{name}, not retrained")
-    for kind, label in (("retrained", "gradient, retrained"), ("random", "random, retrained"), ("both", "gradient, retrained with the teacher")):
+    for kind, label in (
+        ("retrained", "gradient, retrained"),
+        ("random", "random, retrained"),
+        ("both", "gradient, retrained with the teacher"),
+    ):
         values = [100 * v for v in demo.accuracies(kind)]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         axes.errorbar([demo.sparsity], [statistics.fmean(values)], [spread], fmt="s", capsize=4, label=label)
-    axes.axhline(100 * statistics.fmean(demo.accuracies("alone")), color="#888888", lw=1, ls="--", label="student alone, dense")
+    axes.axhline(
+        100 * statistics.fmean(demo.accuracies("alone")), color="#888888", lw=1, ls="--", label="student alone, dense"
+    )
     axes.set_xlabel("sparsity of the prunable weights")
     axes.set_ylabel("test accuracy, %")
     axes.set_title(_title(demo))

@@ -39,7 +39,9 @@ def test_round_trip_into_a_plain_model(converted, x, tmp_path):
     loaded = sparsekd.load(model(1).eval(), tmp_path / "m.safetensors")
     assert isinstance(loaded[2], sparsekd.SparseConv2d) and type(loaded[0]) is nn.Conv2d
     assert torch.equal(loaded(x), converted(x))
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), converted.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), converted.state_dict().values(), strict=True)
+    )
 
 
 def test_round_trip_into_a_converted_model_of_another_pattern(converted, x, tmp_path):
@@ -128,7 +130,12 @@ def test_bad_files_are_one_sentence_and_change_nothing(converted, tmp_path):
     save_file({"a": torch.zeros(1)}, foreign)
     unchanged_after(ValueError, "without its mark", model(), foreign)
     stored = load_file(good)
-    metadata = {"format": "sparsekd", "version": "1", "packed": json.dumps({"2.weight": {"shape": [64, 64, 3, 3]}}), "aliases": "{}"}
+    metadata = {
+        "format": "sparsekd",
+        "version": "1",
+        "packed": json.dumps({"2.weight": {"shape": [64, 64, 3, 3]}}),
+        "aliases": "{}",
+    }
     save_file(stored, tmp_path / "newer", {**metadata, "version": "99"})
     unchanged_after(ValueError, "Expected format version 1 or older, got 99", model(), tmp_path / "newer")
     stored["2.weight#nonzeros"] = stored["2.weight#nonzeros"][:-1].clone()

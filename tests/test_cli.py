@@ -249,7 +249,9 @@ ERRORS = {
     "no seeds": (("demo", "--seeds", 0), "Expected at least 1 seed, got 0"),
     "demo sparsity": (("demo", "--sparsity", 1.5), "Expected sparsity in (0, 1), got 1.5"),
     "demo without epochs": (("demo", "--epochs", 0), "Expected at least 1 epoch, got 0"),
-    "a file for a folder": (("demo", "--out", "weights.safetensors"), "Expected to read or write weights.safetensors/stages"),
+    "a file for a folder": (
+        ("demo", "--out", "weights.safetensors"), "Expected to read or write weights.safetensors/stages"
+    ),
 }  # fmt: skip
 
 

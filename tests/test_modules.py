@@ -216,7 +216,8 @@ def cases(draw):
 def test_random_convolutions(case):
     plain, module, input = case.make()
     assert torch.equal(module.weight, plain.weight)
-    # In float64 torch convolves group by group, and takes images of one pixel, whose format is ambiguous, for contiguous.
+    # In float64 torch convolves group by group, and takes images of one pixel, whose format is ambiguous, for
+    # contiguous.
     pixels = {math.prod(input.shape[-2:]), math.prod(module(input).shape[-2:])}
     quirk = case.dtype == torch.float64 and plain.groups > 1 and 1 in pixels
     check_against(plain, module, input, layout=not quirk)

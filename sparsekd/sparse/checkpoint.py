@@ -5,9 +5,8 @@ One file holds the state dict, in which every packed or mostly-zero weight ``nam
     name#nonzeros   the kept values in row-major order, in the weight's dtype
     name#bitmask    uint8 [ceil(numel / 8)], bit 7 - i % 8 of byte i // 8 is set where element i is kept
 
-and, in the metadata, which of them belong to sparse modules and how those were grouped, and which convolutions are stored
-in channels_last. At 90% sparsity a float32
-weight takes 10% + 1/32 of its dense bytes.
+and, in the metadata, which of them belong to sparse modules and how those were grouped, and which convolutions are
+stored in channels_last. At 90% sparsity a float32 weight takes 10% + 1/32 of its dense bytes.
 """
 
 from __future__ import annotations
@@ -183,7 +182,9 @@ def _load_checked(model: nn.Module, state: dict[str, Tensor], swaps: dict[nn.Mod
     expected = {key: tensor.shape for key, tensor in dense_state_dict(model).items()}
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:
-        raise ValueError(f"Expected the keys of the model in {path}, got {missing[:3]} missing and {unexpected[:3]} more")
+        raise ValueError(
+            f"Expected the keys of the model in {path}, got {missing[:3]} missing and {unexpected[:3]} more"
+        )
     for key, shape in expected.items():
         if state[key].shape != shape:
             raise ValueError(f"Expected {key} of shape {list(shape)} in {path}, got {list(state[key].shape)}")

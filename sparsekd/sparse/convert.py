@@ -53,7 +53,9 @@ def _settings(name: str, mapping: Mapping[str, Mapping] | None) -> dict:
     for glob, given in (mapping or {}).items():
         unknown = set(given) - set(SETTINGS)
         if unknown:
-            raise ValueError(f"Expected settings out of {', '.join(SETTINGS)} for {glob!r}, got {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"Expected settings out of {', '.join(SETTINGS)} for {glob!r}, got {', '.join(sorted(unknown))}"
+            )
         if given.get("kernel", "auto") not in SETTINGS["kernel"]:
             raise ValueError(f"Expected kernel to be one of {', '.join(SETTINGS['kernel'])}, got {given['kernel']!r}")
         if fnmatch.fnmatchcase(name, glob):
@@ -99,8 +101,8 @@ def convert(
 ) -> nn.Module:
     """Swaps pruned ``nn.Conv2d`` and ``nn.Linear`` for sparse modules where that is measured to be faster.
 
-    Each candidate (exact type, sparsity of at least 0.3) is timed on the inputs that ``example_inputs`` bring to it, dense
-    against sparse; then the whole network is, and goes back to dense when that is faster. Where it helps, the dense
+    Each candidate (exact type, sparsity of at least 0.3) is timed on the inputs that ``example_inputs`` bring to it,
+    dense against sparse; then the whole network is, and goes back to dense when that is faster. Where it helps, the dense
     convolutions that are left are stored in channels_last, so that they answer in it. The choices, with reasons, are in
     ``choices(model)``.
 
@@ -232,7 +234,9 @@ def _check_equal(expected: object, got: object) -> None:
         # Rounding differs from layer to layer; a wrong kernel would be off by the size of the result.
         tolerance = 1e-2 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-3
         if error > tolerance * scale + 1e-6:
-            raise RuntimeError(f"Expected sparse results within {tolerance:g} of dense ones, got {error / scale:.3g} off")
+            raise RuntimeError(
+                f"Expected sparse results within {tolerance:g} of dense ones, got {error / scale:.3g} off"
+            )
     elif isinstance(expected, Mapping):
         for key in expected:
             _check_equal(expected[key], got[key])

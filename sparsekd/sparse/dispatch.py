@@ -79,7 +79,9 @@ def _bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in module.state_dict().values())
 
 
-def measure_layer(name: str, dense: nn.Module, sparse: SparseModule, inputs: Sequence[Tensor], rounds: int = 7) -> Choice:
+def measure_layer(
+    name: str, dense: nn.Module, sparse: SparseModule, inputs: Sequence[Tensor], rounds: int = 7
+) -> Choice:
     """Times one layer on the inputs that it meets (all of them in each call) and chooses."""
     if dense.training or sparse.training:
         raise ValueError(f"Expected layers in eval mode to be timed, got {name} in training mode")

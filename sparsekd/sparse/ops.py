@@ -156,7 +156,9 @@ def transpose_pattern(
         int32 ``[in_channels + 1 + 2 n]``: where each input channel's entries start, then each entry's column
         ``k * taps + tap`` (k within the convolution group), then its place in the flattened ``values``.
     """
-    return _ops.transpose_pattern(crow_indices, col_indices, row_indices, vector, out_channels, in_channels, taps, groups)
+    return _ops.transpose_pattern(
+        crow_indices, col_indices, row_indices, vector, out_channels, in_channels, taps, groups
+    )
 
 
 def linear(
@@ -250,18 +252,14 @@ def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: in
 
 
 def _like(source: Tensor, shape) -> Tensor:
-    return torch.empty(
-        shape, dtype=source.dtype, device=source.device, memory_format=suggest_memory_format(source)
-    )
+    return torch.empty(shape, dtype=source.dtype, device=source.device, memory_format=suggest_memory_format(source))
 
 
 @torch.library.register_fake("sparsekd::conv2d")
 def _conv2d_fake(
     input, values, crow, col, rows, transpose, bias, out_channels, kernel_size, stride, padding, dilation, groups
 ):
-    size = [
-        _output_size(input.shape[2 + d], kernel_size[d], stride[d], padding[d], dilation[d]) for d in range(2)
-    ]
+    size = [_output_size(input.shape[2 + d], kernel_size[d], stride[d], padding[d], dilation[d]) for d in range(2)]
     return _like(input, (input.shape[0], out_channels, *size))
 
 
@@ -322,7 +320,12 @@ def _kd_loss_forward_fake(
 def _conv2d_setup(ctx, inputs, output):
     input, values, crow, col, rows, transpose, bias, out_channels, *ctx.geometry = inputs
     ctx.save_for_backward(
-        input if ctx.needs_input_grad[1] else None, values if ctx.needs_input_grad[0] else None, crow, col, rows, transpose
+        input if ctx.needs_input_grad[1] else None,
+        values if ctx.needs_input_grad[0] else None,
+        crow,
+        col,
+        rows,
+        transpose,
     )
     ctx.input_size, ctx.vector = input.shape, values.shape[1]
 
@@ -331,9 +334,7 @@ def _conv2d_backward(ctx, grad):
     input, values, crow, col, rows, transpose = ctx.saved_tensors
     grad_input = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_input = _ops.conv2d_input_grad(
-            grad, values, crow, col, rows, transpose, ctx.input_size, *ctx.geometry
-        )
+        grad_input = _ops.conv2d_input_grad(grad, values, crow, col, rows, transpose, ctx.input_size, *ctx.geometry)
     if ctx.needs_input_grad[1]:
         grad_values = _ops.conv2d_weight_grad(input, grad, crow, col, rows, ctx.vector, *ctx.geometry)
     if ctx.needs_input_grad[6]:
@@ -376,7 +377,12 @@ def _conv2d_weight_grad_backward(ctx, grad):
 def _linear_setup(ctx, inputs, output):
     input, values, crow, col, rows, transpose, bias, _ = inputs
     ctx.save_for_backward(
-        input if ctx.needs_input_grad[1] else None, values if ctx.needs_input_grad[0] else None, crow, col, rows, transpose
+        input if ctx.needs_input_grad[1] else None,
+        values if ctx.needs_input_grad[0] else None,
+        crow,
+        col,
+        rows,
+        transpose,
     )
     ctx.in_features, ctx.vector = input.shape[1], values.shape[1]
 
