@@ -102,7 +102,7 @@ def convert(
     """Swaps pruned ``nn.Conv2d`` and ``nn.Linear`` for sparse modules where that is measured to be faster.
 
     Each candidate (exact type, sparsity of at least 0.3) is timed on the inputs that ``example_inputs`` bring to it,
-    dense against sparse; then the whole network is, and goes back to dense when that is faster. Where it helps, the dense
+    dense against sparse; then the whole network is, and goes back to dense when that is faster. Where it helps, dense
     convolutions that are left are stored in channels_last, so that they answer in it. The choices, with reasons, are in
     ``choices(model)``.
 
