@@ -110,7 +110,7 @@ def test_compiled_loss_on_the_weight():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("name", ["conv", "linear"])
+@pytest.mark.parametrize("name", ["conv", "linear", "linear, more dimensions"])
 def test_exported(name, strict, training, tmp_path):
     plain, options, shape = COMPILED[name]
     model = nn.Sequential(twin(plain, **options), nn.ReLU()).train(training)

@@ -7,6 +7,7 @@ bilinear, so that any order of differentiation stays within these ops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -185,7 +186,7 @@ def linear(
         raise ValueError("Expected an input of at least 1 dimension [..., in_features], got a scalar")
     input, values, bias = _autocast(input, values, bias)
     flat = input.dim() == 2  # a reshape of nothing takes as long as a small layer
-    rows = input if flat else input.reshape(input.shape[:-1].numel(), input.shape[-1])
+    rows = input if flat else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     op = _ops.linear.default
     output = _call(op, rows, values, crow_indices, col_indices, row_indices, transpose, bias, out_features)
     return output if flat else output.reshape(*input.shape[:-1], out_features)
