@@ -89,7 +89,7 @@ def test_records_agree_with_the_models(finished, few):
     )
 
 
-@pytest.mark.parametrize("step", [3, 14])  # of the teacher; of a later stage
+@pytest.mark.parametrize("step", [3, pytest.param(14, marks=pytest.mark.slow)])  # of the teacher; of a later stage
 def test_interrupted_and_resumed(few, finished, tmp_path, monkeypatch, capsys, step):
     left, original = [step], Distiller._objective
 
