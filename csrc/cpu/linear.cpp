@@ -102,7 +102,7 @@ void panels(const Packed<T>& packed, int64_t count, const T* input, T* output, c
       std::fill(turned + c * width + valid, turned + (c + 1) * width, T(0));
     }
   };
-  auto multiply = [&](int64_t panel, const T* turned, T* made, int64_t begin, int64_t end) {
+  auto multiply = [&](const T* turned, T* made, int64_t begin, int64_t end) {
     const Result<T> result{made, width, 1, width, {{1, width}, {1, 1}, {0, 0}}};
     spmm_row_range(rows, tiling, planes, turned, packed.init, result, begin, end);
   };
@@ -117,7 +117,7 @@ void panels(const Packed<T>& packed, int64_t count, const T* input, T* output, c
       std::unique_ptr<T[]> made(new T[packed.results * width]);
       for (int64_t panel = from; panel < to; ++panel) {
         fill(panel, 0, packed.columns, turned.data.get());
-        multiply(panel, turned.data.get(), made.get(), 0, rows.packed());
+        multiply(turned.data.get(), made.get(), 0, rows.packed());
         finish(panel, made.get());
       }
     });
@@ -128,7 +128,7 @@ void panels(const Packed<T>& packed, int64_t count, const T* input, T* output, c
   for (int64_t panel = 0; panel < n_panels; ++panel) {  // one panel at a time, its rows side by side
     parallel_over(packed.columns, kGrain / width,
                   [&](int64_t from, int64_t to) { fill(panel, from, to, turned.data.get()); });
-    parallel_rows(rows, [&](int64_t begin, int64_t end) { multiply(panel, turned.data.get(), made.get(), begin, end); });
+    parallel_rows(rows, [&](int64_t begin, int64_t end) { multiply(turned.data.get(), made.get(), begin, end); });
     finish(panel, made.get());
   }
 }
