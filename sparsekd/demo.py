@@ -53,7 +53,7 @@ class Settings:
 
 SETTINGS = {
     "digits": Settings(teacher_epochs=10, epochs=10, retrain_epochs=10),
-    "shapes": Settings(teacher_epochs=10, epochs=6, retrain_epochs=4, labels_fraction=0.25, alpha=0.9),
+    "shapes": Settings(teacher_epochs=10, epochs=3, retrain_epochs=2, labels_fraction=0.25, alpha=0.9),
     "cifar10": Settings(teacher_epochs=10, epochs=10, retrain_epochs=10),
 }
 

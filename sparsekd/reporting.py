@@ -14,7 +14,7 @@ from .measure.timing import compare, speedup
 from .sparse import ops
 from .sparse.convert import call, choices, record_inputs, to_dense
 from .sparse.dispatch import Choice, clock, evaluating, from_dense, measure_layer, sparsity_of
-from .sparse.modules import SparseModule
+from .sparse.packed_module import SparseModule
 
 
 def machine() -> dict[str, str]:

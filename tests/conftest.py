@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
 
 # The same examples in every run: a failure is found again, and a pass does not depend on luck. `--hypothesis-profile
 # explore` looks at new ones.
@@ -44,6 +46,38 @@ def assert_near(got, want, dtype=None, what="result"):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """For layers and batches so small that waking a second thread takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def check_gradients(function, arguments, positions):
+    """First and second derivatives of ``function(*arguments)`` in the float64 arguments at ``positions``."""
+
+    def of_these(*tensors):
+        filled = list(arguments)
+        for position, tensor in zip(positions, tensors, strict=True):
+            filled[position] = tensor
+        return function(*filled)
+
+    tensors = [arguments[position].detach().requires_grad_() for position in positions]
+    assert gradcheck(of_these, tensors)
+    assert gradgradcheck(of_these, tensors)
+
+
+def check_op(op, arguments, positions):
+    """torch.library.opcheck with gradients asked for at ``positions``."""
+    arguments = list(arguments)
+    for position in positions:
+        if arguments[position] is not None:
+            arguments[position] = arguments[position].detach().requires_grad_()
+    opcheck(op.default, tuple(arguments))
 
 
 @pytest.fixture

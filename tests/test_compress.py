@@ -16,17 +16,11 @@ from sparsekd.distillation import Distiller
 CLASSES = 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The batches are so small that waking a second thread takes longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # Layers as small as these stay dense, which convert says.
-pytestmark = pytest.mark.filterwarnings("ignore:.* pruned and stay dense")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.* pruned and stay dense"),
+]
 
 
 @pytest.fixture

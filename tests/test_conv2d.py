@@ -8,11 +8,9 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_near, python_under_isa
+from conftest import assert_near, check_gradients, check_op, python_under_isa
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck, gradgradcheck
-from torch.library import opcheck
 
 from sparsekd.sparse import formats, ops, reference
 
@@ -374,11 +372,7 @@ DIFFERENTIABLE = {"conv2d": (0, 1, 6), "conv2d_input_grad": (0, 1), "conv2d_weig
 @pytest.mark.parametrize("name", ["conv2d", "conv2d_input_grad", "conv2d_weight_grad", "transpose_pattern"])
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_opcheck(name, sample):
-    arguments = list(op_arguments(SAMPLES[sample])[name])
-    for position in DIFFERENTIABLE.get(name, ()):
-        if arguments[position] is not None:
-            arguments[position] = arguments[position].detach().requires_grad_()
-    opcheck(getattr(OPS, name).default, tuple(arguments))
+    check_op(getattr(OPS, name), op_arguments(SAMPLES[sample])[name], DIFFERENTIABLE.get(name, ()))
 
 
 SMALL = [
@@ -393,18 +387,8 @@ SMALL = [
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradcheck_and_gradgradcheck(name, case):
     case = dataclasses.replace(case, dtype=torch.float64, density=0.6)
-    arguments = list(op_arguments(case)[name])
-    positions = DIFFERENTIABLE[name]
-
-    def function(*tensors):
-        filled = list(arguments)
-        for position, tensor in zip(positions, tensors, strict=True):
-            filled[position] = tensor
-        return getattr(OPS, name)(*filled)
-
-    tensors = [arguments[position].detach().requires_grad_() for position in positions]
-    assert gradcheck(function, tensors)
-    assert gradgradcheck(function, tensors)
+    arguments = op_arguments(case)[name]
+    check_gradients(getattr(OPS, name), arguments, DIFFERENTIABLE[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -553,6 +537,12 @@ def test_forgeries_are_refused():
         (packed, {"values": values[:, :0]}, ValueError, "V >= 1, got V = 0"),
         (packed, {"values": values.double()}, TypeError, "Expected values of dtype Float .*, got Double"),
         (packed, {"values": values.long()}, TypeError, "Expected values of dtype Float .*, got Long"),
+        # one tensor without numbers among those that have them
+        (every, {"col": col.to("meta")}, ValueError, "Expected col_indices on cpu, got meta"),
+        (every, {"rows": int32(0, 1).to("meta")}, ValueError, "Expected row_indices on cpu, got meta"),
+        (packed, {"values": values.to("meta")}, ValueError, "Expected values on cpu, got meta"),
+        (("conv2d",), {"bias": torch.zeros(2, device="meta")}, ValueError, "Expected bias on cpu, got meta"),
+        (("conv2d_weight_grad",), {"grad": grad.to("meta")}, ValueError, "Expected grad_output on cpu, got meta"),
         (("conv2d_weight_grad", "transpose_pattern"), {"vector": 0}, ValueError, "V >= 1, got V = 0"),
         (("conv2d_weight_grad", "transpose_pattern"), {"vector": -1}, ValueError, "V >= 1, got V = -1"),
         # sizes and dtypes

@@ -7,16 +7,9 @@ from torch import nn
 
 from sparsekd.distillation import Distiller, FeatureHints, KDLoss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The batches are so small that waking a second thread takes longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def network(width=6):

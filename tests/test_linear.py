@@ -6,11 +6,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_near
+from conftest import assert_near, check_gradients, check_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck, gradgradcheck
-from torch.library import opcheck
 
 from sparsekd.sparse import formats, ops, reference
 
@@ -179,28 +177,14 @@ def op_arguments(case):
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_opcheck(name, sample):
-    arguments = list(op_arguments(SAMPLES[sample])[name])
-    for position in DIFFERENTIABLE[name]:
-        if arguments[position] is not None:
-            arguments[position] = arguments[position].detach().requires_grad_()
-    opcheck(getattr(OPS, name).default, tuple(arguments))
+    check_op(getattr(OPS, name), op_arguments(SAMPLES[sample])[name], DIFFERENTIABLE[name])
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("case", [Case((3,), 4, 3), Case((2,), 4, 5, vector=2, permuted=True, planned=True)], ids="12")
 def test_gradcheck_and_gradgradcheck(name, case):
-    arguments = list(op_arguments(dataclasses.replace(case, dtype=torch.float64, density=0.6))[name])
-    positions = DIFFERENTIABLE[name]
-
-    def function(*tensors):
-        filled = list(arguments)
-        for position, tensor in zip(positions, tensors, strict=True):
-            filled[position] = tensor
-        return getattr(OPS, name)(*filled)
-
-    tensors = [arguments[position].detach().requires_grad_() for position in positions]
-    assert gradcheck(function, tensors)
-    assert gradgradcheck(function, tensors)
+    arguments = op_arguments(dataclasses.replace(case, dtype=torch.float64, density=0.6))[name]
+    check_gradients(getattr(OPS, name), arguments, DIFFERENTIABLE[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -285,6 +269,10 @@ def test_forgeries_are_refused():
         (("linear_weight_grad",), {"grad": grad.double()}, TypeError, "Expected grad_output of dtype Float .*, got"),
         (("linear_weight_grad",), {"vector": 0}, ValueError, "V >= 1, got V = 0"),
         (("linear_input_grad", "linear_weight_grad"), {"grad": grad[0]}, ValueError, "Expected grad_output with 2 dim"),
+        (every, {"col": col.to("meta")}, ValueError, "Expected col_indices on cpu, got meta"),
+        (packed, {"values": values.to("meta")}, ValueError, "Expected values on cpu, got meta"),
+        (("linear",), {"bias": torch.zeros(2, device="meta")}, ValueError, "Expected bias on cpu, got meta"),
+        (("linear_weight_grad",), {"grad": grad.to("meta")}, ValueError, "Expected grad_output on cpu, got meta"),
         (backward, {"in_features": 0}, ValueError, "Expected input channels .*, got 0"),
         (backward, {"plan": plan[:-1]}, ValueError, "Expected a transpose plan .*, got 12 entries"),
         (backward, {"plan": place}, ValueError, "to point into 3 values, got 3"),

@@ -19,14 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparsekd.pruning import CubicSL, Pruner
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The layers are so small that waking a second thread takes longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network():

@@ -17,18 +17,10 @@ from sparsekd.sparse import formats
 from sparsekd.sparse.modules import SparseConv2d, SparseLinear
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Using padding='same'"),  # torch tells that it copies the input for even kernels
     pytest.mark.filterwarnings("ignore:Initializing zero-element tensors"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads wait for each other longer than such small layers take; test_conv2d.py has the larger ones."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def twin(plain, mask=None, vector=1, permute=False):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from conftest import assert_near
-from test_modules import conv, linear, one_thread, twin  # noqa: F401
+from test_modules import conv, linear, twin
 from torch import nn
 
 from sparsekd.sparse import ops
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
 
 # --- training and eval -----------------------------------------------------------------------------------------------
 

@@ -5,12 +5,16 @@ import copy
 import pytest
 import torch
 from conftest import assert_near
-from test_modules import check_against, conv, linear, one_thread, prune, twin  # noqa: F401
+from test_modules import check_against, conv, linear, prune, twin
 from torch import nn
 
-from sparsekd.sparse.modules import SparseConv2d, SparseLinear, SparseModule
+from sparsekd.sparse.modules import SparseConv2d, SparseLinear
+from sparsekd.sparse.packed_module import SparseModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Initializing zero-element tensors"),
+]
 
 # --- taking over a plain module --------------------------------------------------------------------------------------
 

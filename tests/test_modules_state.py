@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import assert_near
-from test_modules import conv, indices_of, linear, one_thread, twin  # noqa: F401
+from test_modules import conv, linear, twin
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
@@ -24,7 +24,7 @@ KINDS = {
     "linear": (functools.partial(nn.Linear, 9, 6), (5, 9)),
 }
 
-pytestmark = pytest.mark.parametrize("kind", KINDS)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.parametrize("kind", KINDS)]
 
 
 def made(kind, seed=0, vector=1, permute=False, sparsity=0.7, **options):

@@ -6,14 +6,14 @@ import functools
 import pytest
 import torch
 from conftest import assert_near
-from test_modules import indices_of, one_thread  # noqa: F401
+from test_modules import indices_of
 from test_modules_state import KINDS, assert_same_state, input_of, made, snapshot
 from torch import nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-pytestmark = pytest.mark.parametrize("kind", KINDS)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.parametrize("kind", KINDS)]
 
 # --- optimisers ------------------------------------------------------------------------------------------------------
 

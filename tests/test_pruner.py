@@ -15,14 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from sparsekd.pruning import CubicSL, LinearSL, Pruner
 from sparsekd.pruning.schedule import SparsitySchedule
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The layers are so small that waking a second thread takes longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Network(nn.Module):

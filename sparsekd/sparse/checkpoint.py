@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .convert import _replace, dense_state_dict
 from .dispatch import from_dense, sparsity_of
-from .modules import SparseModule
+from .packed_module import SparseModule
 
 FORMAT = "sparsekd"
 VERSION = 1

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from ..measure.timing import compare
 from .dispatch import MIN_SPARSITY, Choice, clock, evaluating, from_dense, measure_layer, sparsity_of
-from .modules import SparseModule
+from .packed_module import SparseModule
 
 SETTINGS = {"kernel": ("auto", "sparse", "dense"), "vector": None}
 

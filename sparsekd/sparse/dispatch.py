@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..measure.timing import compare, speedup
-from .modules import SparseConv2d, SparseLinear, SparseModule
+from .modules import SparseConv2d, SparseLinear
+from .packed_module import SparseModule
 
 # No kernel here has beaten dense below this sparsity; measuring would only take time.
 MIN_SPARSITY = 0.3

@@ -252,6 +252,13 @@ def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: in
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def _check_same_device(first: Tensor, others: dict[str, Tensor | None]) -> None:
+    """One tensor on meta brings the whole call to the fake kernel, whose result on the CPU would hold any numbers."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"Expected {name} on {first.device}, got {tensor.device}")
+
+
 def _like(source: Tensor, shape) -> Tensor:
     return torch.empty(shape, dtype=source.dtype, device=source.device, memory_format=suggest_memory_format(source))
 
@@ -260,6 +267,9 @@ def _like(source: Tensor, shape) -> Tensor:
 def _conv2d_fake(
     input, values, crow, col, rows, transpose, bias, out_channels, kernel_size, stride, padding, dilation, groups
 ):
+    _check_same_device(
+        input, {"values": values, "crow_indices": crow, "col_indices": col, "row_indices": rows, "bias": bias}
+    )
     size = [_output_size(input.shape[2 + d], kernel_size[d], stride[d], padding[d], dilation[d]) for d in range(2)]
     return _like(input, (input.shape[0], out_channels, *size))
 
@@ -268,6 +278,7 @@ def _conv2d_fake(
 def _conv2d_input_grad_fake(
     grad_output, values, crow, col, rows, transpose, input_size, kernel_size, stride, padding, dilation, groups
 ):
+    _check_same_device(grad_output, {"values": values, "crow_indices": crow, "col_indices": col, "row_indices": rows})
     return _like(grad_output, tuple(input_size))
 
 
@@ -275,26 +286,37 @@ def _conv2d_input_grad_fake(
 def _conv2d_weight_grad_fake(
     input, grad_output, crow, col, rows, vector, kernel_size, stride, padding, dilation, groups
 ):
+    _check_same_device(
+        input, {"grad_output": grad_output, "crow_indices": crow, "col_indices": col, "row_indices": rows}
+    )
     return input.new_empty((col.shape[0], vector))
 
 
 @torch.library.register_fake("sparsekd::linear")
 def _linear_fake(input, values, crow, col, rows, transpose, bias, out_features):
+    _check_same_device(
+        input, {"values": values, "crow_indices": crow, "col_indices": col, "row_indices": rows, "bias": bias}
+    )
     return input.new_empty((input.shape[0], out_features))
 
 
 @torch.library.register_fake("sparsekd::linear_input_grad")
 def _linear_input_grad_fake(grad_output, values, crow, col, rows, transpose, in_features):
+    _check_same_device(grad_output, {"values": values, "crow_indices": crow, "col_indices": col, "row_indices": rows})
     return grad_output.new_empty((grad_output.shape[0], in_features))
 
 
 @torch.library.register_fake("sparsekd::linear_weight_grad")
 def _linear_weight_grad_fake(input, grad_output, crow, col, rows, vector):
+    _check_same_device(
+        input, {"grad_output": grad_output, "crow_indices": crow, "col_indices": col, "row_indices": rows}
+    )
     return input.new_empty((col.shape[0], vector))
 
 
 @torch.library.register_fake("sparsekd::transpose_pattern")
 def _transpose_pattern_fake(crow, col, rows, vector, out_channels, in_channels, taps, groups):
+    _check_same_device(crow, {"col_indices": col, "row_indices": rows})
     if vector == 1:
         return crow.new_empty((in_channels + 1 + 2 * col.shape[0],))
     # Padding rows have no entry, so the size depends on the data.
@@ -305,10 +327,7 @@ def _transpose_pattern_fake(crow, col, rows, vector, out_channels, in_channels, 
 def _kd_loss_forward_fake(
     student, teacher, target, temperature, alpha, ignore_index, label_smoothing, distill_ignored, with_grad
 ):
-    # Here too, since one tensor on meta brings the whole call here.
-    for name, tensor in (("teacher logits", teacher), ("target", target)):
-        if tensor is not None and tensor.device != student.device:
-            raise ValueError(f"Expected {name} on {student.device}, got {tensor.device}")
+    _check_same_device(student, {"teacher logits": teacher, "target": target})
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     return student.new_empty((), dtype=dtype), student.new_empty(student.shape if with_grad else (0,), dtype=dtype)
 
