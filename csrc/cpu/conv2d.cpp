@@ -50,6 +50,17 @@ Conv2dShape checked_shape(at::IntArrayRef input_size, int64_t out_channels, at::
   return shape;
 }
 
+// Whether a tensor is taken as it is in channels_last. Half types take a copy anyway, and one that is contiguous both
+// ways counts as [N, C, H, W].
+bool lies_last(const at::Tensor& tensor) {
+  const bool half = tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
+  return !half && !tensor.is_contiguous() && tensor.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+at::Tensor empty(at::IntArrayRef size, const at::Tensor& like, bool last) {
+  return at::empty(size, like.options().memory_format(last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous));
+}
+
 void check_values(const at::Tensor& values, const at::Tensor& like, const char* like_name,
                   const at::Tensor& col_indices) {
   check_dim(values, "values", 2);
@@ -74,17 +85,11 @@ at::Tensor conv2d_cpu(const at::Tensor& input, const at::Tensor& values, const a
     wide_bias = widened(*bias);
   }
   const Pattern pattern(crow_indices, col_indices, row_indices, out_channels, groups, values.size(1));
-  // Half types take a copy anyway. One that is contiguous both ways counts as [N, C, H, W].
-  const auto format = input.suggest_memory_format();
-  const bool half = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
-  const bool last = format == at::MemoryFormat::ChannelsLast && input.is_contiguous(format) && !input.is_contiguous();
-  const at::Tensor wide_input = last && !half ? input : widened(input);
-  at::Tensor output = at::empty({shape.batch, out_channels, shape.output[0], shape.output[1]},
-                                wide_input.options().memory_format(wide_input.is_contiguous()
-                                                                       ? at::MemoryFormat::Contiguous
-                                                                       : at::MemoryFormat::ChannelsLast));
-  direct_forward(shape, pattern, wide_input, widened(values), wide_bias, output);
-  return output.to(input.options(), false, false, format);
+  const bool last = lies_last(input);
+  const at::Tensor wide_input = last ? input : widened(input);
+  at::Tensor output = empty({shape.batch, out_channels, shape.output[0], shape.output[1]}, wide_input, last);
+  direct_forward(shape, pattern, wide_input, widened(values), wide_bias, last, output);
+  return output.to(input.options(), false, false, input.suggest_memory_format());
 }
 
 at::Tensor conv2d_input_grad_cpu(const at::Tensor& grad_output, const at::Tensor& values,
@@ -107,9 +112,10 @@ at::Tensor conv2d_input_grad_cpu(const at::Tensor& grad_output, const at::Tensor
                                                         out_channels, shape.in_channels, shape.taps(), groups);
   check_same(plan, "transpose", crow_indices, "crow_indices");
   const Transposed transposed(plan, shape.in_channels, values.numel());
-  const at::Tensor wide_grad = widened(grad_output);
-  at::Tensor grad_input = at::empty(input_size, wide_grad.options());
-  direct_input_grad(shape, transposed, wide_grad, widened(values), grad_input);
+  const bool last = lies_last(grad_output);
+  const at::Tensor wide_grad = last ? grad_output : widened(grad_output);
+  at::Tensor grad_input = empty(input_size, wide_grad, last);
+  direct_input_grad(shape, transposed, wide_grad, widened(values), last, grad_input);
   return grad_input.to(grad_output.options(), false, false, grad_output.suggest_memory_format());
 }
 
@@ -130,9 +136,10 @@ at::Tensor conv2d_weight_grad_cpu(const at::Tensor& input, const at::Tensor& gra
                     shape.output[1], "], got ", grad_output.sizes());
   check_dim(col_indices, "col_indices", 1);
   const Pattern pattern(crow_indices, col_indices, row_indices, out_channels, groups, vector);
-  const at::Tensor wide_input = widened(input);
+  const bool last = lies_last(input) && lies_last(grad_output);
+  const at::Tensor wide_input = last ? input : widened(input);
   at::Tensor grad_values = at::empty({pattern.n_vectors, vector}, wide_input.options());
-  direct_weight_grad(shape, pattern, wide_input, widened(grad_output), grad_values);
+  direct_weight_grad(shape, pattern, wide_input, last ? grad_output : widened(grad_output), last, grad_values);
   return grad_values.to(input.scalar_type());
 }
 

@@ -4,10 +4,12 @@
 //   grad_input            = the same kernel on the transposed pattern, once per phase of the stride
 //   grad_values[i]        = sum over images and pixels of  grad_output[n, k, p] * input at the non-zero's offset
 //
-// No im2col: inputs are copied once into zero-padded planes (planes.h), where a non-zero is one constant offset for a
-// whole run of pixels, and a register tile of pixels goes through all non-zeros of an output channel (spmm.inc). After
-// SkimCaffe (Park et al., ICLR 2017) and Escoin (Chen, 2018).
+// No im2col: inputs are copied once into planes of vectors (lanes.h), where a non-zero is one constant distance for all
+// pixels, and a register tile of pixels goes through all non-zeros of an output channel (spmm.inc). After SkimCaffe
+// (Park et al., ICLR 2017) and Escoin (Chen, 2018). A 1 x 1 kernel reads its input where it lies, if it lies well.
 #include "direct.h"
+
+#include <numeric>
 
 #include "../check.h"
 #include "spmm.h"
@@ -15,218 +17,369 @@
 namespace sparsekd::cpu {
 namespace {
 
-// offsets[column] = c * channel + tap_offsets[tap], for the columns of one convolution group.
-std::vector<int32_t> column_offsets(int64_t channels, const Planes& planes, const std::vector<int64_t>& taps) {
-  std::vector<int32_t> table;
-  table.reserve(channels * taps.size());
-  for (int64_t c = 0; c < channels; ++c) {
-    for (const int64_t tap : taps) table.push_back(tap < 0 ? -1 : static_cast<int32_t>(c * planes.channel() + tap));
-  }
-  return table;
-}
-
-template <class T>
-Rows<T> stretched_rows(const Conv2dShape& shape, const Pattern& pattern, const Planes& planes, const T* values) {
-  Rows<T> rows;
-  rows.groups = pattern.groups;
-  rows.packed_per_group = pattern.packed_per_group;
-  rows.vector = static_cast<int>(pattern.vector);
-  rows.crow.assign(pattern.crow, pattern.crow + rows.packed() + 1);
-  rows.offsets.resize(pattern.n_vectors);
-  rows.values = values;
-  rows.row_of = pattern.row_of.data();
-  rows.in_order = pattern.in_order;
-  rows.channels_per_group = shape.in_channels / shape.groups;
-  check_reachable(rows.channels_per_group, planes);
-  const std::vector<int32_t> table = column_offsets(rows.channels_per_group, planes, planes.tap_offsets);
-  const auto columns = static_cast<int32_t>(table.size());
-  if (!kernels().stretch(pattern.col, pattern.n_vectors, table.data(), columns, rows.offsets.data())) {
-    outside_error(pattern.col, pattern.n_vectors, columns, "col_indices");
-  }
-  return rows;
-}
-
-// One kernel run over every image: rows, how they are cut up, and which pixels they make.
+// One kernel run over every image: rows, where their columns are, and which pixels they make.
 template <class T>
 struct Pass {
   Rows<T> rows;
-  Tiling tiling;
+  std::vector<int64_t> tap_offsets;
   Target target;
-  std::vector<T> values;  // where the rows own a copy in their own order
+  int blocks = 1;
+  std::vector<int32_t> table;
+  std::vector<T> values;               // where the rows own a copy in their own order
+  std::vector<int32_t> crow, col;      // likewise
 };
 
-// Images as the passes read or write them.
-template <class T>
-struct Batch {
-  T* data;
-  int64_t channels;
-  Pair size;
-  bool last;  // channels_last
-  T* image(int64_t n) const { return data + n * channels * size[0] * size[1]; }
-};
-
-// result[n] = all passes over the planes of source[n].
-template <class T>
-void run_passes(int64_t batch, const Batch<const T>& source, const Planes& planes, const std::vector<Pass<T>>& passes,
-                const T* init, const Batch<T>& result) {
-  const int64_t channels = source.channels, plane = result.size[0] * result.size[1];
-  auto fill = [&](int64_t n, int64_t begin, int64_t end, T* packed) {
-    fill_planes<T>({source.image(n), channels, source.size, source.last}, planes, begin, end,
-                   type_kernels<T>().transpose, packed);
-  };
-  auto rows_of_image = [&](const Pass<T>& pass, int64_t n, const T* packed, int64_t begin, int64_t end) {
-    const Result<T> target{result.image(n), result.last ? 1 : plane, result.last ? result.channels : 1, result.size[1],
-                           pass.target};
-    spmm_row_range(pass.rows, pass.tiling, planes, packed, init, target, begin, end);
-  };
-  if (batch >= at::get_num_threads()) {  // images side by side, each thread with its own planes
-    at::parallel_for(0, batch, 1, [&](int64_t from, int64_t to) {
-      PlaneBuffer<T> packed(channels * planes.channel());
-      for (int64_t n = from; n < to; ++n) {
-        fill(n, 0, channels, packed.data.get());
-        for (const Pass<T>& pass : passes) rows_of_image(pass, n, packed.data.get(), 0, pass.rows.packed());
+// Runs `fill(unit, from channel, to channel, buffer)`, then `multiply(pass, unit, buffer, from row, to row)` for each unit
+// (an image, a band of it, or several images): units side by side, or one at a time with its rows side by side.
+template <class T, class Fill, class Multiply>
+void run_units(int64_t units, int64_t channels, int64_t elements, const std::vector<Pass<T>>& passes, Fill fill,
+               Multiply multiply) {
+  if (units >= at::get_num_threads()) {
+    at::parallel_for(0, units, 1, [&](int64_t from, int64_t to) {
+      Buffer<T> packed(elements);
+      for (int64_t unit = from; unit < to; ++unit) {
+        if (elements > 0) fill(unit, 0, channels, packed.get());
+        for (const Pass<T>& pass : passes) multiply(pass, unit, packed.get(), 0, pass.rows.packed());
       }
     });
     return;
   }
-  PlaneBuffer<T> packed(channels * planes.channel());
-  for (int64_t n = 0; n < batch; ++n) {  // one image at a time, its rows side by side
-    const int64_t grain = std::max<int64_t>(16384 / planes.channel(), 16);
-    at::parallel_for(0, channels, grain, [&](int64_t from, int64_t to) { fill(n, from, to, packed.data.get()); });
+  Buffer<T> packed(elements);
+  for (int64_t unit = 0; unit < units; ++unit) {
+    if (elements > 0) {
+      const int64_t grain = std::max<int64_t>(16384 * channels / elements, 16);
+      at::parallel_for(0, channels, grain, [&](int64_t from, int64_t to) { fill(unit, from, to, packed.get()); });
+    }
     for (const Pass<T>& pass : passes) {
-      parallel_rows(pass.rows, [&](int64_t begin, int64_t end) {
-        rows_of_image(pass, n, packed.data.get(), begin, end);
-      });
+      parallel_rows(pass.rows, [&](int64_t begin, int64_t end) { multiply(pass, unit, packed.get(), begin, end); });
     }
   }
+}
+
+template <class T>
+Work work_of(const Rows<T>& rows, int64_t batch, const Pair& pixels, const Planes& planes, int64_t lanes) {
+  const double vectors = static_cast<double>(rows.crow[rows.packed()]) / std::max<int64_t>(rows.packed(), 1);
+  return {batch, pixels, planes.halo, static_cast<int64_t>(planes.phases.size()), rows.channels_per_group,
+          rows.packed_per_group, vectors, rows.vector, lanes * static_cast<int64_t>(sizeof(T))};
+}
+
+// All passes over strips of the source. `planes_for(positions)` gives the planes of so many pixels.
+template <class T, class PlanesFor>
+void run_strips(const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for, std::vector<Pass<T>>& passes,
+                const T* init, const Batch<T>& result) {
+  const TileShape shape = type_kernels<T>().tile_shape(passes[0].rows.vector);
+  const Planes unit = planes_for(Pair{1, 1}, nullptr);
+  const Grid grid = strip_grid(work_of(passes[0].rows, source.count, pixels, unit, shape.lanes), shape);
+  const Planes planes = planes_for(grid.strip, &passes), whole = planes_for(grid.covered(), nullptr);
+  const int64_t pitch = spread<T>(planes.channel() * grid.lanes), line = planes.pitch() * grid.lanes;
+  const int64_t lines = ceil_div(grid.strip[0], grid.tiles[0]), width = ceil_div(grid.strip[1], grid.tiles[1]);
+  for (Pass<T>& pass : passes) {
+    pass.table = column_table(pass.rows, pitch, pass.tap_offsets, grid.lanes);
+    pass.blocks = static_cast<int>(blocks_of(work_of(pass.rows, source.count, pixels, planes, grid.lanes), lines, width));
+  }
+  run_units(
+      ceil_div(source.count, grid.images), source.channels, source.channels * pitch, passes,
+      [&](int64_t unit, int64_t from, int64_t to, T* packed) {
+        pack_strips(source, planes, whole, grid, unit * grid.images, from, to, pitch, packed);
+      },
+      [&](const Pass<T>& pass, int64_t unit, const T* packed, int64_t from, int64_t to) {
+        const Rows<T>& rows = pass.rows;
+        StripStore<T> target(result, pass.target, grid);
+        std::vector<int32_t> cursor;
+        const int64_t elements = lines * width * grid.lanes;
+        Buffer<T> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * elements);
+        for_chunks(rows, elements, from, to, [&](int64_t group, int64_t begin, int64_t end) {
+          const T* input = packed + group * rows.channels_per_group * pitch;
+          for (int64_t ty = 0; ty < grid.tiles[0]; ++ty) {
+            for (int64_t tx = 0; tx < grid.tiles[1]; ++tx) {
+              const int64_t y = grid.begin(0, ty), x = grid.begin(1, tx);
+              SpmmTile<T> tile{};
+              tile.lines = static_cast<int>(grid.count(0, ty));
+              tile.width = static_cast<int>(grid.count(1, tx));
+              tile.input = input + y * line + x * grid.lanes;
+              tile.line = line;
+              tile.table = pass.table.data();
+              tile.init = init;
+              tile.output = scratch.get();
+              tile.output_pitch = tile.lines * tile.width * grid.lanes;
+              multiply_tile(rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
+              target.at(unit * grid.images, y, x, tile.lines, tile.width);
+              target.store(scratch.get(), tile.output_pitch, rows.row_of + begin * rows.vector,
+                           (end - begin) * rows.vector, rows.in_order);
+            }
+          }
+        });
+      });
+}
+
+constexpr int64_t kBandBudget = 512 * 1024;  // bytes of a band of pixels, of all channels, that is packed at a time
+
+// One pass of a 1 x 1 kernel without padding, over the source's pixels as they lie.
+template <class T>
+void run_flat(const Batch<const T>& source, const Pair& stride, const Pair& pixels, std::vector<Pass<T>>& passes,
+              const T* init, const Batch<T>& result) {
+  Pass<T>& pass = passes[0];
+  const Rows<T>& rows = pass.rows;
+  const TileShape shape = type_kernels<T>().tile_shape(rows.vector);
+  const Planes planes{{Plane{{1, 1}, {1, 1}, {0, 0}}}, {0}, {0, 0}};
+  const Work work = work_of(rows, source.count, pixels, planes, shape.lanes);
+  const Grid grid = flat_grid(work, shape);
+  const int64_t lanes = grid.lanes, count = pixels[0] * pixels[1], widest = grid.largest() * lanes;
+  pass.blocks = static_cast<int>(blocks_of(work, 1, grid.largest()));
+  // Where the input lies well it is read there. The last tile then begins earlier, so as not to read past the end; what
+  // it shares with the one before comes out the same. Channels a multiple of 1 KiB apart share their cache sets.
+  const bool in_place = !source.last && stride[0] == 1 && stride[1] == 1 && count >= widest &&
+                        count * static_cast<int64_t>(sizeof(T)) % 1024 != 0;
+  // Else in bands of whole tiles.
+  const int64_t tiles_in_band =
+      in_place ? grid.tiles[1]
+               : std::clamp<int64_t>(kBandBudget / (std::max<int64_t>(source.channels, 1) * widest * static_cast<int64_t>(sizeof(T))), 1, grid.tiles[1]);
+  const int64_t bands = ceil_div(grid.tiles[1], tiles_in_band);
+  const int64_t pitch = in_place ? count : spread<T>(tiles_in_band * widest);
+  pass.table = column_table(rows, pitch, {0}, lanes);
+  auto band_begin = [&](int64_t band) { return grid.begin(1, std::min(band * tiles_in_band, grid.tiles[1])) * lanes; };
+  run_units(
+      source.count * bands, source.channels, in_place ? 0 : source.channels * pitch, passes,
+      [&](int64_t unit, int64_t from, int64_t to, T* packed) {
+        const int64_t first = band_begin(unit % bands), end = std::min(band_begin(unit % bands + 1), count);
+        pack_flat(source, stride, pixels, unit / bands, first, end - first, from, to, pitch, packed);
+      },
+      [&](const Pass<T>&, int64_t unit, const T* packed, int64_t from, int64_t to) {
+        const int64_t n = unit / bands, band = unit % bands, first = band_begin(band);
+        T* image = result.image(n);
+        std::vector<int32_t> cursor;
+        Buffer<T> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * widest);
+        for_chunks(rows, widest, from, to, [&](int64_t group, int64_t begin, int64_t end) {
+          const int64_t channels = group * rows.channels_per_group * pitch;
+          const T* input = in_place ? source.image(n) + channels : packed + channels;
+          const int64_t* row_of = rows.row_of + begin * rows.vector;
+          for (int64_t t = band * tiles_in_band; t < std::min((band + 1) * tiles_in_band, grid.tiles[1]); ++t) {
+            SpmmTile<T> tile{};
+            tile.lines = 1;
+            tile.width = static_cast<int>(grid.count(1, t));
+            const int64_t elements = tile.width * lanes;
+            int64_t pixel = grid.begin(1, t) * lanes;
+            if (in_place) pixel = std::min(pixel, count - elements);
+            const int64_t valid = std::min(elements, count - pixel);
+            tile.input = input + pixel - (in_place ? 0 : first);
+            tile.table = pass.table.data();
+            tile.init = init;
+            // Straight to the result, if the rows lie there as they are here.
+            const bool direct = !result.last && valid == elements && rows.in_order && row_of[(end - begin) * rows.vector - 1] >= 0;
+            tile.output = direct ? image + row_of[0] * count + pixel : scratch.get();
+            tile.output_pitch = direct ? count : elements;
+            multiply_tile(rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
+            if (direct) continue;
+            int64_t made = (end - begin) * rows.vector;
+            if (result.last && rows.in_order) {
+              while (made > 0 && row_of[made - 1] < 0) --made;  // padding ends a convolution group
+              type_kernels<T>().transpose(scratch.get(), made, valid, elements,
+                                          image + pixel * result.channels + row_of[0], result.channels);
+              continue;
+            }
+            for (int64_t r = 0; r < made; ++r) {
+              if (row_of[r] < 0) continue;
+              const T* line = scratch.get() + r * elements;
+              if (!result.last) {
+                std::copy(line, line + valid, image + row_of[r] * count + pixel);
+              } else {
+                for (int64_t i = 0; i < valid; ++i) image[(pixel + i) * result.channels + row_of[r]] = line[i];
+              }
+            }
+          }
+        });
+      });
+}
+
+bool is_flat(const Conv2dShape& shape) {
+  return shape.taps() == 1 && shape.padding[0] == 0 && shape.padding[1] == 0;
+}
+
+template <class T>
+Rows<T> rows_of(const Conv2dShape& shape, const Pattern& pattern, const T* values) {
+  Rows<T> rows;
+  rows.groups = pattern.groups;
+  rows.packed_per_group = pattern.packed_per_group;
+  rows.vector = static_cast<int>(pattern.vector);
+  rows.crow = pattern.crow;
+  rows.col = pattern.col;
+  rows.values = values;
+  rows.row_of = pattern.row_of.data();
+  rows.in_order = pattern.in_order;
+  rows.channels_per_group = shape.in_channels / shape.groups;
+  rows.taps = shape.taps();
+  return rows;
 }
 
 template <class T>
 void forward(const Conv2dShape& shape, const Pattern& pattern, const T* input, const T* values, const T* bias,
              bool channels_last, T* output) {
-  const Planes planes = input_planes(shape);
   std::vector<Pass<T>> passes(1);
   Pass<T>& pass = passes[0];
-  pass.rows = stretched_rows(shape, pattern, planes, values);
+  pass.rows = rows_of(shape, pattern, values);
   pass.target = {shape.output, {1, 1}, {0, 0}};
-  pass.tiling = make_tiling(pass.rows, planes, shape.output, planes.reach,
-                            type_kernels<T>().spmm_shape(pass.rows.vector));
   std::vector<T> init;
   if (bias != nullptr) {
     for (const int64_t row : pattern.row_of) init.push_back(row < 0 ? T(0) : bias[row]);
   }
-  run_passes<T>(shape.batch, {input, shape.in_channels, shape.input, channels_last}, planes, passes,
-                bias ? init.data() : nullptr, {output, shape.out_channels, shape.output, channels_last});
+  const Batch<const T> source{input, shape.batch, shape.in_channels, shape.input, channels_last};
+  const Batch<T> result{output, shape.batch, shape.out_channels, shape.output, channels_last};
+  const T* start = bias ? init.data() : nullptr;
+  if (is_flat(shape)) return run_flat(source, shape.stride, shape.output, passes, start, result);
+  run_strips<T>(
+      source, shape.output,
+      [&](const Pair& positions, std::vector<Pass<T>>* of) {
+        Planes planes = input_planes(shape, positions);
+        if (of) (*of)[0].tap_offsets = planes.tap_offsets;
+        return planes;
+      },
+      passes, start, result);
 }
 
 template <class T>
 void input_grad(const Conv2dShape& shape, const Transposed& transposed, const T* grad_output, const T* values,
-                T* grad_input) {
-  std::vector<InputGradPhase> phases;
-  const Planes planes = input_grad_planes(shape, phases);
-  const int64_t rows_per_group = shape.out_channels / shape.groups;
-  check_reachable(rows_per_group, planes);
+                bool channels_last, T* grad_input) {
   std::vector<int64_t> row_of(shape.in_channels);
   std::iota(row_of.begin(), row_of.end(), 0);
+  Rows<T> rows;
+  rows.groups = shape.groups;
+  rows.packed_per_group = shape.in_channels / shape.groups;
+  rows.channels_per_group = shape.out_channels / shape.groups;
+  rows.taps = shape.taps();
+  rows.row_of = row_of.data();
+  rows.name = "the transpose plan's columns";
+  std::vector<InputGradPhase> phases;
+  input_grad_planes(shape, {1, 1}, phases);
   std::vector<Pass<T>> passes;
   for (const InputGradPhase& phase : phases) {
     Pass<T>& pass = passes.emplace_back();
-    const std::vector<int32_t> table = column_offsets(rows_per_group, planes, phase.tap_offsets);
-    const auto columns = static_cast<uint32_t>(table.size());
-    pass.rows.crow.push_back(0);
+    pass.rows = rows;
+    pass.target = phase.target;
+    const auto columns = static_cast<uint32_t>(rows.columns());
+    const bool all = *std::min_element(phase.tap_offsets.begin(), phase.tap_offsets.end()) >= 0;  // taps take part
+    if (!all) pass.crow.push_back(0);
+    pass.values.reserve(transposed.count / phases.size());
     for (int64_t channel = 0; channel < shape.in_channels; ++channel) {
       for (int64_t i = transposed.crow[channel]; i < transposed.crow[channel + 1]; ++i) {
-        const auto column = static_cast<uint32_t>(transposed.col[i]);
-        TORCH_CHECK_INDEX(column < columns, "Expected the transpose plan's columns in 0..", columns - 1, ", got ",
-                          transposed.col[i]);
-        if (table[column] < 0) continue;  // this tap reaches another phase
-        pass.rows.offsets.push_back(table[column]);
+        if (!all) {
+          const auto column = static_cast<uint32_t>(transposed.col[i]);
+          if (column >= columns) outside_error(transposed.col, transposed.count, columns, rows.name);
+          if (phase.tap_offsets[column % rows.taps] < 0) continue;  // this tap reaches another phase
+          pass.col.push_back(transposed.col[i]);
+        }
         pass.values.push_back(values[transposed.place[i]]);
       }
-      pass.rows.crow.push_back(static_cast<int32_t>(pass.rows.offsets.size()));
+      if (!all) pass.crow.push_back(static_cast<int32_t>(pass.col.size()));
     }
-    pass.rows.groups = shape.groups;
-    pass.rows.packed_per_group = shape.in_channels / shape.groups;
-    pass.rows.channels_per_group = rows_per_group;
-    pass.rows.row_of = row_of.data();
+    pass.rows.crow = all ? transposed.crow : pass.crow.data();
+    pass.rows.col = all ? transposed.col : pass.col.data();
     pass.rows.values = pass.values.data();
-    pass.target = phase.target;
-    pass.tiling = make_tiling(pass.rows, planes, phase.target.size, phase.reach, type_kernels<T>().spmm_shape(1));
   }
-  run_passes<T>(shape.batch, {grad_output, shape.out_channels, shape.output, false}, planes, passes, nullptr,
-                {grad_input, shape.in_channels, shape.input, false});
+  const Batch<const T> source{grad_output, shape.batch, shape.out_channels, shape.output, channels_last};
+  const Batch<T> result{grad_input, shape.batch, shape.in_channels, shape.input, channels_last};
+  if (is_flat(shape) && shape.stride == Pair{1, 1}) {
+    return run_flat<T>(source, {1, 1}, shape.input, passes, nullptr, result);
+  }
+  Pair pixels;  // of the largest phase
+  for (int d = 0; d < 2; ++d) pixels[d] = ceil_div(shape.input[d], shape.stride[d]);
+  run_strips<T>(
+      source, pixels,
+      [&](const Pair& positions, std::vector<Pass<T>>* of) {
+        phases.clear();
+        Planes planes = input_grad_planes(shape, positions, phases);
+        for (size_t i = 0; of && i < phases.size(); ++i) (*of)[i].tap_offsets = phases[i].tap_offsets;
+        return planes;
+      },
+      passes, nullptr, result);
 }
 
 constexpr int64_t kImagesScratch = 64 << 20;  // bytes of planes that the weight gradient holds at a time
 
 template <class T>
 void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* input, const T* grad_output,
-                 T* grad_values) {
-  const Planes planes = input_planes(shape);
-  const Rows<T> rows = stretched_rows<T>(shape, pattern, planes, nullptr);
+                 bool channels_last, T* grad_values) {
+  const Rows<T> rows = rows_of<T>(shape, pattern, nullptr);
   std::fill(grad_values, grad_values + pattern.n_vectors * pattern.vector, T(0));
   if (shape.batch == 0 || shape.output[0] * shape.output[1] == 0) return;  // linear has no pixels for no rows
-  const Tiling tiling = make_tiling(rows, planes, shape.output, planes.reach,
-                                    type_kernels<T>().sddmm_shape(rows.vector));
+  const bool flat = is_flat(shape);
+  const TileShape tile_shape = type_kernels<T>().grad_tile_shape();
+  const Work work = work_of(rows, shape.batch, shape.output, input_planes(shape, {1, 1}), tile_shape.lanes);
+  const Grid grid = flat ? flat_grid(work, tile_shape) : strip_grid(work, tile_shape);
+  const int64_t lanes = grid.lanes;
+  const Planes planes = flat ? Planes{{Plane{grid.strip, {1, 1}, {0, 0}}}, {0}, {0, 0}} : input_planes(shape, grid.strip);
+  const Planes whole = flat ? planes : input_planes(shape, grid.covered());
+  const Planes grad_planes{{Plane{grid.strip, {1, 1}, {0, 0}}}, {0}, {0, 0}};
+  const Planes grad_whole{{Plane{flat ? grid.strip : grid.covered(), {1, 1}, {0, 0}}}, {0}, {0, 0}};
+  const int64_t pitch = spread<T>(planes.channel() * lanes), grad_pitch = spread<T>(grad_planes.channel() * lanes);
+  const std::vector<int32_t> table = column_table(rows, pitch, planes.tap_offsets, lanes);
+  const int64_t blocks =
+      blocks_of(work, ceil_div(grid.strip[0], grid.tiles[0]), ceil_div(grid.strip[1], grid.tiles[1]));
 
-  // The gradient's rows in packed order at the planes' pitch. Zeros between lines and after the last one cancel what
-  // the input's planes hold there.
-  const int64_t pitch = tiling.vectors * tiling.lanes;
-  const int64_t positions = rows.packed() * rows.vector;
-  const int64_t input_image = shape.in_channels * planes.channel(), grad_image = positions * pitch;
-  const int64_t bytes = (input_image + grad_image) * static_cast<int64_t>(sizeof(T));
-  const int64_t images = std::clamp<int64_t>(kImagesScratch / std::max<int64_t>(bytes, 1), 1, shape.batch);
-  PlaneBuffer<T> packed(images * input_image);
-  std::unique_ptr<T[]> grads(new T[images * grad_image]);
-  const Planes grad_plane{{Plane{{shape.output[0], planes.pitch()}, {1, 1}, {0, 0}}}, {0}, 0};
-  for (int64_t first = 0; first < shape.batch; first += images) {
-    const int64_t count = std::min(images, shape.batch - first);
-    at::parallel_for(0, count * shape.in_channels, 4, [&](int64_t from, int64_t to) {
+  const Batch<const T> images{input, shape.batch, shape.in_channels, shape.input, channels_last};
+  const Batch<const T> grads{grad_output, shape.batch, shape.out_channels, shape.output, channels_last};
+  const int64_t image_elements = shape.in_channels * pitch, grad_elements = shape.out_channels * grad_pitch;
+  const int64_t units = ceil_div(shape.batch, grid.images);
+  const int64_t bytes = (image_elements + grad_elements) * static_cast<int64_t>(sizeof(T));
+  const int64_t most = std::clamp<int64_t>(kImagesScratch / std::max<int64_t>(bytes, 1), 1, std::max<int64_t>(units, 1));
+  Buffer<T> packed(most * image_elements), packed_grads(most * grad_elements);
+  Buffer<T> zeros(grad_pitch);
+  std::fill(zeros.get(), zeros.get() + grad_pitch, T(0));
+  auto pack = [&](const Batch<const T>& from, const Planes& strips, const Planes& all, const Pair& stride, int64_t unit,
+                  int64_t begin, int64_t end, int64_t apart, T* to) {
+    if (flat) {
+      const int64_t count = shape.output[0] * shape.output[1];
+      pack_flat(from, stride, shape.output, unit, 0, count, begin, end, apart, to);
+    } else {
+      pack_strips(from, strips, all, grid, unit * grid.images, begin, end, apart, to);
+    }
+  };
+  for (int64_t first = 0; first < units; first += most) {
+    const int64_t count = std::min(most, units - first);
+    at::parallel_for(0, count * 2, 1, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
-        const int64_t n = i / shape.in_channels, c = i % shape.in_channels;
-        const T* image = input + (first + n) * shape.in_channels * shape.input[0] * shape.input[1];
-        fill_planes<T>({image, shape.in_channels, shape.input, false}, planes, c, c + 1, type_kernels<T>().transpose,
-                       packed.data.get() + n * input_image);
-      }
-    });
-    at::parallel_for(0, count * positions, 4, [&](int64_t from, int64_t to) {
-      std::unique_ptr<T[]> whole(new T[grad_plane.plane()]);
-      for (int64_t i = from; i < to; ++i) {
-        T* out = grads.get() + i * pitch;
-        const int64_t row = pattern.row_of[i % positions];
-        int64_t filled = 0;
-        if (row >= 0) {
-          const int64_t channel = (first + i / positions) * shape.out_channels + row;
-          fill_planes<T>({grad_output + channel * shape.output[0] * shape.output[1], 1, shape.output, false}, grad_plane,
-                         0, 1, type_kernels<T>().transpose, whole.get());
-          std::copy(whole.get(), whole.get() + tiling.positions, out);
-          filled = tiling.positions;
+        const int64_t unit = first + i / 2;
+        if (i % 2 == 0) {
+          pack(images, planes, whole, shape.stride, unit, 0, shape.in_channels, pitch, packed.get() + i / 2 * image_elements);
+        } else {
+          pack(grads, grad_planes, grad_whole, {1, 1}, unit, 0, shape.out_channels, grad_pitch,
+               packed_grads.get() + i / 2 * grad_elements);
         }
-        std::fill(out + filled, out + pitch, T(0));
       }
     });
     // Each thread sums its own rows over images and tiles in a fixed order: the result does not depend on threads.
-    parallel_rows(rows, [&](int64_t begin, int64_t end) {
-      for (int64_t n = 0; n < count; ++n) {
-        for (int64_t row = begin; row < end;) {
-          const int64_t group = row / rows.packed_per_group;
-          const int64_t stop = std::min(end, (group + 1) * rows.packed_per_group);
-          for (int64_t t = 0; t < tiling.tiles; ++t) {
-            SddmmTile<T> tile;
-            tile.input = packed.data.get() + n * input_image + group * rows.channels_per_group * planes.channel() +
-                         tiling.begin(t);
-            tile.offsets = rows.offsets.data();
-            tile.bounds = tiling.bounds.data();
-            tile.blocks = tiling.blocks;
-            tile.vector = rows.vector;
-            tile.grad = grads.get() + n * grad_image + tiling.begin(t);
-            tile.pitch = pitch;
-            tile.grad_values = grad_values;
-            tile.vectors = tiling.width(t);
-            type_kernels<T>().sddmm(tile, row, stop);
+    parallel_rows(rows, [&](int64_t from, int64_t to) {
+      std::vector<int32_t> cursor;
+      for (int64_t unit = 0; unit < count; ++unit) {
+        for_chunks(rows, grid.largest() * lanes, from, to, [&](int64_t group, int64_t begin, int64_t end) {
+          for (int64_t ty = 0; ty < grid.tiles[0]; ++ty) {
+            for (int64_t tx = 0; tx < grid.tiles[1]; ++tx) {
+              const int64_t y = grid.begin(0, ty), x = grid.begin(1, tx);
+              cursor.assign(rows.crow + begin, rows.crow + end);
+              SddmmTile<T> tile{};
+              tile.lines = static_cast<int>(grid.count(0, ty));
+              tile.width = static_cast<int>(grid.count(1, tx));
+              tile.line = planes.pitch() * lanes;
+              tile.input = packed.get() + unit * image_elements + group * rows.channels_per_group * pitch + y * tile.line +
+                           x * lanes;
+              tile.table = table.data();
+              tile.crow = rows.crow + begin;
+              tile.col = rows.col;
+              tile.vector = rows.vector;
+              tile.cursor = cursor.data();
+              tile.grad = packed_grads.get() + unit * grad_elements + (y * grid.strip[1] + x) * lanes;
+              tile.grad_line = grid.strip[1] * lanes;
+              tile.grad_pitch = grad_pitch;
+              tile.row_of = rows.row_of + begin * rows.vector;
+              tile.zeros = zeros.get();
+              tile.grad_values = grad_values;
+              for (int64_t block = 0; block < blocks; ++block) {
+                tile.limit = block_limit(rows, static_cast<int>(block), static_cast<int>(blocks));
+                type_kernels<T>().sddmm(tile, 0, end - begin);
+              }
+              check_cursors(rows, cursor.data(), begin, end);
+            }
           }
-          row = stop;
-        }
+        });
       }
     });
   }
@@ -235,9 +388,8 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
 }  // namespace
 
 void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,
-                    const at::Tensor& values, const at::Tensor& bias, at::Tensor& output) {
+                    const at::Tensor& values, const at::Tensor& bias, bool channels_last, at::Tensor& output) {
   if (output.numel() == 0) return;
-  const bool channels_last = !input.is_contiguous();
   dispatch(input, [&](auto zero) {
     using T = decltype(zero);
     forward(shape, pattern, input.const_data_ptr<T>(), values.const_data_ptr<T>(),
@@ -246,20 +398,20 @@ void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const at::
 }
 
 void direct_input_grad(const Conv2dShape& shape, const Transposed& transposed, const at::Tensor& grad_output,
-                       const at::Tensor& values, at::Tensor& grad_input) {
+                       const at::Tensor& values, bool channels_last, at::Tensor& grad_input) {
   if (grad_input.numel() == 0) return;
   dispatch(grad_output, [&](auto zero) {
     using T = decltype(zero);
-    input_grad(shape, transposed, grad_output.const_data_ptr<T>(), values.const_data_ptr<T>(),
+    input_grad(shape, transposed, grad_output.const_data_ptr<T>(), values.const_data_ptr<T>(), channels_last,
                grad_input.mutable_data_ptr<T>());
   });
 }
 
 void direct_weight_grad(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,
-                        const at::Tensor& grad_output, at::Tensor& grad_values) {
+                        const at::Tensor& grad_output, bool channels_last, at::Tensor& grad_values) {
   dispatch(input, [&](auto zero) {
     using T = decltype(zero);
-    weight_grad(shape, pattern, input.const_data_ptr<T>(), grad_output.const_data_ptr<T>(),
+    weight_grad(shape, pattern, input.const_data_ptr<T>(), grad_output.const_data_ptr<T>(), channels_last,
                 grad_values.mutable_data_ptr<T>());
   });
 }

@@ -8,14 +8,14 @@
 
 namespace sparsekd::cpu {
 
-// Contiguous tensors; `bias` may be undefined, `transpose` is the plan of transpose_pattern. The forward's input may be in
-// channels_last, and its output then has to be, too.
+// Tensors [N, C, H, W] that are contiguous, or all of a call in channels_last. `bias` may be undefined, `transposed` is
+// the plan of transpose_pattern.
 void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,
-                    const at::Tensor& values, const at::Tensor& bias, at::Tensor& output);
+                    const at::Tensor& values, const at::Tensor& bias, bool channels_last, at::Tensor& output);
 void direct_input_grad(const Conv2dShape& shape, const Transposed& transposed, const at::Tensor& grad_output,
-                       const at::Tensor& values, at::Tensor& grad_input);
+                       const at::Tensor& values, bool channels_last, at::Tensor& grad_input);
 void direct_weight_grad(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,
-                        const at::Tensor& grad_output, at::Tensor& grad_values);
+                        const at::Tensor& grad_output, bool channels_last, at::Tensor& grad_values);
 
 // Calls body with a value of the tensor's C++ type.
 template <class Body>

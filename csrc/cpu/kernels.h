@@ -1,58 +1,71 @@
 // The inner loops that are compiled once per instruction set, and the table through which the ops reach them.
 //
-// Every sparse operator on the CPU comes down to two loops over *stretched* columns. A column of the packed weight
-// (channel c, tap r, s) is a run of input pixels at a fixed distance from the output pixel, so its index becomes one
-// element offset, and with `pixels` flat output positions p:
+// Every sparse operator on the CPU comes down to two loops. Pixels lie in the lanes of vectors (lanes.h), so that a
+// column of the packed weight (channel c, tap r, s) is a whole vector at a fixed distance from that of the output pixel:
 //
-//   spmm    output[row][p]     = init[row] + sum_i values[i][row] * input[offsets[i] + p]
-//   sddmm   grad_values[i][row] +=           sum_p grad[row][p]   * input[offsets[i] + p]
+//   spmm    output[row][p]     = init[row] + sum_i values[i][row] * input[table[col[i]] + p]
+//   sddmm   grad_values[i][row] +=           sum_p grad[row][p]   * input[table[col[i]] + p]
 //
 // spmm is the convolution's forward, its input gradient (transposed pattern), and both of nn.Linear's; sddmm is the
-// weight gradient at the non-zeros. Idea of the stretched offsets: Escoin (Chen, 2018) and SkimCaffe (Park et al.,
-// "Faster CNNs with direct sparse convolutions and guided pruning", ICLR 2017).
+// weight gradient at the non-zeros. Constant distances are the idea of SkimCaffe (Park et al., "Faster CNNs with direct
+// sparse convolutions and guided pruning", ICLR 2017) and Escoin (Chen, 2018).
 //
-// A tile is `vectors` SIMD vectors of pixels wide; both loops may read up to one vector past `pixels`, so buffers end
-// in kSlack initialised elements.
+// A tile is a rectangle of `lines` x `width` positions, each one vector. Both loops go through the columns below a limit
+// and leave the cursor of each row there: a block of input channels stays in L1 while all rows pass. A column that is
+// outside the table is below no limit, so after the last block a cursor short of the row's end tells of it; nothing
+// outside is read.
+//
+// Vectors hold 32 bytes under AVX-512, too: more lanes would be idle on small maps, and twice the registers make
+// larger tiles.
 #pragma once
 #include <cstdint>
 
 namespace sparsekd::cpu {
 
-constexpr int64_t kSlack = 64;  // elements after the last plane; the widest vector holds 16
-
-// How wide a tile of pixels may be for a given number of rows that share their columns.
+// How large a tile may be for rows that share their columns.
 struct TileShape {
-  int lanes;        // elements in a SIMD vector
-  int max_vectors;  // most vectors in a tile
+  int lanes;      // elements in a vector
+  int positions;  // most in a tile
+  int lines;      // most in a tile
 };
 
-// Rows come in groups of `vector` that share columns. Group g's columns in block b are
-// bounds[g * (blocks + 1) + b] .. bounds[g * (blocks + 1) + b + 1]; a block is a set of input channels that stays in L1.
 template <class T>
 struct SpmmTile {
-  const T* input;          // already shifted to the tile's first pixel
-  const int32_t* offsets;  // [n_vectors]
-  const T* values;         // [n_vectors, vector]
-  const int32_t* bounds;   // [groups, blocks + 1]
-  int blocks;
+  const T* input;        // at the tile's first position
+  int64_t line;          // elements from one line of positions to the next
+  int lines, width;      // positions
+  const int32_t* table;  // [columns] elements from a position to the column's vector
+  const int32_t* crow;   // [groups + 1]
+  const int32_t* col;    // [n_vectors]
+  const T* values;       // [n_vectors, vector]
   int vector;
-  const T* init;    // [groups * vector], the bias by row, or null for zero
-  T* output;        // [groups * vector, pitch], written whole
-  int64_t pitch;    // elements
-  int vectors;      // SIMD vectors in this tile
+  int32_t* cursor;       // [groups] where each row group stands, moved on
+  uint32_t limit;        // columns below this are taken
+  bool first;            // whether to start from init, else from the partial sums
+  const T* init;         // [groups * vector], the bias by row, or null for zero
+  const T* partial;      // of the first row of this call; lines * width vectors per row, side by side
+  int64_t partial_pitch;
+  T* output;             // as partial; may be the same
+  int64_t output_pitch;
 };
 
 template <class T>
 struct SddmmTile {
   const T* input;
-  const int32_t* offsets;
-  const int32_t* bounds;
-  int blocks;
+  int64_t line;
+  int lines, width;
+  const int32_t* table;
+  const int32_t* crow;
+  const int32_t* col;
   int vector;
-  const T* grad;     // [groups * vector, pitch], zero in pad columns and after the last pixel
-  int64_t pitch;
-  T* grad_values;    // [n_vectors, vector], added to
-  int vectors;
+  int32_t* cursor;
+  uint32_t limit;
+  const T* grad;         // of result row 0, at the tile's first position; zero where there is no pixel
+  int64_t grad_line;     // elements from one line of positions to the next
+  int64_t grad_pitch;    // elements from one result row to the next
+  const int64_t* row_of; // [groups * vector] result row, -1 for padding, whose gradient is `zeros`
+  const T* zeros;
+  T* grad_values;        // [n_vectors, vector], added to
 };
 
 // Packed rows on one row of activations; see spmv.inc.
@@ -86,13 +99,16 @@ struct KDLossRow {
 
 template <class T>
 struct TypeKernels {
-  TileShape (*spmm_shape)(int vector);
+  TileShape (*tile_shape)(int vector);
   void (*spmm)(const SpmmTile<T>&, int64_t group_begin, int64_t group_end);
-  TileShape (*sddmm_shape)(int vector);
+  TileShape (*grad_tile_shape)();
   void (*sddmm)(const SddmmTile<T>&, int64_t group_begin, int64_t group_end);
   bool (*spmv)(const SpmvRows<T>&, int64_t group_begin, int64_t group_end);
   // out[c * out_pitch + r] = in[r * in_pitch + c]
   void (*transpose)(const T* in, int64_t rows, int64_t columns, int64_t in_pitch, T* out, int64_t out_pitch);
+  // out[x * pitch + lane] = in[lane][x] for x < count, and back
+  void (*gather_lanes)(const T* const* in, int64_t count, T* out, int64_t pitch);
+  void (*scatter_lanes)(const T* in, int64_t pitch, int64_t count, T* const* out);
   double (*kd_loss_row)(const KDLossRow<T>&);  // the row's share of the loss
 };
 
@@ -100,11 +116,6 @@ struct Kernels {
   const char* isa;
   TypeKernels<float> f32;
   TypeKernels<double> f64;
-  // Both give false if any column is outside 0 .. columns - 1.
-  // offsets[i] = table[col[i]]; nothing outside the table is read.
-  bool (*stretch)(const int32_t* col, int64_t count, const int32_t* table, int32_t columns, int32_t* offsets);
-  // offsets[i] = col[i] * pitch.
-  bool (*scale)(const int32_t* col, int64_t count, int32_t pitch, int32_t columns, int32_t* offsets);
 };
 
 namespace baseline { extern const Kernels kernels; }

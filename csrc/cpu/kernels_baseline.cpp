@@ -15,7 +15,6 @@ namespace {
 #include "simd.inc"
 #include "spmm.inc"
 #include "sddmm.inc"
-#include "stretch.inc"
 #include "spmv.inc"
 #include "transpose.inc"
 #include "kd_loss.inc"
@@ -23,9 +22,9 @@ namespace {
 
 const Kernels kernels = {
     "baseline",
-    {&spmm_shape<float>, &spmm<float>, &sddmm_shape<float>, &sddmm<float>, &spmv<float>, &transpose<float>, &kd_loss_row<float>},
-    {&spmm_shape<double>, &spmm<double>, &sddmm_shape<double>, &sddmm<double>, &spmv<double>, &transpose<double>, &kd_loss_row<double>},
-    &stretch,
-    &scale,
+    {&tile_shape<float>, &spmm<float>, &grad_tile_shape<float>, &sddmm<float>, &spmv<float>, &transpose<float>, &gather_lanes<float>,
+     &scatter_lanes<float>, &kd_loss_row<float>},
+    {&tile_shape<double>, &spmm<double>, &grad_tile_shape<double>, &sddmm<double>, &spmv<double>, &transpose<double>, &gather_lanes<double>,
+     &scatter_lanes<double>, &kd_loss_row<double>},
 };
 }  // namespace sparsekd::cpu::baseline

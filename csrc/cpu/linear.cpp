@@ -2,15 +2,17 @@
 //
 //   output [N, out] = input [N, in] @ weight^T + bias, weight [out, in] in vector-CSR
 //
-// One row of activations is a dot product per output (spmv.inc). More rows lie side by side in the lanes: a panel of
-// rows is transposed to [in, width], where a non-zero is one run of activations, as a column of a convolution is a run of
-// pixels (spmm.inc). The weight gradient takes the convolution's: rows are the pixels of a 1 x 1 convolution.
+// One row of activations is a dot product per output (spmv.inc). More rows are the pixels of a 1 x 1 convolution over one
+// image in channels_last.
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <numeric>
+
 #include "../check.h"
 #include "direct.h"
-#include "spmm.h"
+#include "kernels.h"
 
 namespace sparsekd::cpu {
 namespace {
@@ -33,9 +35,8 @@ void check_values(const at::Tensor& values, const at::Tensor& like, const char* 
   check_size(values, "values", 0, col_indices.size(0), "the number of col_indices");
 }
 
-at::Tensor transposed(const at::Tensor& matrix) { return widened(matrix.t()); }  // [N, features] to [features, N]
-
-// What both products need of a packed matrix: the weight in the forward, its transposed pattern in the input gradient.
+// What the product with single rows needs of a packed matrix: the weight in the forward, its transposed pattern in the
+// input gradient.
 template <class T>
 struct Packed {
   const int32_t* crow;
@@ -72,73 +73,11 @@ void one_row(const Packed<T>& packed, const T* input, T* output, const char* nam
   });
 }
 
-template <class T>
-void panels(const Packed<T>& packed, int64_t count, const T* input, T* output, const char* name) {
-  const TileShape shape = type_kernels<T>().spmm_shape(packed.vector);
-  const int64_t vectors = ceil_div(count, shape.lanes);
-  const int64_t n_panels = ceil_div(vectors, shape.max_vectors);
-  const int64_t width = ceil_div(vectors, n_panels) * shape.lanes;
-  const Planes planes{{Plane{{1, width}, {1, 1}, {0, 0}}}, {0}, 0};
-  Rows<T> rows;
-  rows.packed_per_group = packed.groups();
-  rows.vector = packed.vector;
-  rows.crow.assign(packed.crow, packed.crow + rows.packed() + 1);
-  rows.offsets.resize(packed.n_vectors);
-  rows.values = packed.values;
-  rows.row_of = packed.row_of.data();
-  rows.channels_per_group = packed.columns;
-  check_reachable(packed.columns, planes);
-  if (!kernels().scale(packed.col, packed.n_vectors, static_cast<int32_t>(width), static_cast<int32_t>(packed.columns),
-                       rows.offsets.data())) {
-    outside_error(packed.col, packed.n_vectors, packed.columns, name);
-  }
-  const Tiling tiling = make_tiling(rows, planes, {1, width}, 0, shape);
-
-  auto fill = [&](int64_t panel, int64_t from, int64_t to, T* turned) {  // columns from .. to of one panel
-    const int64_t first = panel * width, valid = std::min(width, count - first);
-    type_kernels<T>().transpose(input + first * packed.columns + from, valid, to - from, packed.columns,
-                                turned + from * width, width);
-    for (int64_t c = from; valid < width && c < to; ++c) {
-      std::fill(turned + c * width + valid, turned + (c + 1) * width, T(0));
-    }
-  };
-  auto multiply = [&](const T* turned, T* made, int64_t begin, int64_t end) {
-    const Result<T> result{made, width, 1, width, {{1, width}, {1, 1}, {0, 0}}};
-    spmm_row_range(rows, tiling, planes, turned, packed.init, result, begin, end);
-  };
-  auto finish = [&](int64_t panel, const T* made) {
-    const int64_t first = panel * width;
-    type_kernels<T>().transpose(made, packed.results, std::min(width, count - first), width,
-                                output + first * packed.results, packed.results);
-  };
-  if (n_panels >= at::get_num_threads()) {  // panels side by side
-    parallel_over(n_panels, 1, [&](int64_t from, int64_t to) {
-      PlaneBuffer<T> turned(packed.columns * width);
-      std::unique_ptr<T[]> made(new T[packed.results * width]);
-      for (int64_t panel = from; panel < to; ++panel) {
-        fill(panel, 0, packed.columns, turned.data.get());
-        multiply(turned.data.get(), made.get(), 0, rows.packed());
-        finish(panel, made.get());
-      }
-    });
-    return;
-  }
-  PlaneBuffer<T> turned(packed.columns * width);
-  std::unique_ptr<T[]> made(new T[packed.results * width]);
-  for (int64_t panel = 0; panel < n_panels; ++panel) {  // one panel at a time, its rows side by side
-    parallel_over(packed.columns, kGrain / width,
-                  [&](int64_t from, int64_t to) { fill(panel, from, to, turned.data.get()); });
-    parallel_rows(rows, [&](int64_t begin, int64_t end) { multiply(turned.data.get(), made.get(), begin, end); });
-    finish(panel, made.get());
-  }
-}
-
 constexpr int64_t kSingly = 2;  // rows that are faster one by one than in the lanes, most of which they would leave idle
 
 template <class T>
 void product(const Packed<T>& packed, int64_t count, const T* input, T* output, const char* name) {
-  if (count == 0 || packed.results == 0) return;
-  if (count > kSingly) return panels(packed, count, input, output, name);
+  if (packed.results == 0) return;
   for (int64_t n = 0; n < count; ++n) {
     one_row(packed, input + n * packed.columns, output + n * packed.results, name);
   }
@@ -159,6 +98,11 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& values, const a
   check_index_range(input.size(1));
   const at::Tensor wide_input = widened(input), wide_values = widened(values);
   at::Tensor output = at::empty({input.size(0), out_features}, wide_input.options());
+  if (input.size(0) > kSingly) {
+    direct_forward(pixels_of_rows(input.size(0), input.size(1), out_features), pattern, wide_input, wide_values,
+                   bias ? widened(*bias) : at::Tensor(), true, output);
+    return output.to(input.scalar_type());
+  }
   dispatch(wide_input, [&](auto zero) {
     using T = decltype(zero);
     std::vector<T> init;
@@ -191,6 +135,10 @@ at::Tensor linear_input_grad_cpu(const at::Tensor& grad_output, const at::Tensor
   check_index_range(out_features);
   const at::Tensor wide_grad = widened(grad_output), wide_values = widened(values);
   at::Tensor grad_input = at::empty({rows, in_features}, wide_grad.options());
+  if (rows > kSingly) {
+    direct_input_grad(pixels_of_rows(rows, in_features, out_features), pattern, wide_grad, wide_values, true, grad_input);
+    return grad_input.to(grad_output.scalar_type());
+  }
   std::vector<int64_t> row_of(in_features);
   std::iota(row_of.begin(), row_of.end(), 0);
   dispatch(wide_grad, [&](auto zero) {
@@ -216,10 +164,10 @@ at::Tensor linear_weight_grad_cpu(const at::Tensor& input, const at::Tensor& gra
   check_size(grad_output, "grad_output", 0, input.size(0), "rows of the input");
   check_dim(col_indices, "col_indices", 1);
   const Pattern pattern(crow_indices, col_indices, row_indices, grad_output.size(1), 1, vector);
-  const at::Tensor planes = transposed(input);
-  at::Tensor grad_values = at::empty({pattern.n_vectors, vector}, planes.options());
-  direct_weight_grad(pixels_of_rows(input.size(0), input.size(1), grad_output.size(1)), pattern, planes,
-                     transposed(grad_output), grad_values);
+  const at::Tensor wide_input = widened(input);
+  at::Tensor grad_values = at::empty({pattern.n_vectors, vector}, wide_input.options());
+  direct_weight_grad(pixels_of_rows(input.size(0), input.size(1), grad_output.size(1)), pattern, wide_input,
+                     widened(grad_output), true, grad_values);
   return grad_values.to(input.scalar_type());
 }
 

@@ -39,7 +39,7 @@ struct Plane {
 struct Planes {
   std::vector<Plane> phases;             // all of the same size
   std::vector<int64_t> tap_offsets;      // [taps]; -1 where the tap takes no part
-  int64_t reach = 0;                     // largest distance of a tap within its plane
+  Pair halo{0, 0};                       // how much larger a plane is than the positions it serves
   int64_t pitch() const { return phases[0].pitch(); }
   int64_t plane() const { return phases[0].elements(); }
   int64_t channel() const { return plane() * static_cast<int64_t>(phases.size()); }  // elements per channel
@@ -53,18 +53,18 @@ struct Target {
 struct InputGradPhase {
   Target target;
   std::vector<int64_t> tap_offsets;  // [taps], -1 where the tap does not reach these pixels
-  int64_t reach = 0;
 };
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
-// The input's planes, for the forward and the weight gradient.
-inline Planes input_planes(const Conv2dShape& shape) {
+// The input's planes for a rectangle of output pixels, for the forward and the weight gradient.
+inline Planes input_planes(const Conv2dShape& shape, const Pair& positions) {
   Planes planes;
   Pair size;
   for (int d = 0; d < 2; ++d) {
-    size[d] = shape.output[d] + (shape.kernel[d] - 1) * shape.dilation[d] / shape.stride[d];
+    planes.halo[d] = (shape.kernel[d] - 1) * shape.dilation[d] / shape.stride[d];
+    size[d] = positions[d] + planes.halo[d];
   }
   std::map<Pair, int64_t> phase_of;
   for (int64_t r = 0; r < shape.kernel[0]; ++r) {
@@ -76,9 +76,7 @@ inline Planes input_planes(const Conv2dShape& shape) {
       if (made) {  // phases that no tap reads are never made
         planes.phases.push_back({size, shape.stride, {phase_h - shape.padding[0], phase_w - shape.padding[1]}});
       }
-      const int64_t shift = y / shape.stride[0] * size[1] + x / shape.stride[1];
-      planes.reach = std::max(planes.reach, shift);
-      planes.tap_offsets.push_back(phase * size[0] * size[1] + shift);
+      planes.tap_offsets.push_back(phase * size[0] * size[1] + y / shape.stride[0] * size[1] + x / shape.stride[1]);
     }
   }
   return planes;
@@ -88,14 +86,16 @@ inline Planes input_planes(const Conv2dShape& shape) {
 //
 // Input row h and output row oh meet at tap r when h + padding = oh * stride + r * dilation. With
 // h + padding = a * stride + phase and r * dilation = b * stride + rest this needs rest = phase, and then oh = a - b.
-inline Planes input_grad_planes(const Conv2dShape& shape, std::vector<InputGradPhase>& phases) {
+//
+// Every phase has a rectangle of `positions`, though some have fewer pixels.
+inline Planes input_grad_planes(const Conv2dShape& shape, const Pair& positions, std::vector<InputGradPhase>& phases) {
   struct Axis {  // one phase of one dimension
     int64_t origin, count;
     std::vector<int64_t> shifts;  // per tap: oh = position + shift
     std::vector<bool> reached;
   };
   std::array<std::vector<Axis>, 2> axes;
-  Plane plane{{1, 1}, {1, 1}, {0, 0}};
+  Plane plane{positions, {1, 1}, {0, 0}};
   for (int d = 0; d < 2; ++d) {
     int64_t low = INT64_MAX, high = INT64_MIN;
     // A stride beyond the input has phases without pixels, which are left out.
@@ -110,28 +110,26 @@ inline Planes input_grad_planes(const Conv2dShape& shape, std::vector<InputGradP
         axis.reached.push_back(reached);
         if (reached) {
           low = std::min(low, axis.shifts.back());
-          high = std::max(high, axis.shifts.back() + axis.count);
+          high = std::max(high, axis.shifts.back());
         }
       }
       axes[d].push_back(std::move(axis));
     }
     if (low > high) low = high = 0;  // no tap reaches any pixel
-    int64_t widest = 1;
-    for (const Axis& axis : axes[d]) widest = std::max(widest, axis.count);
-    plane.size[d] = std::max(high - low, widest);
+    plane.size[d] += high - low;
     plane.origin[d] = low;
   }
   Planes planes;
+  planes.halo = {plane.size[0] - positions[0], plane.size[1] - positions[1]};
   planes.phases.push_back(plane);
   for (const Axis& h : axes[0]) {
     for (const Axis& w : axes[1]) {
-      InputGradPhase phase{{{h.count, w.count}, shape.stride, {h.origin, w.origin}}, {}, 0};
+      InputGradPhase phase{{{h.count, w.count}, shape.stride, {h.origin, w.origin}}, {}};
       for (int64_t r = 0; r < shape.kernel[0]; ++r) {
         for (int64_t s = 0; s < shape.kernel[1]; ++s) {
           int64_t offset = -1;
           if (h.reached[r] && w.reached[s]) {
             offset = (h.shifts[r] - plane.origin[0]) * plane.pitch() + w.shifts[s] - plane.origin[1];
-            phase.reach = std::max(phase.reach, offset);
           }
           phase.tap_offsets.push_back(offset);
         }
@@ -142,62 +140,29 @@ inline Planes input_grad_planes(const Conv2dShape& shape, std::vector<InputGradP
   return planes;
 }
 
-// An image as it lies in memory: [C, H, W], or [H, W, C] when `last` (channels_last).
+// Copies one channel [H, W] of an image into its planes.
 template <class T>
-struct Image {
-  const T* data;
-  int64_t channels;
-  Pair size;
-  bool last;
-};
-
-template <class T>
-using Transpose = void (*)(const T* in, int64_t rows, int64_t columns, int64_t in_pitch, T* out, int64_t out_pitch);
-
-// Copies channels begin .. end - 1 of an image into their planes, out + c * planes.channel() + ... for channel c.
-template <class T>
-void fill_planes(const Image<T>& image, const Planes& planes, int64_t begin, int64_t end, Transpose<T> transpose, T* out) {
-  const Pair& size = image.size;
-  const int64_t stride = planes.channel();
-  int64_t first = 0;  // of this phase in its channel
+void fill_planes(const T* image, const Pair& size, const Planes& planes, T* out) {
   for (const Plane& plane : planes.phases) {
     const int64_t pitch = plane.pitch();
     const int64_t step = plane.step[1], origin = plane.origin[1];
     const int64_t left = std::clamp<int64_t>(ceil_div(-origin, step), 0, pitch);
     const int64_t right = std::clamp<int64_t>(ceil_div(size[1] - origin, step), left, pitch);
-    auto row_of = [&](int64_t y) {
+    for (int64_t y = 0; y < plane.size[0]; ++y, out += pitch) {
       const int64_t row = y * plane.step[0] + plane.origin[0];
-      return row >= 0 && row < size[0] ? row : -1;
-    };
-    for (int64_t channel = begin; channel < end; ++channel) {
-      T* line_out = out + channel * stride + first;
-      for (int64_t y = 0; y < plane.size[0]; ++y, line_out += pitch) {
-        const int64_t row = row_of(y);
-        if (row < 0) {
-          std::fill(line_out, line_out + pitch, T(0));
-          continue;
-        }
-        std::fill(line_out, line_out + left, T(0));
-        std::fill(line_out + right, line_out + pitch, T(0));
-        if (image.last) continue;
-        const T* line = image.data + (channel * size[0] + row) * size[1] + origin;
-        if (step == 1) {
-          std::copy(line + left, line + right, line_out + left);
-        } else {
-          for (int64_t x = left; x < right; ++x) line_out[x] = line[x * step];
-        }
+      if (row < 0 || row >= size[0]) {
+        std::fill(out, out + pitch, T(0));
+        continue;
+      }
+      const T* line = image + row * size[1] + origin;
+      std::fill(out, out + left, T(0));
+      std::fill(out + right, out + pitch, T(0));
+      if (step == 1) {
+        std::copy(line + left, line + right, out + left);
+      } else {
+        for (int64_t x = left; x < right; ++x) out[x] = line[x * step];
       }
     }
-    if (image.last) {
-      for (int64_t y = 0; y < plane.size[0]; ++y) {
-        const int64_t row = row_of(y);
-        if (row < 0 || left >= right) continue;
-        const T* line = image.data + (row * size[1] + left * step + origin) * image.channels + begin;
-        transpose(line, right - left, end - begin, step * image.channels, out + begin * stride + first + y * pitch + left,
-                  stride);
-      }
-    }
-    first += plane.elements();
   }
 }
 
