@@ -63,13 +63,11 @@ Work work_of(const Rows<T>& rows, int64_t batch, const Pair& pixels, const Plane
           rows.packed_per_group, vectors, rows.vector, lanes * static_cast<int64_t>(sizeof(T))};
 }
 
-// All passes over strips of the source. `planes_for(positions)` gives the planes of so many pixels.
+// All passes over strips of the source. `planes_for(positions, passes)` gives the planes of so many pixels, and the passes
+// their taps' places in them.
 template <class T, class PlanesFor>
-void run_strips(const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for, std::vector<Pass<T>>& passes,
-                const T* init, const Batch<T>& result) {
-  const TileShape shape = type_kernels<T>().tile_shape(passes[0].rows.vector);
-  const Planes unit = planes_for(Pair{1, 1}, nullptr);
-  const Grid grid = strip_grid(work_of(passes[0].rows, source.count, pixels, unit, shape.lanes), shape);
+void over_strips(const Grid& grid, const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for,
+                 std::vector<Pass<T>>& passes, const T* init, const Batch<T>& result) {
   const Planes planes = planes_for(grid.strip, &passes), whole = planes_for(grid.covered(), nullptr);
   const int64_t pitch = spread<T>(planes.channel() * grid.lanes), line = planes.pitch() * grid.lanes;
   const int64_t lines = ceil_div(grid.strip[0], grid.tiles[0]), width = ceil_div(grid.strip[1], grid.tiles[1]);
@@ -112,18 +110,96 @@ void run_strips(const Batch<const T>& source, const Pair& pixels, PlanesFor plan
       });
 }
 
+// All passes over runs of the source's planes.
+template <class T, class PlanesFor>
+void over_runs(const Grid& grid, const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for,
+               std::vector<Pass<T>>& passes, const T* init, const Batch<T>& result) {
+  const Planes planes = planes_for(pixels, &passes);
+  // The last vector may reach past the last pixel.
+  const int64_t pitch = spread<T>(planes.channel() + grid.lanes);
+  const int64_t line = planes.pitch(), widest = grid.largest() * grid.lanes;
+  for (Pass<T>& pass : passes) {
+    pass.table = column_table(pass.rows, pitch, pass.tap_offsets, 1);
+    const Work work = work_of(pass.rows, source.count, pixels, planes, grid.lanes);
+    pass.blocks = static_cast<int>(blocks_of(work_of_runs(work, grid.lanes), 1, grid.largest()));
+  }
+  run_units(
+      source.count, source.channels, source.channels * pitch, passes,
+      [&](int64_t n, int64_t from, int64_t to, T* packed) { pack_planes(source, planes, n, from, to, pitch, packed); },
+      [&](const Pass<T>& pass, int64_t n, const T* packed, int64_t from, int64_t to) {
+        struct Segment {
+          int64_t source, target, count;
+        };
+        const Rows<T>& rows = pass.rows;
+        const Target& target = pass.target;
+        const int64_t plane = result.size[0] * result.size[1], step = target.step[1];
+        const int64_t positions = (target.size[0] - 1) * line + target.size[1];
+        std::vector<Segment> segments;
+        std::vector<int32_t> cursor;
+        Buffer<T> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * widest);
+        for_chunks(rows, widest, from, to, [&](int64_t group, int64_t begin, int64_t end) {
+          for (int64_t t = 0; t < grid.tiles[1]; ++t) {
+            const int64_t first = grid.begin(1, t) * grid.lanes;
+            SpmmTile<T> tile{};
+            tile.lines = 1;
+            tile.width = static_cast<int>(grid.count(1, t));
+            tile.input = packed + group * rows.channels_per_group * pitch + first;
+            tile.table = pass.table.data();
+            tile.init = init;
+            tile.output = scratch.get();
+            tile.output_pitch = tile.width * grid.lanes;
+            multiply_tile(rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
+            // The pixels of this tile that exist, line by line; the same for every row.
+            segments.clear();
+            const int64_t last = std::min(first + tile.output_pitch, positions);
+            for (int64_t y = first / line; y * line < last; ++y) {
+              const int64_t start = std::max(first, y * line), stop = std::min(last, y * line + target.size[1]);
+              if (start >= stop) continue;
+              segments.push_back({start - first,
+                                  (target.origin[0] + y * target.step[0]) * result.size[1] + target.origin[1] +
+                                      (start - y * line) * step,
+                                  stop - start});
+            }
+            for (int64_t position = 0; position < (end - begin) * rows.vector; ++position) {
+              const int64_t row = rows.row_of[begin * rows.vector + position];
+              if (row < 0) continue;
+              const T* made = scratch.get() + position * tile.output_pitch;
+              T* out = result.image(n) + row * plane;
+              for (const Segment& s : segments) {
+                if (step == 1) {
+                  std::copy(made + s.source, made + s.source + s.count, out + s.target);
+                } else {
+                  for (int64_t x = 0; x < s.count; ++x) out[s.target + x * step] = made[s.source + x];
+                }
+              }
+            }
+          }
+        });
+      });
+}
+
+template <class T, class PlanesFor>
+void run_passes(const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for, std::vector<Pass<T>>& passes,
+                const T* init, const Batch<T>& result) {
+  const TileShape shape = type_kernels<T>().tile_shape(passes[0].rows.vector);
+  const Work work = work_of(passes[0].rows, source.count, pixels, planes_for({1, 1}, nullptr), shape.lanes);
+  const Grid grid = best_grid(work, shape, !source.last);
+  if (grid.runs) return over_runs(grid, source, pixels, planes_for, passes, init, result);
+  over_strips(grid, source, pixels, planes_for, passes, init, result);
+}
+
 constexpr int64_t kBandBudget = 512 * 1024;  // bytes of a band of pixels, of all channels, that is packed at a time
 
-// One pass of a 1 x 1 kernel without padding, over the source's pixels as they lie.
+// One pass of a 1 x 1 kernel without padding, over runs of the source's pixels as they lie.
 template <class T>
-void run_flat(const Batch<const T>& source, const Pair& stride, const Pair& pixels, std::vector<Pass<T>>& passes,
+void over_pixels(const Batch<const T>& source, const Pair& stride, const Pair& pixels, std::vector<Pass<T>>& passes,
               const T* init, const Batch<T>& result) {
   Pass<T>& pass = passes[0];
   const Rows<T>& rows = pass.rows;
   const TileShape shape = type_kernels<T>().tile_shape(rows.vector);
   const Planes planes{{Plane{{1, 1}, {1, 1}, {0, 0}}}, {0}, {0, 0}};
   const Work work = work_of(rows, source.count, pixels, planes, shape.lanes);
-  const Grid grid = flat_grid(work, shape);
+  const Grid grid = run_grid(work, shape);
   const int64_t lanes = grid.lanes, count = pixels[0] * pixels[1], widest = grid.largest() * lanes;
   pass.blocks = static_cast<int>(blocks_of(work, 1, grid.largest()));
   // Where the input lies well it is read there. The last tile then begins earlier, so as not to read past the end; what
@@ -225,8 +301,8 @@ void forward(const Conv2dShape& shape, const Pattern& pattern, const T* input, c
   const Batch<const T> source{input, shape.batch, shape.in_channels, shape.input, channels_last};
   const Batch<T> result{output, shape.batch, shape.out_channels, shape.output, channels_last};
   const T* start = bias ? init.data() : nullptr;
-  if (is_flat(shape)) return run_flat(source, shape.stride, shape.output, passes, start, result);
-  run_strips<T>(
+  if (is_flat(shape)) return over_pixels(source, shape.stride, shape.output, passes, start, result);
+  run_passes<T>(
       source, shape.output,
       [&](const Pair& positions, std::vector<Pass<T>>* of) {
         Planes planes = input_planes(shape, positions);
@@ -278,11 +354,11 @@ void input_grad(const Conv2dShape& shape, const Transposed& transposed, const T*
   const Batch<const T> source{grad_output, shape.batch, shape.out_channels, shape.output, channels_last};
   const Batch<T> result{grad_input, shape.batch, shape.in_channels, shape.input, channels_last};
   if (is_flat(shape) && shape.stride == Pair{1, 1}) {
-    return run_flat<T>(source, {1, 1}, shape.input, passes, nullptr, result);
+    return over_pixels<T>(source, {1, 1}, shape.input, passes, nullptr, result);
   }
   Pair pixels;  // of the largest phase
   for (int d = 0; d < 2; ++d) pixels[d] = ceil_div(shape.input[d], shape.stride[d]);
-  run_strips<T>(
+  run_passes<T>(
       source, pixels,
       [&](const Pair& positions, std::vector<Pass<T>>* of) {
         phases.clear();
@@ -304,16 +380,21 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
   const bool flat = is_flat(shape);
   const TileShape tile_shape = type_kernels<T>().grad_tile_shape();
   const Work work = work_of(rows, shape.batch, shape.output, input_planes(shape, {1, 1}), tile_shape.lanes);
-  const Grid grid = flat ? flat_grid(work, tile_shape) : strip_grid(work, tile_shape);
+  const Grid grid = flat ? run_grid(work, tile_shape) : best_grid(work, tile_shape, !channels_last);
   const int64_t lanes = grid.lanes;
-  const Planes planes = flat ? Planes{{Plane{grid.strip, {1, 1}, {0, 0}}}, {0}, {0, 0}} : input_planes(shape, grid.strip);
-  const Planes whole = flat ? planes : input_planes(shape, grid.covered());
-  const Planes grad_planes{{Plane{grid.strip, {1, 1}, {0, 0}}}, {0}, {0, 0}};
-  const Planes grad_whole{{Plane{flat ? grid.strip : grid.covered(), {1, 1}, {0, 0}}}, {0}, {0, 0}};
-  const int64_t pitch = spread<T>(planes.channel() * lanes), grad_pitch = spread<T>(grad_planes.channel() * lanes);
-  const std::vector<int32_t> table = column_table(rows, pitch, planes.tap_offsets, lanes);
-  const int64_t blocks =
-      blocks_of(work, ceil_div(grid.strip[0], grid.tiles[0]), ceil_div(grid.strip[1], grid.tiles[1]));
+  // Of a strip and of all of an image's, or of the image. Gradients have the same positions without a halo.
+  const Planes planes = input_planes(shape, grid.runs ? shape.output : grid.strip);
+  const Planes whole = input_planes(shape, grid.covered());
+  const Pair lines = grid.runs ? Pair{shape.output[0], planes.pitch()} : grid.strip;
+  const Planes grad_planes{{Plane{lines, {1, 1}, {0, 0}}}, {0}, {0, 0}};
+  const Planes grad_whole{{Plane{grid.covered(), {1, 1}, {0, 0}}}, {0}, {0, 0}};
+  const int64_t step = grid.runs ? 1 : lanes;  // elements from one position of the planes to the next
+  // The last vector of a run may reach past the last pixel.
+  const int64_t pitch = spread<T>(planes.channel() * step + (grid.runs ? lanes : 0));
+  const int64_t grad_pitch = spread<T>(grid.runs ? grad_planes.channel() + lanes : grad_planes.channel() * lanes);
+  const std::vector<int32_t> table = column_table(rows, pitch, planes.tap_offsets, step);
+  const int64_t blocks = blocks_of(grid.runs ? work_of_runs(work, lanes) : work, ceil_div(grid.strip[0], grid.tiles[0]),
+                                   ceil_div(grid.strip[1], grid.tiles[1]));
 
   const Batch<const T> images{input, shape.batch, shape.in_channels, shape.input, channels_last};
   const Batch<const T> grads{grad_output, shape.batch, shape.out_channels, shape.output, channels_last};
@@ -329,6 +410,8 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
     if (flat) {
       const int64_t count = shape.output[0] * shape.output[1];
       pack_flat(from, stride, shape.output, unit, 0, count, begin, end, apart, to);
+    } else if (grid.runs) {
+      pack_planes(from, strips, unit, begin, end, apart, to);
     } else {
       pack_strips(from, strips, all, grid, unit * grid.images, begin, end, apart, to);
     }
@@ -358,7 +441,7 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
               SddmmTile<T> tile{};
               tile.lines = static_cast<int>(grid.count(0, ty));
               tile.width = static_cast<int>(grid.count(1, tx));
-              tile.line = planes.pitch() * lanes;
+              tile.line = planes.pitch() * lanes;  // a run has one line
               tile.input = packed.get() + unit * image_elements + group * rows.channels_per_group * pitch + y * tile.line +
                            x * lanes;
               tile.table = table.data();

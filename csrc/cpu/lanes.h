@@ -10,8 +10,16 @@
 //     i j | k l        neighbours' pixels around it,
 //     m n | o p        or zeros (planes.h)
 //
-// Flat: for kernels of 1 x 1, which move nothing, a vector is as many pixels as it has lanes, one after the other as
-// they lie in memory.
+// Runs: a vector is as many pixels as it has lanes, one after the other as they lie in a padded plane. A tap moves single
+// elements, so that most loads straddle what the cache likes, but nothing is turned around on the way in and out. A kernel
+// of 1 x 1 moves nothing and always runs, over the image as it is. A run goes on over the ends of lines:
+//
+//   image, one channel            its plane (padding 1, 3 x 3 taps)
+//     a b c                         0 0 0 0 0
+//     d e f                         0 a b c 0      output pixel p = (oh, ow) lives at oh * pitch + ow, and tap (r, s)
+//     g h i                         0 d e f 0      reads plane[p + r * pitch + s], whatever p is. The few results
+//                                   0 g h i 0      computed between lines (pitch - out_w each) are thrown away.
+//                                   0 0 0 0 0
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -26,7 +34,7 @@ namespace sparsekd::cpu {
 
 // Where lanes lie, and how positions are cut into tiles and channels into blocks.
 struct Grid {
-  bool flat = false;
+  bool runs = false;
   int64_t lanes = 1, images = 1, down = 1, across = 1;
   Pair strip{1, 1};  // positions
   Pair tiles{1, 1};  // over a strip; they differ by at most one line or one position
@@ -59,18 +67,20 @@ inline int64_t blocks_of(const Work& work, int64_t lines, int64_t width) {
   return std::max<int64_t>(ceil_div(work.channels, block), 1);
 }
 
-// Cycles of a whole pass, roughly: two FMAs a cycle, what a column and a row cost besides, and three cycles for each
-// vector that is turned on its way in or out.
+// Cycles of a whole pass, roughly: two FMAs a cycle, or as many as straddling loads allow, what a column and a row cost
+// besides, and what each vector costs on its way in and out: more where it is turned around.
 inline double cycles(const Work& work, const Grid& grid) {
   const double lines = static_cast<double>(grid.strip[0]) / grid.tiles[0];
   const double width = static_cast<double>(grid.strip[1]) / grid.tiles[1];
   const double sums = lines * width;
-  const double column = std::max(0.5 * sums * work.vector, 2.5) + 0.8 + 0.25 * lines;
+  const bool straddles = grid.runs && work.halo[1] > 0 && work.vector == 1;
+  const double column = std::max((straddles ? 0.72 : 0.5) * sums * work.vector, 2.5) + 0.8 + 0.25 * lines;
   const int64_t blocks = blocks_of(work, ceil_div(grid.strip[0], grid.tiles[0]), ceil_div(grid.strip[1], grid.tiles[1]));
   const double row = work.vectors_per_row * column + blocks * (15 + sums * work.vector);
-  const double turned = work.channels * work.phases * (grid.strip[0] + work.halo[0]) * (grid.strip[1] + work.halo[1]) +
-                        work.rows * work.vector * grid.strip[0] * grid.strip[1];
-  return ceil_div(work.batch, grid.images) * (work.rows * grid.tiles[0] * grid.tiles[1] * row + (grid.flat ? 0 : 3 * turned));
+  const double in = work.channels * work.phases * (grid.strip[0] + work.halo[0]) * (grid.strip[1] + work.halo[1]);
+  const double out = work.rows * work.vector * grid.strip[0] * grid.strip[1];
+  return ceil_div(work.batch, grid.images) *
+         (work.rows * grid.tiles[0] * grid.tiles[1] * row + (grid.runs ? in + out : 6 * in + 16 * out));
 }
 
 // The best tiles for the strips of a grid.
@@ -92,12 +102,20 @@ inline double choose_tiles(const Work& work, const TileShape& shape, Grid& grid)
   return best;
 }
 
-inline Grid flat_grid(const Work& work, const TileShape& shape) {
+// For runs a halo is so many vectors beyond the tile.
+inline Work work_of_runs(Work work, int64_t lanes) {
+  const int64_t pitch = work.pixels[1] + work.halo[1];
+  work.halo = {0, ceil_div(work.halo[0] * pitch + work.halo[1], lanes)};
+  return work;
+}
+
+inline Grid run_grid(const Work& work, const TileShape& shape) {
   Grid grid;
-  grid.flat = true;
+  grid.runs = true;
   grid.lanes = shape.lanes;
-  grid.strip = {1, ceil_div(work.pixels[0] * work.pixels[1], shape.lanes)};
-  choose_tiles(work, shape, grid);
+  const int64_t pitch = work.pixels[1] + work.halo[1];
+  grid.strip = {1, ceil_div((work.pixels[0] - 1) * pitch + work.pixels[1], shape.lanes)};
+  choose_tiles(work_of_runs(work, shape.lanes), shape, grid);
   return grid;
 }
 
@@ -121,6 +139,13 @@ inline Grid strip_grid(const Work& work, const TileShape& shape) {
     }
   }
   return best;
+}
+
+inline Grid best_grid(const Work& work, const TileShape& shape, bool may_run) {
+  const Grid strips = strip_grid(work, shape);
+  if (!may_run) return strips;
+  const Grid runs = run_grid(work, shape);
+  return cycles(work_of_runs(work, shape.lanes), runs) < cycles(work, strips) ? runs : strips;
 }
 
 // Elements between channels: whole cache lines, an odd number of them, or channels would fall on the same cache sets.
@@ -233,6 +258,16 @@ void pack_flat(const Batch<const T>& batch, const Pair& stride, const Pair& pixe
     done += run;
   }
   for (int64_t c = begin; count < pitch && c < end; ++c) std::fill(out + c * pitch + count, out + (c + 1) * pitch, T(0));
+}
+
+// Channels begin .. end - 1 of one image in planes: out[c][phase][y][x], zeros from there to `pitch`.
+template <class T>
+void pack_planes(const Batch<const T>& batch, const Planes& planes, int64_t n, int64_t begin, int64_t end, int64_t pitch,
+                 T* out) {
+  for (int64_t c = begin; c < end; ++c) {
+    fill_planes<T>(batch.image(n) + c * batch.size[0] * batch.size[1], batch.size, planes, out + c * pitch);
+    std::fill(out + c * pitch + planes.channel(), out + (c + 1) * pitch, T(0));
+  }
 }
 
 // Stores one tile of rows from lanes to where its pixels lie.

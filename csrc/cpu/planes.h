@@ -1,14 +1,7 @@
-// Zero-padded planes, in which every column of a packed weight is a run of elements at a fixed distance.
+// Zero-padded planes, in which every column of a packed weight is a fixed distance from its output pixel (lanes.h).
 //
-//   image, one channel            its plane (padding 1, 3 x 3 taps)
-//     a b c                         0 0 0 0 0
-//     d e f                         0 a b c 0      output pixel p = (oh, ow) lives at oh * pitch + ow, and tap (r, s)
-//     g h i                         0 d e f 0      reads plane[p + r * pitch + s], whatever p is: a tile of pixels
-//                                   0 g h i 0      never meets a border, and runs on over the ends of rows. The few
-//                                   0 0 0 0 0      results computed there (pitch - out_w per row) are thrown away.
-//
-// With stride the plane is split into its phases first (every stride-th row and column), so that runs are contiguous
-// again. For the input gradient the roles turn around: the gradient of the output is the plane, and the phases are
+// With stride the plane is split into its phases first (every stride-th row and column), so that neighbours lie side by
+// side again. For the input gradient the roles turn around: the gradient of the output is the plane, and the phases are
 // those of the result.
 #pragma once
 #include <algorithm>
