@@ -334,6 +334,24 @@ def test_needs_only_the_gradients_that_are_asked_for():
             assert tuple(t.grad is not None for t in tensors) == chosen
 
 
+STRIPS = [
+    Case(size=(14, 14), padding=(1, 1)),
+    Case(batch=3, size=(7, 7), padding=(1, 1)),
+    Case(batch=9, size=(7, 9), padding=(1, 0), vector=2),
+    Case(batch=2, size=(15, 13), stride=(2, 2), padding=(1, 1)),
+    Case(batch=5, size=(9, 8), stride=(3, 2), kernel=(3, 2), padding=(2, 1), permuted=True, vector=4),
+    Case(batch=2, groups=2, size=(11, 10), dilation=(2, 1), padding=(2, 1), planned=True),
+    Case(batch=2, size=(5, 6), kernel=(1, 1), padding=(1, 1), layout="channels_last", vector=3),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", STRIPS, ids=lambda case: f"{case.batch}x{case.size[0]}x{case.size[1]}")
+def test_rows_so_long_that_maps_are_cut_into_strips(case, dtype):
+    """Small maps under rows of hundreds of weights: turning pixels into lanes pays (csrc/cpu/lanes.h)."""
+    check_case(dataclasses.replace(case, channels_per_group=72, filters_per_group=46, density=0.5, dtype=dtype))
+
+
 # --- registration, gradients, precision, compiler --------------------------------------------------------------------
 
 SAMPLES = {

@@ -9,7 +9,7 @@
 //                                                          the transposed weight, and their place in `values`
 //
 // Row groups never cross convolution groups; the last of each is padded. Columns are range-checked where they are
-// stretched (stretch.inc), everything else here.
+// used (kernels.h), everything else here.
 #pragma once
 #include <ATen/core/Tensor.h>
 
