@@ -2,9 +2,10 @@
 
     python benchmarks/conv2d.py --suite resnet18 --sparsity 0.9 --batch 1
 
-Each layer's result is checked first. Then dense (NCHW and channels_last) and sparse are visited in turn within one run,
-by process CPU time, minimum over rounds, on one thread unless --threads says otherwise. The ratio is to the better
-dense one. GF/s count the non-zeros' multiply-adds twice, and the share is of the FMA peak measured in the same run.
+Each layer's result is checked first. Then dense (NCHW, channels_last, and oneDNN with its weight packed beforehand, as
+inductor's freezing uses it) and sparse are visited in turn within one run, by process CPU time, minimum over rounds, on
+one thread unless --threads says otherwise. The ratio is to the best dense one. GF/s count the non-zeros' multiply-adds
+twice, and the share is of the FMA peak measured in the same run.
 """
 
 from __future__ import annotations
@@ -83,6 +84,13 @@ def pruned(layer: Layer, sparsity: float, vector: int) -> tuple[nn.Conv2d, Spars
     return conv.eval(), SparseConv2d.from_dense(conv, mask, vector)
 
 
+def prepacked(conv: nn.Conv2d, x: torch.Tensor):
+    """oneDNN's convolution, its weight in the blocked layout that it prefers for this input."""
+    geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    weight = torch._C._nn.mkldnn_reorder_conv2d_weight(conv.weight.to_mkldnn(), *geometry, x.size())
+    return lambda: torch.ops.mkldnn._convolution_pointwise(x, weight, conv.bias, *geometry, "none", [], "")
+
+
 def run(layer: Layer, args: argparse.Namespace) -> dict:
     conv, sparse = pruned(layer, args.sparsity, args.vector)
     last = pruned(layer, args.sparsity, args.vector)[0]
@@ -95,9 +103,10 @@ def run(layer: Layer, args: argparse.Namespace) -> dict:
     error = float((got - expected).abs().max() / expected.abs().max())
     if not error < 1e-5:
         raise SystemExit(f"Expected {layer} within 1e-5 of torch in float64, got {error:.2g}")
-    engines = {"nchw": lambda: conv(x), "channels_last": lambda: last(x_last), "sparse": lambda: sparse(x)}
+    dense = {"nchw": lambda: conv(x), "channels_last": lambda: last(x_last), "prepacked": prepacked(conv, x_last)}
+    engines = {**dense, "sparse": lambda: sparse(x)}
     timings = compare(engines, rounds=args.rounds, min_time=args.min_time, clock=args.clock)
-    best = min(("nchw", "channels_last"), key=lambda name: timings[name].min)
+    best = min(dense, key=lambda name: timings[name].min)
     gain = speedup(timings[best], timings["sparse"])
     flops = 2 * sparse.nnz * expected.shape[0] * expected.shape[2] * expected.shape[3]
     return {
