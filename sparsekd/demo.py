@@ -211,7 +211,8 @@ class Demo:
             )
             before = evaluate(pruned, self.test)
             if gradual:
-                schedule = CubicSL(start=0, end=gradual)
+                # Masks every ten steps: choosing them costs more than a step of so small a network.
+                schedule = CubicSL(start=0, end=gradual, update_frequency=10)
                 pruner = Pruner(
                     model, self.sparsity, importance, budget=self.settings.budget, schedule=schedule,
                     optimizer=optimizer,
