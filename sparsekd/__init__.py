@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .compress import compress
-from .distillation import Distiller, KDLoss, evaluate
+from .distillation import Distiller, KDLoss, TeacherCache, evaluate
 from .pruning import CubicSL, LinearSL, Pruner
 from .reporting import report, would_it_be_faster
 from .sparse.checkpoint import load, save
@@ -24,6 +24,7 @@ __all__ = [
     "Pruner",
     "SparseConv2d",
     "SparseLinear",
+    "TeacherCache",
     "choices",
     "compress",
     "convert",

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from . import data, demo_report, reference_models
-from .distillation import Distiller, KDLoss, evaluate
+from .distillation import Distiller, KDLoss, TeacherCache, evaluate
 from .distillation.training_state import put_aside
 from .measure.report import NetworkReport, write_text
 from .measure.timing import threads
@@ -149,6 +149,8 @@ class Demo:
             reference_models.reference_teacher(num_classes=self.data.classes),
             lambda model, checkpoint: self.fit(model, None, train, test, epochs, checkpoint),
         )
+        # All students see the same images; only augmented ones are new each time.
+        self.taught = self.teacher if self.data.augment else TeacherCache(self.teacher).eval()
 
     def train_students(self, seed: int) -> None:
         """The student alone and the distilled one: the same labels, the same number of steps."""
@@ -168,7 +170,7 @@ class Demo:
             f"distilled-{seed}",
             f"distilled student, seed {seed}",
             self.student(seed),
-            lambda model, checkpoint: self.fit(model, self.teacher, train, test, epochs, checkpoint),
+            lambda model, checkpoint: self.fit(model, self.taught, train, test, epochs, checkpoint),
         )
         self.train[seed], self.alone[seed] = (train, epochs), (alone, alone_epochs)
         self.test = test
@@ -198,7 +200,7 @@ class Demo:
 
     def prune_and_retrain(self, kind: str, seed: int, importance: str, taught: bool) -> None:
         base = self.models["distilled" if taught else "alone", seed]
-        (train, epochs), teacher = (self.train if taught else self.alone)[seed], self.teacher if taught else None
+        (train, epochs), teacher = (self.train if taught else self.alone)[seed], self.taught if taught else None
         retrain = max(round(epochs * self.settings.retrain_epochs / self.settings.epochs), 1)
 
         def work(model: nn.Module, checkpoint: Path) -> dict:
