@@ -1,7 +1,7 @@
 # `make help` lists what there is. Needs Python 3.10 or newer (with venv), g++ and make; the rest goes into .venv.
 # make demo ARGS="--data shapes" hands options on. make PYTHON=python3.12 chooses the interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all build lint format bench size clean FORCE
+.PHONY: help demo test test-all sanitize build lint format bench size clean FORCE
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -23,6 +23,18 @@ test: $(BUILT) ## the tests, without those marked slow
 
 test-all: $(BUILT) ## every test
 	$(BIN)/python -m pytest tests $(ARGS)
+
+# In a copy, so that the build in use stays as it is. The sanitizers' runtimes have to be in the process before all else;
+# leaks are not looked for, as Python itself leaks by design.
+SANITIZED := $(addprefix ../../tests/test_,$(addsuffix .py,conv2d conv2d_fused linear kd_loss))
+sanitize: $(BUILT) ## the tests of the operators under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r sparsekd build/sanitize/
+	rm -f build/sanitize/sparsekd/_C*
+	SPARSEKD_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize
+	cd build/sanitize && \
+	  LD_PRELOAD="$$(for name in asan ubsan stdc++; do printf '%s ' "$$($${CXX:-c++} -print-file-name=lib$$name.so)"; done)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  ../../$(BIN)/python -m pytest -p no:cacheprovider $(SANITIZED) $(ARGS)
 
 build: $(BUILT) ## .venv with the pinned dependencies, and sparsekd in it
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden"]
+SANITIZE_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
 # Stable ABI of Python 3.10: one built file serves every later Python. Spelled as torch spells it, so that the two
 # definitions agree.
 LIMITED_API = "-DPy_LIMITED_API=0x030A0000"
@@ -160,7 +161,9 @@ def main():
     if cuda_sources and not with_cuda:
         print(f"sparsekd: building the CPU half alone ({obstacle or 'SPARSEKD_CUDA=0'})", file=sys.stderr)
 
-    make, flags, files = CppExtension, {"cxx": [*CXX_FLAGS, LIMITED_API]}, sources("ops.cpp", "cpu/*.cpp")
+    sanitize = os.environ.get("SPARSEKD_SANITIZE", "0") not in ("", "0")  # see `make sanitize`
+    checks = SANITIZE_FLAGS if sanitize else []
+    make, flags, files = CppExtension, {"cxx": [*CXX_FLAGS, *checks, LIMITED_API]}, sources("ops.cpp", "cpu/*.cpp")
     if with_cuda and any(name.endswith(".cu") for name in cuda_sources):
         make, files = CUDAExtension, files + cuda_sources
         flags["cxx"] += ["-DSPARSEKD_CUDA"]
@@ -174,6 +177,7 @@ def main():
             # Editable installs compile in a throw-away folder, everything each time. Kept, ninja compiles what changed.
             # One folder per Python and torch, since their objects don't mix.
             tag = f"{platform.machine()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
+            tag += "-sanitize" if sanitize else ""
             self.build_temp = str(Path("build") / f"temp-{tag}")
 
         def run(self):
@@ -187,7 +191,7 @@ def main():
                 files,
                 depends=sources("*.h", "**/*.h", "**/*.inc", "**/*.cuh"),
                 extra_compile_args=flags,
-                extra_link_args=["-fopenmp"],
+                extra_link_args=["-fopenmp", *checks],
                 py_limited_api=True,
             )
         ],

@@ -13,6 +13,8 @@ from hypothesis import settings
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
+import sparsekd
+
 # The same examples in every run: a failure is found again, and a pass does not depend on luck. `--hypothesis-profile
 # explore` looks at new ones.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
@@ -115,8 +117,8 @@ ISA_FLAGS = {
 
 def python_under_isa(isa, code):
     """A new interpreter with SPARSEKD_CPU_ISA set, which is read once per process."""
-    here = Path(__file__).parent
-    path = os.pathsep.join(filter(None, [str(here), str(here.parent), os.environ.get("PYTHONPATH")]))
+    package = Path(sparsekd.__file__).parent.parent  # the one that is tested here
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), str(package), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "SPARSEKD_CPU_ISA": isa, "PYTHONPATH": path}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
@@ -128,7 +130,7 @@ def checks_under_isa(isa):
 import json
 from sparsekd.sparse import ops
 found = {"isa": ops.cpu_isa()}
-for name in ("conv2d", "linear", "kd_loss"):
+for name in ("conv2d", "conv2d_fused", "linear", "kd_loss"):
     try:
         __import__("test_" + name).check_sample()
         found[name] = "ok"
