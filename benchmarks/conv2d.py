@@ -123,6 +123,32 @@ def run(layer: Layer, args: argparse.Namespace) -> dict:
     }
 
 
+def plot(rows: list[dict], args: argparse.Namespace, peak: float) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")
+    names = [row["layer"] for row in rows]
+    gains = [row["speedup"] for row in rows]
+    below = [gain - row["speedup_low"] for gain, row in zip(gains, rows, strict=True)]
+    above = [row["speedup_high"] - gain for gain, row in zip(gains, rows, strict=True)]
+    bars = axes.barh(names, gains, xerr=[below, above], color="tab:blue", ecolor="0.4")
+    axes.bar_label(bars, [f"{row['gflops'] / peak:.0%} of peak" for row in rows], padding=6, fontsize=7)
+    axes.axvline(1, color="0.4", linewidth=1)
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("times as fast as the best dense engine")
+    axes.set_title(
+        f"{args.suite}, {args.sparsity:.0%} sparse, V={args.vector}, batch {args.batch}, float32, "
+        f"{args.threads} thread(s), {ops.cpu_isa()}",
+        fontsize=9,
+    )
+    figure.savefig(args.plot, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default="resnet18")
@@ -135,6 +161,7 @@ def main() -> None:
     parser.add_argument("--min-time", type=float, default=0.01)
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE.png", help="bars of the speed-up, layer by layer")
     args = parser.parse_args()
     if not 0 <= args.sparsity < 1:
         raise SystemExit(f"Expected sparsity in [0, 1), got {args.sparsity}")
@@ -168,6 +195,8 @@ def main() -> None:
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"settings": vars(args), "peak_gflops": peak, "layers": rows}, file, indent=1)
+    if args.plot:
+        plot(rows, args, peak)
 
 
 if __name__ == "__main__":
