@@ -78,6 +78,10 @@ TORCH_LIBRARY(sparsekd, m) {
   m.def("conv2d(Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? row_indices, "
         "Tensor? transpose, Tensor? bias, SymInt out_channels, SymInt[2] kernel_size, SymInt[2] stride, "
         "SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
+  // act(scale * conv2d + shift + residual), act one of none, relu, relu6, silu, hardswish; for inference.
+  m.def("conv2d_fused(Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? row_indices, "
+        "Tensor? scale, Tensor? shift, Tensor? residual, str activation, SymInt out_channels, SymInt[2] kernel_size, "
+        "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
   m.def("conv2d_input_grad(Tensor grad_output, Tensor values, Tensor crow_indices, Tensor col_indices, "
         "Tensor? row_indices, Tensor? transpose, SymInt[4] input_size, SymInt[2] kernel_size, SymInt[2] stride, "
         "SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");

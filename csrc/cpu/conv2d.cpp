@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
+#include <utility>
 
 #include "../check.h"
 #include "direct.h"
@@ -68,28 +70,73 @@ void check_values(const at::Tensor& values, const at::Tensor& like, const char* 
   check_size(values, "values", 0, col_indices.size(0), "the number of col_indices");
 }
 
+// The channels' scale or shift, if any, in the dtype of the sums.
+at::Tensor checked_channels(const OptionalTensor& tensor, const char* name, const at::Tensor& input, int64_t channels) {
+  if (!tensor) return {};
+  check_dim(*tensor, name, 1);
+  check_size(*tensor, name, 0, channels, "output channels");
+  check_same(*tensor, name, input, "input");
+  return widened(*tensor);
+}
+
+struct Geometry {
+  at::IntArrayRef kernel_size, stride, padding, dilation;
+  int64_t groups;
+};
+
+at::Tensor run_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& crow_indices,
+                      const at::Tensor& col_indices, const OptionalTensor& row_indices, const OptionalTensor& scale,
+                      const OptionalTensor& shift, const char* shift_name, const OptionalTensor& residual,
+                      Activation activation, int64_t out_channels, const Geometry& geometry) {
+  check_floating(input, "input");
+  const Conv2dShape shape = checked_shape(input.sizes(), out_channels, geometry.kernel_size, geometry.stride,
+                                          geometry.padding, geometry.dilation, geometry.groups);
+  check_dim(col_indices, "col_indices", 1);
+  check_values(values, input, "input", col_indices);
+  Finish finish{checked_channels(scale, "scale", input, out_channels),
+                checked_channels(shift, shift_name, input, out_channels), {}, activation};
+  const int64_t size[] = {shape.batch, out_channels, shape.output[0], shape.output[1]};
+  const Pattern pattern(crow_indices, col_indices, row_indices, out_channels, geometry.groups, values.size(1));
+  const bool last = lies_last(input);
+  if (residual) {
+    TORCH_CHECK_VALUE(residual->sizes() == at::IntArrayRef(size), "Expected a residual of the output's shape ",
+                      at::IntArrayRef(size), ", got ", residual->sizes());
+    check_same(*residual, "residual", input, "input");
+    finish.residual = last ? residual->contiguous(at::MemoryFormat::ChannelsLast) : widened(*residual);
+  }
+  const at::Tensor wide_input = last ? input : widened(input);
+  at::Tensor output = empty(size, wide_input, last);
+  direct_forward(shape, pattern, wide_input, widened(values), finish, last, output);
+  return output.to(input.options(), false, false, input.suggest_memory_format());
+}
+
 at::Tensor conv2d_cpu(const at::Tensor& input, const at::Tensor& values, const at::Tensor& crow_indices,
                       const at::Tensor& col_indices, const OptionalTensor& row_indices, const OptionalTensor&,
                       const OptionalTensor& bias, int64_t out_channels, at::IntArrayRef kernel_size,
                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  check_floating(input, "input");
-  const Conv2dShape shape =
-      checked_shape(input.sizes(), out_channels, kernel_size, stride, padding, dilation, groups);
-  check_dim(col_indices, "col_indices", 1);
-  check_values(values, input, "input", col_indices);
-  at::Tensor wide_bias;
-  if (bias) {
-    check_dim(*bias, "bias", 1);
-    check_size(*bias, "bias", 0, out_channels, "output channels");
-    check_same(*bias, "bias", input, "input");
-    wide_bias = widened(*bias);
+  return run_conv2d(input, values, crow_indices, col_indices, row_indices, {}, bias, "bias", {}, Activation::none,
+                    out_channels, {kernel_size, stride, padding, dilation, groups});
+}
+
+Activation activation_of(c10::string_view name) {
+  constexpr std::pair<const char*, Activation> kNames[] = {{"none", Activation::none},
+                                                           {"relu", Activation::relu},
+                                                           {"relu6", Activation::relu6},
+                                                           {"silu", Activation::silu},
+                                                           {"hardswish", Activation::hardswish}};
+  for (const auto& [known, activation] : kNames) {
+    if (name == known) return activation;
   }
-  const Pattern pattern(crow_indices, col_indices, row_indices, out_channels, groups, values.size(1));
-  const bool last = lies_last(input);
-  const at::Tensor wide_input = last ? input : widened(input);
-  at::Tensor output = empty({shape.batch, out_channels, shape.output[0], shape.output[1]}, wide_input, last);
-  direct_forward(shape, pattern, wide_input, widened(values), wide_bias, last, output);
-  return output.to(input.options(), false, false, input.suggest_memory_format());
+  TORCH_CHECK_VALUE(false, "Expected activation to be none, relu, relu6, silu or hardswish, got ", std::string(name));
+}
+
+at::Tensor conv2d_fused_cpu(const at::Tensor& input, const at::Tensor& values, const at::Tensor& crow_indices,
+                            const at::Tensor& col_indices, const OptionalTensor& row_indices,
+                            const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
+                            c10::string_view activation, int64_t out_channels, at::IntArrayRef kernel_size,
+                            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  return run_conv2d(input, values, crow_indices, col_indices, row_indices, scale, shift, "shift", residual,
+                    activation_of(activation), out_channels, {kernel_size, stride, padding, dilation, groups});
 }
 
 at::Tensor conv2d_input_grad_cpu(const at::Tensor& grad_output, const at::Tensor& values,
@@ -155,6 +202,7 @@ at::Tensor transpose_pattern_cpu(const at::Tensor& crow_indices, const at::Tenso
 
 TORCH_LIBRARY_IMPL(sparsekd, CPU, m) {
   m.impl("conv2d", &sparsekd::cpu::conv2d_cpu);
+  m.impl("conv2d_fused", &sparsekd::cpu::conv2d_fused_cpu);
   m.impl("conv2d_input_grad", &sparsekd::cpu::conv2d_input_grad_cpu);
   m.impl("conv2d_weight_grad", &sparsekd::cpu::conv2d_weight_grad_cpu);
   m.impl("transpose_pattern", &sparsekd::cpu::transpose_pattern_cpu);

@@ -3,15 +3,23 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include "kernels.h"
 #include "pattern.h"
 #include "planes.h"
 
 namespace sparsekd::cpu {
 
-// Tensors [N, C, H, W] that are contiguous, or all of a call in channels_last. `bias` may be undefined, `transposed` is
-// the plan of transpose_pattern.
+// What becomes of a sum: act(scale * sum + shift + residual). Tensors may be undefined; a bias is a shift.
+struct Finish {
+  at::Tensor scale, shift;  // [out_channels]
+  at::Tensor residual;      // as the output
+  Activation activation = Activation::none;
+};
+
+// Tensors [N, C, H, W] that are contiguous, or all of a call in channels_last. `transposed` is the plan of
+// transpose_pattern.
 void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,
-                    const at::Tensor& values, const at::Tensor& bias, bool channels_last, at::Tensor& output);
+                    const at::Tensor& values, const Finish& finish, bool channels_last, at::Tensor& output);
 void direct_input_grad(const Conv2dShape& shape, const Transposed& transposed, const at::Tensor& grad_output,
                        const at::Tensor& values, bool channels_last, at::Tensor& grad_input);
 void direct_weight_grad(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,

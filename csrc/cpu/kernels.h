@@ -27,6 +27,7 @@ struct TileShape {
   int lanes;      // elements in a vector
   int positions;  // most in a tile
   int lines;      // most in a tile
+  int rows;       // that are taken together
 };
 
 template <class T>
@@ -45,8 +46,10 @@ struct SpmmTile {
   const T* init;         // [groups * vector], the bias by row, or null for zero
   const T* partial;      // of the first row of this call; lines * width vectors per row, side by side
   int64_t partial_pitch;
-  T* output;             // as partial; may be the same
+  T* output;             // as partial, and may be the same; but lines of positions may lie apart
   int64_t output_pitch;
+  int64_t output_line;   // elements from one line to the next
+  bool fetch;            // whether the output is so far from the cache that it is fetched ahead
 };
 
 template <class T>
@@ -66,6 +69,20 @@ struct SddmmTile {
   const int64_t* row_of; // [groups * vector] result row, -1 for padding, whose gradient is `zeros`
   const T* zeros;
   T* grad_values;        // [n_vectors, vector], added to
+};
+
+enum class Activation { none, relu, relu6, silu, hardswish };
+
+// out = act(scale * out + shift + residual); see epilogue.inc.
+template <class T>
+struct EpilogueLine {
+  T* out;
+  const T* residual;  // as out, or null
+  int64_t count;
+  const T* scale;     // one number, or one per element; or null
+  const T* shift;
+  bool by_element;
+  Activation activation;
 };
 
 // Packed rows on one row of activations; see spmv.inc.
@@ -109,6 +126,7 @@ struct TypeKernels {
   // out[x * pitch + lane] = in[lane][x] for x < count, and back
   void (*gather_lanes)(const T* const* in, int64_t count, T* out, int64_t pitch);
   void (*scatter_lanes)(const T* in, int64_t pitch, int64_t count, T* const* out);
+  void (*epilogue)(const EpilogueLine<T>&);
   double (*kd_loss_row)(const KDLossRow<T>&);  // the row's share of the loss
 };
 

@@ -26,14 +26,15 @@ namespace {
 #include "spmv.inc"
 #include "transpose.inc"
 #include "kd_loss.inc"
+#include "epilogue.inc"
 }  // namespace
 
 const Kernels kernels = {
     "avx512",
     {&tile_shape<float>, &spmm<float>, &grad_tile_shape<float>, &sddmm<float>, &spmv<float>, &transpose<float>, &gather_lanes<float>,
-     &scatter_lanes<float>, &kd_loss_row<float>},
+     &scatter_lanes<float>, &epilogue<float>, &kd_loss_row<float>},
     {&tile_shape<double>, &spmm<double>, &grad_tile_shape<double>, &sddmm<double>, &spmv<double>, &transpose<double>, &gather_lanes<double>,
-     &scatter_lanes<double>, &kd_loss_row<double>},
+     &scatter_lanes<double>, &epilogue<double>, &kd_loss_row<double>},
 };
 }  // namespace sparsekd::cpu::avx512
 #if defined(__clang__)

@@ -100,7 +100,7 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& values, const a
   at::Tensor output = at::empty({input.size(0), out_features}, wide_input.options());
   if (input.size(0) > kSingly) {
     direct_forward(pixels_of_rows(input.size(0), input.size(1), out_features), pattern, wide_input, wide_values,
-                   bias ? widened(*bias) : at::Tensor(), true, output);
+                   {{}, bias ? widened(*bias) : at::Tensor(), {}}, true, output);
     return output.to(input.scalar_type());
   }
   dispatch(wide_input, [&](auto zero) {

@@ -15,6 +15,9 @@ namespace sparsekd::cpu {
 
 using Pair = std::array<int64_t, 2>;  // height, width
 
+inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+
 struct Conv2dShape {
   int64_t batch, in_channels, out_channels, groups;
   Pair input, output, kernel, stride, padding, dilation;
@@ -24,32 +27,71 @@ struct Conv2dShape {
 // One plane: plane[y][x] = source[y * step + origin] where that is inside the source, else 0.
 struct Plane {
   Pair size, step, origin;
-  int64_t elements() const { return size[0] * size[1]; }
-  int64_t pitch() const { return size[1]; }
+  // First column that has a source, and the first after those, for a source this wide.
+  int64_t left() const { return std::clamp<int64_t>(ceil_div(-origin[1], step[1]), 0, size[1]); }
+  int64_t right(int64_t width) const {
+    return std::clamp<int64_t>(ceil_div(width - origin[1], step[1]), left(), size[1]);
+  }
 };
 
-// The planes of one channel, and where each tap of the kernel starts in them.
+// Where the pixel of a tap lies: in which plane, and how far from the result's pixel. A phase of -1 takes no part.
+struct Tap {
+  int64_t phase, y, x;
+};
+
+// The planes of one channel, all of the same size.
 struct Planes {
-  std::vector<Plane> phases;             // all of the same size
-  std::vector<int64_t> tap_offsets;      // [taps]; -1 where the tap takes no part
-  Pair halo{0, 0};                       // how much larger a plane is than the positions it serves
-  int64_t pitch() const { return phases[0].pitch(); }
-  int64_t plane() const { return phases[0].elements(); }
-  int64_t channel() const { return plane() * static_cast<int64_t>(phases.size()); }  // elements per channel
+  std::vector<Plane> phases;
+  std::vector<Tap> taps;
+  Pair halo{0, 0};  // how much larger a plane is than the positions it serves
 };
 
-// A rectangle of results: flat position p = y * pitch + x is element (origin + y * step, origin + x * step).
+// How the planes of one channel lie in memory.
+struct Layout {
+  int64_t pitch;              // from one line to the next
+  int64_t margin;             // zeros before a plane
+  int64_t plane;              // from one plane to the next
+  std::vector<int64_t> left;  // per phase: columns that are left out
+  int64_t channel() const { return plane * static_cast<int64_t>(left.size()); }
+  int64_t at(const Tap& tap) const { return tap.phase * plane + margin + tap.y * pitch + tap.x - left[tap.phase]; }
+};
+
+// Line by line, as the planes are.
+inline Layout plain_layout(const Planes& planes) {
+  const Pair& size = planes.phases[0].size;
+  return {size[1], 0, size[0] * size[1], std::vector<int64_t>(planes.phases.size(), 0)};
+}
+
+// Lines share their padding: the zeros right of one are left of the next. Planes and, if `aligned`, lines begin at a
+// multiple of `lanes`. `positions` results in a line need as many columns.
+//
+//   a b c 0     out of   0 a b c 0
+//   d e f 0              0 d e f 0
+//   g h i 0              0 g h i 0
+inline Layout shared_layout(const Planes& planes, int64_t width, int64_t positions, int64_t lanes, bool aligned) {
+  Layout layout{positions, 0, 0, {}};
+  int64_t most = 0;
+  for (const Plane& plane : planes.phases) {
+    const int64_t left = plane.left(), right = plane.right(width);
+    layout.left.push_back(left);
+    layout.pitch = std::max(layout.pitch, right - left + std::max(left, plane.size[1] - right));
+    most = std::max(most, left);
+  }
+  if (aligned) layout.pitch = ceil_div(layout.pitch, lanes) * lanes;
+  layout.margin = ceil_div(most, lanes) * lanes;
+  layout.plane = ceil_div(layout.margin + planes.phases[0].size[0] * layout.pitch, lanes) * lanes;
+  return layout;
+}
+
+// A rectangle of results: position (y, x) is element (origin + y * step, origin + x * step).
 struct Target {
   Pair size, step, origin;
 };
 
 struct InputGradPhase {
   Target target;
-  std::vector<int64_t> tap_offsets;  // [taps], -1 where the tap does not reach these pixels
+  std::vector<Tap> taps;  // those that do not reach these pixels take no part
 };
-
-inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
 // The input's planes for a rectangle of output pixels, for the forward and the weight gradient.
 inline Planes input_planes(const Conv2dShape& shape, const Pair& positions) {
@@ -69,7 +111,7 @@ inline Planes input_planes(const Conv2dShape& shape, const Pair& positions) {
       if (made) {  // phases that no tap reads are never made
         planes.phases.push_back({size, shape.stride, {phase_h - shape.padding[0], phase_w - shape.padding[1]}});
       }
-      planes.tap_offsets.push_back(phase * size[0] * size[1] + y / shape.stride[0] * size[1] + x / shape.stride[1]);
+      planes.taps.push_back({phase, y / shape.stride[0], x / shape.stride[1]});
     }
   }
   return planes;
@@ -120,11 +162,8 @@ inline Planes input_grad_planes(const Conv2dShape& shape, const Pair& positions,
       InputGradPhase phase{{{h.count, w.count}, shape.stride, {h.origin, w.origin}}, {}};
       for (int64_t r = 0; r < shape.kernel[0]; ++r) {
         for (int64_t s = 0; s < shape.kernel[1]; ++s) {
-          int64_t offset = -1;
-          if (h.reached[r] && w.reached[s]) {
-            offset = (h.shifts[r] - plane.origin[0]) * plane.pitch() + w.shifts[s] - plane.origin[1];
-          }
-          phase.tap_offsets.push_back(offset);
+          const bool reached = h.reached[r] && w.reached[s];
+          phase.taps.push_back(reached ? Tap{0, h.shifts[r] - plane.origin[0], w.shifts[s] - plane.origin[1]} : Tap{-1, 0, 0});
         }
       }
       phases.push_back(std::move(phase));
@@ -133,29 +172,60 @@ inline Planes input_grad_planes(const Conv2dShape& shape, const Pair& positions,
   return planes;
 }
 
-// Copies one channel [H, W] of an image into its planes.
+// Copies `count` elements; for lines so short that a call would cost more.
 template <class T>
-void fill_planes(const T* image, const Pair& size, const Planes& planes, T* out) {
-  for (const Plane& plane : planes.phases) {
-    const int64_t pitch = plane.pitch();
-    const int64_t step = plane.step[1], origin = plane.origin[1];
-    const int64_t left = std::clamp<int64_t>(ceil_div(-origin, step), 0, pitch);
-    const int64_t right = std::clamp<int64_t>(ceil_div(size[1] - origin, step), left, pitch);
-    for (int64_t y = 0; y < plane.size[0]; ++y, out += pitch) {
-      const int64_t row = y * plane.step[0] + plane.origin[0];
+inline void copy_line(const T* from, int64_t count, T* to) {
+  constexpr int64_t kStep = 16 / sizeof(T);
+  typedef T Vec __attribute__((vector_size(16), aligned(alignof(T)), may_alias));
+  int64_t x = 0;
+  for (; x + kStep <= count; x += kStep) *reinterpret_cast<Vec*>(to + x) = *reinterpret_cast<const Vec*>(from + x);
+  for (; x < count; ++x) to[x] = from[x];
+}
+
+// Copies every second of 2 * count - 1 elements.
+template <class T>
+inline void copy_every_second(const T* from, int64_t count, T* to) {
+  constexpr int64_t kStep = 16 / sizeof(T);
+  typedef T Vec __attribute__((vector_size(16), aligned(alignof(T)), may_alias));
+  int64_t x = 0;
+  for (; x + kStep < count; x += kStep) {  // the last element read is one too many
+    const Vec low = *reinterpret_cast<const Vec*>(from + 2 * x), high = *reinterpret_cast<const Vec*>(from + 2 * x + kStep);
+    if constexpr (kStep == 4) {
+      *reinterpret_cast<Vec*>(to + x) = __builtin_shufflevector(low, high, 0, 2, 4, 6);
+    } else {
+      *reinterpret_cast<Vec*>(to + x) = __builtin_shufflevector(low, high, 0, 2);
+    }
+  }
+  for (; x < count; ++x) to[x] = from[2 * x];
+}
+
+// Copies one channel [H, W] of an image into its planes, for positions from line `first` on.
+template <class T>
+void fill_planes(const T* image, const Pair& size, const Planes& planes, const Layout& layout, int64_t first, T* out) {
+  for (size_t p = 0; p < planes.phases.size(); ++p, out += layout.plane) {
+    const Plane& plane = planes.phases[p];
+    const int64_t step = plane.step[1], left = plane.left(), right = plane.right(size[1]);
+    const int64_t zeros = left - layout.left[p], count = right - left;
+    std::fill(out, out + layout.margin, T(0));
+    T* to = out + layout.margin;
+    for (int64_t y = 0; y < plane.size[0]; ++y, to += layout.pitch) {
+      const int64_t row = (first + y) * plane.step[0] + plane.origin[0];
       if (row < 0 || row >= size[0]) {
-        std::fill(out, out + pitch, T(0));
+        std::fill(to, to + layout.pitch, T(0));
         continue;
       }
-      const T* line = image + row * size[1] + origin;
-      std::fill(out, out + left, T(0));
-      std::fill(out + right, out + pitch, T(0));
+      const T* line = image + row * size[1] + plane.origin[1] + left * step;
+      for (int64_t x = 0; x < zeros; ++x) to[x] = T(0);
       if (step == 1) {
-        std::copy(line + left, line + right, out + left);
+        copy_line(line, count, to + zeros);
+      } else if (step == 2) {
+        copy_every_second(line, count, to + zeros);
       } else {
-        for (int64_t x = left; x < right; ++x) out[x] = line[x * step];
+        for (int64_t x = 0; x < count; ++x) to[zeros + x] = line[x * step];
       }
+      for (int64_t x = zeros + count; x < layout.pitch; ++x) to[x] = T(0);
     }
+    std::fill(to, out + layout.plane, T(0));
   }
 }
 

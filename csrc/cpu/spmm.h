@@ -3,8 +3,11 @@
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
-#include "lanes.h"
+#include <limits>
+
+#include "kernels.h"
 #include "pattern.h"
+#include "planes.h"
 
 namespace sparsekd::cpu {
 
@@ -28,18 +31,20 @@ struct Rows {
 };
 
 // table[column] = where the column's vectors are from the first position of a convolution group's planes on, for
-// channels `pitch` elements apart and taps at `tap_offsets` positions.
+// channels `pitch` elements apart and pixels of `step` elements.
 template <class T>
-std::vector<int32_t> column_table(const Rows<T>& rows, int64_t pitch, const std::vector<int64_t>& tap_offsets,
-                                  int64_t lanes) {
+std::vector<int32_t> column_table(const Rows<T>& rows, int64_t pitch, const std::vector<Tap>& taps, const Layout& layout,
+                                  int64_t step) {
   const int64_t elements = rows.channels_per_group * pitch;
   TORCH_CHECK_VALUE(elements <= std::numeric_limits<int32_t>::max(),
                     "Expected a padded image of fewer than 2^31 elements per convolution group, got ", elements);
   std::vector<int32_t> table;
   table.reserve(rows.columns());
   for (int64_t c = 0; c < rows.channels_per_group; ++c) {
-    // A tap that takes no part has no entry that points here.
-    for (const int64_t tap : tap_offsets) table.push_back(static_cast<int32_t>(c * pitch + std::max<int64_t>(tap, 0) * lanes));
+    for (const Tap& tap : taps) {
+      // One that takes no part has no entry that points here.
+      table.push_back(static_cast<int32_t>(c * pitch + (tap.phase < 0 ? 0 : layout.at(tap) * step)));
+    }
   }
   return table;
 }
@@ -72,15 +77,18 @@ void multiply_tile(const Rows<T>& rows, int blocks, SpmmTile<T> tile, int64_t be
   tile.cursor = cursor.data();
   tile.init = tile.init ? tile.init + begin * rows.vector : nullptr;
   T* const output = tile.output;
-  const int64_t output_pitch = tile.output_pitch;
+  const int64_t output_pitch = tile.output_pitch, output_line = tile.output_line;
+  const int64_t line = static_cast<int64_t>(tile.width) * type_kernels<T>().tile_shape(1).lanes;
   tile.partial = scratch;
-  tile.partial_pitch = static_cast<int64_t>(tile.lines) * tile.width * type_kernels<T>().tile_shape(1).lanes;
+  tile.partial_pitch = tile.lines * line;
   for (int block = 0; block < blocks; ++block) {
     const bool last = block + 1 == blocks;
     tile.first = block == 0;
     tile.limit = block_limit(rows, block, blocks);
     tile.output = last ? output : scratch;
     tile.output_pitch = last ? output_pitch : tile.partial_pitch;
+    tile.output_line = last ? output_line : line;
+    tile.fetch = last && output != scratch;
     type_kernels<T>().spmm(tile, 0, end - begin);
   }
   check_cursors(rows, cursor.data(), begin, end);

@@ -1,8 +1,7 @@
-"""The Python half of every operator: what it takes and gives, its fake kernel, its gradient.
+"""The Python half of every operator: what it takes and gives.
 
-Schemas are in ``csrc/ops.cpp``, meanings in ``reference.py``. Weights are sparse (V x 1 vector-CSR, see
-``formats.py``), activations dense. Each backward calls another registered op, and the input and weight gradients are
-bilinear, so that any order of differentiation stays within these ops.
+Schemas are in ``csrc/ops.cpp``, meanings in ``reference.py``, fakes and gradients in ``op_rules.py``. Weights are
+sparse (V x 1 vector-CSR, see ``formats.py``), activations dense.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 try:
     import sparsekd._C  # noqa: F401  (registers the operators)
@@ -22,6 +20,8 @@ except ImportError as error:
         "Expected the compiled part of sparsekd (sparsekd._C), built against the installed torch "
         f"{torch.__version__}, got: {error}. Build it with `pip install --no-build-isolation .`"
     ) from error
+
+from . import op_rules  # noqa: F401  (on top of what was registered)
 
 _ops = torch.ops.sparsekd
 
@@ -106,6 +106,72 @@ def conv2d(
     ICLR 2017; Chen, "Escoin", 2018).
     """
     _check_device(input)
+    input, geometry = _prepared(input, kernel_size, stride, padding, dilation, groups)
+    input, values, bias = _autocast(input, values, bias)
+    batched = input.dim() == 4
+    output = _call(
+        _ops.conv2d.default,
+        input if batched else input.unsqueeze(0),
+        values,
+        crow_indices,
+        col_indices,
+        row_indices,
+        transpose,
+        bias,
+        out_channels,
+        *geometry,
+    )
+    return output if batched else output.squeeze(0)
+
+
+def conv2d_fused(
+    input: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    out_channels: int,
+    kernel_size: int | tuple[int, int],
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    row_indices: Tensor | None = None,
+) -> Tensor:
+    """``activation(scale * conv2d(input) + shift + residual)``, for inference: results are finished while in the cache.
+
+    A batch-norm in eval mode is ``scale = weight / sqrt(running_var + eps)``, ``shift = bias - running_mean * scale``
+    (plus ``scale`` times the convolution's own bias).
+
+    Args:
+        scale, shift: ``[out_channels]``, dtype and device of the input, or None.
+        residual: of the output's shape, dtype and device of the input, or None.
+        activation: "none", "relu", "relu6", "silu" or "hardswish", as in ``torch.nn.functional``.
+        The others as in :func:`conv2d`.
+
+    Raises:
+        As :func:`conv2d`; RuntimeError where a tensor requires a gradient.
+    """
+    _check_device(input)
+    input, geometry = _prepared(input, kernel_size, stride, padding, dilation, groups)
+    input, values, scale, shift, residual = _autocast(input, values, scale, shift, residual)
+    batched = input.dim() == 4
+    if not batched:
+        input = input.unsqueeze(0)
+        residual = None if residual is None else residual.unsqueeze(0)
+    pattern = (crow_indices, col_indices, row_indices)
+    output = _call(
+        _ops.conv2d_fused.default, input, values, *pattern, scale, shift, residual, activation, out_channels, *geometry
+    )
+    return output if batched else output.squeeze(0)
+
+
+def _prepared(input: Tensor, kernel_size, stride, padding, dilation, groups) -> tuple[Tensor, tuple]:
+    """The input, padded where the padding is not the same on both sides, and the geometry as the ops take it."""
     kernel_size, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
     if input.dim() not in (3, 4):
         raise ValueError(f"Expected an input of 3 or 4 dimensions ([N,] C, H, W), got shape {tuple(input.shape)}")
@@ -119,25 +185,7 @@ def conv2d(
         if any(extra):
             input = F.pad(input, (0, extra[1], 0, extra[0]))
         padding = (sides[0][0], sides[1][0])
-    input, values, bias = _autocast(input, values, bias)
-    batched = input.dim() == 4
-    output = _call(
-        _ops.conv2d.default,
-        input if batched else input.unsqueeze(0),
-        values,
-        crow_indices,
-        col_indices,
-        row_indices,
-        transpose,
-        bias,
-        out_channels,
-        kernel_size,
-        stride,
-        _pair(padding),
-        dilation,
-        groups,
-    )
-    return output if batched else output.squeeze(0)
+    return input, (kernel_size, stride, _pair(padding), dilation, groups)
 
 
 def transpose_pattern(
@@ -242,214 +290,4 @@ def kd_loss(
         teacher = teacher.movedim(dim, -1).reshape(-1, classes)
     return _ops.kd_loss(
         student, teacher.detach(), target, temperature, alpha, ignore_index, label_smoothing, distill_ignored
-    )
-
-
-# --- fakes: shapes, dtypes and memory formats without data -----------------------------------------------------------
-
-
-def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _check_same_device(first: Tensor, others: dict[str, Tensor | None]) -> None:
-    """One tensor on meta brings the whole call to the fake kernel, whose result on the CPU would hold any numbers."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != first.device:
-            raise ValueError(f"Expected {name} on {first.device}, got {tensor.device}")
-
-
-def _like(source: Tensor, shape) -> Tensor:
-    return torch.empty(shape, dtype=source.dtype, device=source.device, memory_format=suggest_memory_format(source))
-
-
-@torch.library.register_fake("sparsekd::conv2d")
-def _conv2d_fake(
-    input, values, crow, col, rows, transpose, bias, out_channels, kernel_size, stride, padding, dilation, groups
-):
-    _check_same_device(
-        input, {"values": values, "crow_indices": crow, "col_indices": col, "row_indices": rows, "bias": bias}
-    )
-    size = [_output_size(input.shape[2 + d], kernel_size[d], stride[d], padding[d], dilation[d]) for d in range(2)]
-    return _like(input, (input.shape[0], out_channels, *size))
-
-
-@torch.library.register_fake("sparsekd::conv2d_input_grad")
-def _conv2d_input_grad_fake(
-    grad_output, values, crow, col, rows, transpose, input_size, kernel_size, stride, padding, dilation, groups
-):
-    _check_same_device(grad_output, {"values": values, "crow_indices": crow, "col_indices": col, "row_indices": rows})
-    return _like(grad_output, tuple(input_size))
-
-
-@torch.library.register_fake("sparsekd::conv2d_weight_grad")
-def _conv2d_weight_grad_fake(
-    input, grad_output, crow, col, rows, vector, kernel_size, stride, padding, dilation, groups
-):
-    _check_same_device(
-        input, {"grad_output": grad_output, "crow_indices": crow, "col_indices": col, "row_indices": rows}
-    )
-    return input.new_empty((col.shape[0], vector))
-
-
-@torch.library.register_fake("sparsekd::linear")
-def _linear_fake(input, values, crow, col, rows, transpose, bias, out_features):
-    _check_same_device(
-        input, {"values": values, "crow_indices": crow, "col_indices": col, "row_indices": rows, "bias": bias}
-    )
-    return input.new_empty((input.shape[0], out_features))
-
-
-@torch.library.register_fake("sparsekd::linear_input_grad")
-def _linear_input_grad_fake(grad_output, values, crow, col, rows, transpose, in_features):
-    _check_same_device(grad_output, {"values": values, "crow_indices": crow, "col_indices": col, "row_indices": rows})
-    return grad_output.new_empty((grad_output.shape[0], in_features))
-
-
-@torch.library.register_fake("sparsekd::linear_weight_grad")
-def _linear_weight_grad_fake(input, grad_output, crow, col, rows, vector):
-    _check_same_device(
-        input, {"grad_output": grad_output, "crow_indices": crow, "col_indices": col, "row_indices": rows}
-    )
-    return input.new_empty((col.shape[0], vector))
-
-
-@torch.library.register_fake("sparsekd::transpose_pattern")
-def _transpose_pattern_fake(crow, col, rows, vector, out_channels, in_channels, taps, groups):
-    _check_same_device(crow, {"col_indices": col, "row_indices": rows})
-    if vector == 1:
-        return crow.new_empty((in_channels + 1 + 2 * col.shape[0],))
-    # Padding rows have no entry, so the size depends on the data.
-    return crow.new_empty((torch.library.get_ctx().new_dynamic_size(),))
-
-
-@torch.library.register_fake("sparsekd::kd_loss_forward")
-def _kd_loss_forward_fake(
-    student, teacher, target, temperature, alpha, ignore_index, label_smoothing, distill_ignored, with_grad
-):
-    _check_same_device(student, {"teacher logits": teacher, "target": target})
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    return student.new_empty((), dtype=dtype), student.new_empty(student.shape if with_grad else (0,), dtype=dtype)
-
-
-# --- gradients -------------------------------------------------------------------------------------------------------
-# conv2d is linear in (input) and in (values); writing f for conv2d, f_x for the input gradient and f_w for the weight
-# gradient, <f(x, w), g> = <x, f_x(g, w)> = <w, f_w(x, g)>. So the gradient of each is one of the other two.
-
-
-def _conv2d_setup(ctx, inputs, output):
-    input, values, crow, col, rows, transpose, bias, out_channels, *ctx.geometry = inputs
-    ctx.save_for_backward(
-        input if ctx.needs_input_grad[1] else None,
-        values if ctx.needs_input_grad[0] else None,
-        crow,
-        col,
-        rows,
-        transpose,
-    )
-    ctx.input_size, ctx.vector = input.shape, values.shape[1]
-
-
-def _conv2d_backward(ctx, grad):
-    input, values, crow, col, rows, transpose = ctx.saved_tensors
-    grad_input = grad_values = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_input = _ops.conv2d_input_grad(grad, values, crow, col, rows, transpose, ctx.input_size, *ctx.geometry)
-    if ctx.needs_input_grad[1]:
-        grad_values = _ops.conv2d_weight_grad(input, grad, crow, col, rows, ctx.vector, *ctx.geometry)
-    if ctx.needs_input_grad[6]:
-        grad_bias = grad.sum((0, 2, 3))
-    return grad_input, grad_values, None, None, None, None, grad_bias, *[None] * 6
-
-
-def _conv2d_input_grad_setup(ctx, inputs, output):
-    grad_output, values, crow, col, rows, transpose, _, *ctx.geometry = inputs
-    ctx.save_for_backward(grad_output, values, crow, col, rows, transpose)
-
-
-def _conv2d_input_grad_backward(ctx, grad):
-    grad_output, values, crow, col, rows, transpose = ctx.saved_tensors
-    to_grad_output = to_values = None
-    if ctx.needs_input_grad[0]:
-        to_grad_output = _ops.conv2d(
-            grad, values, crow, col, rows, transpose, None, grad_output.shape[1], *ctx.geometry
-        )
-    if ctx.needs_input_grad[1]:
-        to_values = _ops.conv2d_weight_grad(grad, grad_output, crow, col, rows, values.shape[1], *ctx.geometry)
-    return to_grad_output, to_values, *[None] * 10
-
-
-def _conv2d_weight_grad_setup(ctx, inputs, output):
-    input, grad_output, crow, col, rows, _, *ctx.geometry = inputs
-    ctx.save_for_backward(input, grad_output, crow, col, rows)
-
-
-def _conv2d_weight_grad_backward(ctx, grad):
-    input, grad_output, crow, col, rows = ctx.saved_tensors
-    to_input = to_grad_output = None
-    if ctx.needs_input_grad[0]:
-        to_input = _ops.conv2d_input_grad(grad_output, grad, crow, col, rows, None, input.shape, *ctx.geometry)
-    if ctx.needs_input_grad[1]:
-        to_grad_output = _ops.conv2d(input, grad, crow, col, rows, None, None, grad_output.shape[1], *ctx.geometry)
-    return to_input, to_grad_output, *[None] * 9
-
-
-def _linear_setup(ctx, inputs, output):
-    input, values, crow, col, rows, transpose, bias, _ = inputs
-    ctx.save_for_backward(
-        input if ctx.needs_input_grad[1] else None,
-        values if ctx.needs_input_grad[0] else None,
-        crow,
-        col,
-        rows,
-        transpose,
-    )
-    ctx.in_features, ctx.vector = input.shape[1], values.shape[1]
-
-
-def _linear_backward(ctx, grad):
-    input, values, crow, col, rows, transpose = ctx.saved_tensors
-    grad_input = grad_values = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_input = _ops.linear_input_grad(grad, values, crow, col, rows, transpose, ctx.in_features)
-    if ctx.needs_input_grad[1]:
-        grad_values = _ops.linear_weight_grad(input, grad, crow, col, rows, ctx.vector)
-    if ctx.needs_input_grad[6]:
-        grad_bias = grad.sum(0)
-    return grad_input, grad_values, None, None, None, None, grad_bias, None
-
-
-def _linear_input_grad_setup(ctx, inputs, output):
-    grad_output, values, crow, col, rows, transpose, _ = inputs
-    ctx.save_for_backward(grad_output, values, crow, col, rows, transpose)
-
-
-def _linear_input_grad_backward(ctx, grad):
-    grad_output, values, crow, col, rows, transpose = ctx.saved_tensors
-    to_grad_output = to_values = None
-    if ctx.needs_input_grad[0]:
-        to_grad_output = _ops.linear(grad, values, crow, col, rows, transpose, None, grad_output.shape[1])
-    if ctx.needs_input_grad[1]:
-        to_values = _ops.linear_weight_grad(grad, grad_output, crow, col, rows, values.shape[1])
-    return to_grad_output, to_values, *[None] * 5
-
-
-def _linear_weight_grad_setup(ctx, inputs, output):
-    input, grad_output, crow, col, rows, _ = inputs
-    ctx.save_for_backward(input, grad_output, crow, col, rows)
-
-
-def _linear_weight_grad_backward(ctx, grad):
-    input, grad_output, crow, col, rows = ctx.saved_tensors
-    to_input = to_grad_output = None
-    if ctx.needs_input_grad[0]:
-        to_input = _ops.linear_input_grad(grad_output, grad, crow, col, rows, None, input.shape[1])
-    if ctx.needs_input_grad[1]:
-        to_grad_output = _ops.linear(input, grad, crow, col, rows, None, None, grad_output.shape[1])
-    return to_input, to_grad_output, *[None] * 4
-
-
-for _name in ("conv2d", "conv2d_input_grad", "conv2d_weight_grad", "linear", "linear_input_grad", "linear_weight_grad"):
-    torch.library.register_autograd(
-        f"sparsekd::{_name}", globals()[f"_{_name}_backward"], setup_context=globals()[f"_{_name}_setup"]
     )

@@ -28,6 +28,28 @@ def conv2d_reference(
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
+ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
+
+
+def conv2d_fused_reference(
+    input: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    row_indices: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out_channels: int,
+    *geometry: object,
+) -> Tensor:
+    output = conv2d_reference(input, values, crow_indices, col_indices, row_indices, None, out_channels, *geometry)
+    output = output if scale is None else output * scale.view(-1, 1, 1)
+    output = output if shift is None else output + shift.view(-1, 1, 1)
+    return ACTIVATIONS[activation](output if residual is None else output + residual)
+
+
 def conv2d_input_grad_reference(
     grad_output: Tensor,
     values: Tensor,

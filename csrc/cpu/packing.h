@@ -1,0 +1,301 @@
+// Images on their way into the lanes of vectors (lanes.h) and back.
+#pragma once
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "lanes.h"
+
+namespace sparsekd::cpu {
+
+// Elements between channels: whole cache lines, an odd number of them, or channels would fall on the same cache sets.
+template <class T>
+int64_t spread(int64_t elements) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return (ceil_div(elements, kLine) | 1) * kLine;
+}
+
+// Memory that a thread keeps from one call to the next: fresh pages cost more than what is done in them.
+class Scratch {
+ public:
+  static constexpr size_t kKept = size_t{32} << 20;  // bytes that a thread keeps at most
+
+  // A block of at least `bytes`, which become what it has.
+  void* take(size_t& bytes) {
+    size_t best = free.size();
+    for (size_t i = 0; i < free.size(); ++i) {
+      if (free[i].bytes >= bytes && (best == free.size() || free[i].bytes < free[best].bytes)) best = i;
+    }
+    if (best == free.size()) return ::operator new(bytes, kAlignment);
+    void* const data = free[best].data;
+    bytes = free[best].bytes;
+    kept -= bytes;
+    free.erase(free.begin() + best);
+    return data;
+  }
+  void give(void* data, size_t bytes) {
+    while (!free.empty() && kept + bytes > kKept) drop();
+    if (bytes > kKept) return ::operator delete(data, kAlignment);
+    free.push_back({data, bytes});
+    kept += bytes;
+  }
+  ~Scratch() {
+    while (!free.empty()) drop();
+  }
+  static Scratch& of_thread() {
+    thread_local Scratch scratch;
+    return scratch;
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  void drop() {  // the oldest
+    ::operator delete(free.front().data, kAlignment);
+    kept -= free.front().bytes;
+    free.erase(free.begin());
+  }
+  std::vector<Block> free;
+  size_t kept = 0;
+};
+
+// Uninitialised memory on a cache line's border.
+template <class T>
+struct Buffer {
+  explicit Buffer(int64_t elements) : bytes(std::max<int64_t>(elements, 1) * sizeof(T)) {
+    data = static_cast<T*>(Scratch::of_thread().take(bytes));
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { Scratch::of_thread().give(data, bytes); }
+  T* get() const { return data; }
+
+ private:
+  size_t bytes;
+  T* data;
+};
+
+// Images as the passes read or write them.
+template <class T>
+struct Batch {
+  T* data;
+  int64_t count, channels;
+  Pair size;
+  bool last;  // channels_last: [H, W, C], else [C, H, W]
+  T* image(int64_t n) const { return data + n * channels * size[0] * size[1]; }
+};
+
+// What is done to finished results: act(scale * x + shift + residual).
+template <class T>
+struct Epilogue {
+  const T* scale = nullptr;     // [channels] or null
+  const T* shift = nullptr;
+  const T* residual = nullptr;  // where and as the result
+  Activation activation = Activation::none;
+  bool any() const { return scale || shift || residual || activation != Activation::none; }
+
+  // `count` pixels of one channel, side by side.
+  void of_channel(const Batch<T>& result, T* out, int64_t channel, int64_t count) const {
+    run(result, out, channel, count, false);
+  }
+  // `count` channels of one pixel, side by side.
+  void of_pixel(const Batch<T>& result, T* out, int64_t channel, int64_t count) const {
+    run(result, out, channel, count, true);
+  }
+
+ private:
+  void run(const Batch<T>& result, T* out, int64_t channel, int64_t count, bool by_element) const {
+    type_kernels<T>().epilogue({out, residual ? residual + (out - result.data) : nullptr, count,
+                                scale ? scale + channel : nullptr, shift ? shift + channel : nullptr, by_element,
+                                activation});
+  }
+};
+
+// Channels begin .. end - 1 of the images from `first` on, in strips: out[c][phase][y][x][lane], `pitch` elements between
+// channels. `planes` are those of a strip, `whole` those of all of an image's strips together.
+template <class T>
+void pack_strips(const Batch<const T>& batch, const Planes& planes, const Planes& whole, const Grid& grid, int64_t first,
+                 int64_t begin, int64_t end, int64_t pitch, T* out) {
+  const auto gather = type_kernels<T>().gather_lanes;
+  std::vector<const T*> from(grid.lanes);
+  const Pair size = planes.phases[0].size;
+  if (batch.last) {
+    const std::vector<T> zeros(batch.channels, T(0));
+    for (size_t p = 0; p < planes.phases.size(); ++p) {
+      const Plane& plane = planes.phases[p];
+      for (int64_t y = 0; y < size[0]; ++y) {
+        for (int64_t x = 0; x < size[1]; ++x) {
+          for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+            const int64_t n = first + lane / (grid.down * grid.across);
+            const int64_t row = (lane / grid.across % grid.down * grid.strip[0] + y) * plane.step[0] + plane.origin[0];
+            const int64_t column = (lane % grid.across * grid.strip[1] + x) * plane.step[1] + plane.origin[1];
+            const bool inside = n < batch.count && row >= 0 && row < batch.size[0] && column >= 0 && column < batch.size[1];
+            from[lane] = (inside ? batch.image(n) + (row * batch.size[1] + column) * batch.channels : zeros.data()) + begin;
+          }
+          gather(from.data(), end - begin, out + begin * pitch + ((p * size[0] + y) * size[1] + x) * grid.lanes, pitch);
+        }
+      }
+    }
+    return;
+  }
+  const Layout layout = plain_layout(whole);
+  const int64_t image = layout.channel(), line = layout.pitch;
+  Buffer<T> padded(grid.images * image);
+  for (int64_t i = std::max<int64_t>(batch.count - first, 0); i < grid.images; ++i) {
+    std::fill(padded.get() + i * image, padded.get() + (i + 1) * image, T(0));
+  }
+  for (int64_t c = begin; c < end; ++c) {
+    for (int64_t i = 0; i < std::min(grid.images, batch.count - first); ++i) {
+      fill_planes<T>(batch.image(first + i) + c * batch.size[0] * batch.size[1], batch.size, whole, layout, 0, padded.get() + i * image);
+    }
+    T* to = out + c * pitch;
+    for (size_t p = 0; p < planes.phases.size(); ++p) {
+      for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+        from[lane] = padded.get() + lane / (grid.down * grid.across) * image + p * layout.plane +
+                     lane / grid.across % grid.down * grid.strip[0] * line + lane % grid.across * grid.strip[1];
+      }
+      for (int64_t y = 0; y < size[0]; ++y, to += size[1] * grid.lanes) {
+        gather(from.data(), size[1], to, grid.lanes);
+        for (int64_t lane = 0; lane < grid.lanes; ++lane) from[lane] += line;
+      }
+    }
+  }
+}
+
+// Pixels first .. first + count - 1 of all images one after the other, for a 1 x 1 kernel, which sees every stride-th pixel
+// of each line and column: out[c][pixel], zeros from `count` on to `pitch`.
+template <class T>
+void pack_flat(const Batch<const T>& batch, const Pair& stride, const Pair& pixels, int64_t first, int64_t count,
+               int64_t begin, int64_t end, int64_t pitch, T* out) {
+  const bool every = stride[0] == 1 && stride[1] == 1;  // then the lines are one
+  const int64_t width = every ? pixels[0] * pixels[1] : pixels[1];
+  const int64_t lines = every ? 1 : pixels[0];
+  for (int64_t done = 0; done < count;) {
+    const int64_t line = (first + done) / width, x = (first + done) % width;
+    const int64_t run = std::min(count - done, width - x);
+    const T* image = batch.image(line / lines);
+    const int64_t at = every ? x : line % lines * stride[0] * batch.size[1] + x * stride[1];
+    if (batch.last) {
+      type_kernels<T>().transpose(image + at * batch.channels + begin, run, end - begin, stride[1] * batch.channels,
+                                  out + begin * pitch + done, pitch);
+    } else {
+      for (int64_t c = begin; c < end; ++c) {
+        const T* from = image + c * batch.size[0] * batch.size[1] + at;
+        T* to = out + c * pitch + done;
+        if (stride[1] == 1) {
+          copy_line(from, run, to);
+        } else if (stride[1] == 2) {
+          copy_every_second(from, run, to);
+        } else {
+          for (int64_t i = 0; i < run; ++i) to[i] = from[i * stride[1]];
+        }
+      }
+    }
+    done += run;
+  }
+  for (int64_t c = begin; count < pitch && c < end; ++c) std::fill(out + c * pitch + count, out + (c + 1) * pitch, T(0));
+}
+
+// Channels begin .. end - 1 of one image in planes, for positions from line `first` on, zeros from there to `pitch`.
+template <class T>
+void pack_planes(const Batch<const T>& batch, const Planes& planes, const Layout& layout, int64_t n, int64_t first,
+                 int64_t begin, int64_t end, int64_t pitch, T* out) {
+  for (int64_t c = begin; c < end; ++c) {
+    fill_planes<T>(batch.image(n) + c * batch.size[0] * batch.size[1], batch.size, planes, layout, first, out + c * pitch);
+    std::fill(out + c * pitch + layout.channel(), out + (c + 1) * pitch, T(0));
+  }
+}
+
+// Stores one tile of rows from lanes to where its pixels lie.
+template <class T>
+struct StripStore {
+  StripStore(const Batch<T>& batch, const Target& target, const Grid& grid) : batch(batch), target(target), grid(grid) {}
+
+  // The tile of `lines` x `width` positions at (y, x) of the images from `first` on.
+  void at(int64_t first, int64_t y, int64_t x, int64_t lines, int64_t width) {
+    this->lines = lines;
+    this->width = width;
+    runs.clear();
+    whole.assign(lines, target.step[1] == 1);
+    for (int64_t h = 0; h < lines; ++h) {
+      for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+        const int64_t n = first + lane / (grid.down * grid.across);
+        const int64_t row = lane / grid.across % grid.down * grid.strip[0] + y + h;
+        const int64_t column = lane % grid.across * grid.strip[1] + x;
+        const bool exists = n < batch.count && row < target.size[0];
+        const int64_t count = exists ? std::clamp<int64_t>(target.size[1] - column, 0, width) : 0;
+        const int64_t pixel = (target.origin[0] + row * target.step[0]) * batch.size[1] + target.origin[1] +
+                              column * target.step[1];
+        runs.push_back({exists ? n * batch.channels * batch.size[0] * batch.size[1] : 0, pixel, count});
+        if (count < width) whole[h] = false;
+      }
+    }
+  }
+
+  // `rows` rows, whose results are row_of[0 .. rows - 1]; -1 is none.
+  void store(const T* from, int64_t pitch, const int64_t* row_of, int64_t rows, bool in_order) {
+    const auto scatter = type_kernels<T>().scatter_lanes;
+    std::vector<T*> to(grid.lanes);
+    if (batch.last) {
+      while (rows > 0 && in_order && row_of[rows - 1] < 0) --rows;  // padding ends a convolution group
+      if (rows == 0) return;
+      aside.resize(grid.lanes * rows);
+      for (int64_t position = 0; position < lines * width; ++position) {
+        const Run* run = &runs[position / width * grid.lanes];
+        const int64_t x = position % width;
+        for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+          const bool direct = in_order && x < run[lane].count;
+          to[lane] = direct ? pixel_of(run[lane], x) + row_of[0] : aside.data() + lane * rows;
+        }
+        scatter(from + position * grid.lanes, pitch, rows, to.data());
+        if (in_order) continue;
+        for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+          if (x >= run[lane].count) continue;
+          for (int64_t r = 0; r < rows; ++r) {
+            if (row_of[r] >= 0) pixel_of(run[lane], x)[row_of[r]] = aside[lane * rows + r];
+          }
+        }
+      }
+      return;
+    }
+    const int64_t plane = batch.size[0] * batch.size[1];
+    aside.resize(grid.lanes * width);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (row_of[r] < 0) continue;
+      for (int64_t h = 0; h < lines; ++h) {
+        const Run* run = &runs[h * grid.lanes];
+        for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+          const bool direct = whole[h] || (target.step[1] == 1 && run[lane].count == width);
+          to[lane] = direct ? batch.data + run[lane].image + row_of[r] * plane + run[lane].pixel : aside.data() + lane * width;
+        }
+        scatter(from + r * pitch + h * width * grid.lanes, grid.lanes, width, to.data());
+        if (whole[h]) continue;
+        for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+          if (target.step[1] == 1 && run[lane].count == width) continue;
+          T* line = batch.data + run[lane].image + row_of[r] * plane + run[lane].pixel;
+          for (int64_t x = 0; x < run[lane].count; ++x) line[x * target.step[1]] = aside[lane * width + x];
+        }
+      }
+    }
+  }
+
+ private:
+  struct Run {  // of pixels of one lane in one line
+    int64_t image, pixel, count;  // elements before the image; first pixel in it
+  };
+  T* pixel_of(const Run& run, int64_t x) const {
+    return batch.data + run.image + (run.pixel + x * target.step[1]) * batch.channels;
+  }
+  Batch<T> batch;
+  Target target;
+  Grid grid;
+  int64_t lines = 0, width = 0;
+  std::vector<Run> runs;     // [lines, lanes]
+  std::vector<bool> whole;   // [lines] whether all of a line's runs are as long as the tile is wide
+  std::vector<T> aside;
+};
+
+}  // namespace sparsekd::cpu

@@ -1,0 +1,354 @@
+// Runs of the spmm kernel over whole batches of images: what lies where is chosen in lanes.h, moved in packing.h.
+#pragma once
+#include <vector>
+
+#include "direct.h"
+#include "packing.h"
+#include "spmm.h"
+
+namespace sparsekd::cpu {
+
+// Whether pixels are read where they lie, one for one.
+inline bool is_flat(const Conv2dShape& shape) {
+  return shape.taps() == 1 && shape.padding[0] == 0 && shape.padding[1] == 0;
+}
+
+template <class T>
+Rows<T> rows_of(const Conv2dShape& shape, const Pattern& pattern, const T* values) {
+  Rows<T> rows;
+  rows.groups = pattern.groups;
+  rows.packed_per_group = pattern.packed_per_group;
+  rows.vector = static_cast<int>(pattern.vector);
+  rows.crow = pattern.crow;
+  rows.col = pattern.col;
+  rows.values = values;
+  rows.row_of = pattern.row_of.data();
+  rows.in_order = pattern.in_order;
+  rows.channels_per_group = shape.in_channels / shape.groups;
+  rows.taps = shape.taps();
+  return rows;
+}
+
+// One kernel run over every image: rows, where their columns are, and which pixels they make.
+template <class T>
+struct Pass {
+  Rows<T> rows;
+  std::vector<Tap> taps;
+  Target target;
+  int blocks = 1;
+  std::vector<int32_t> table;
+  std::vector<T> values;           // where the rows own a copy in their own order
+  std::vector<int32_t> crow, col;  // likewise
+};
+
+// Runs `fill(unit, from channel, to channel, buffer)`, then `multiply(pass, unit, buffer, from row, to row)` for each unit
+// (an image, a band of pixels, or several images): units side by side, or one at a time with its rows side by side.
+template <class T, class Fill, class Multiply>
+void run_units(int64_t units, int64_t channels, int64_t elements, const std::vector<Pass<T>>& passes, Fill fill,
+               Multiply multiply) {
+  if (units >= at::get_num_threads()) {
+    at::parallel_for(0, units, 1, [&](int64_t from, int64_t to) {
+      Buffer<T> packed(elements);
+      for (int64_t unit = from; unit < to; ++unit) {
+        if (elements > 0) fill(unit, 0, channels, packed.get());
+        for (const Pass<T>& pass : passes) multiply(pass, unit, packed.get(), 0, pass.rows.packed());
+      }
+    });
+    return;
+  }
+  Buffer<T> packed(elements);
+  for (int64_t unit = 0; unit < units; ++unit) {
+    if (elements > 0) {
+      const int64_t grain = std::max<int64_t>(16384 * channels / elements, 16);
+      at::parallel_for(0, channels, grain, [&](int64_t from, int64_t to) { fill(unit, from, to, packed.get()); });
+    }
+    for (const Pass<T>& pass : passes) {
+      parallel_rows(pass.rows, [&](int64_t begin, int64_t end) { multiply(pass, unit, packed.get(), begin, end); });
+    }
+  }
+}
+
+template <class T>
+Work work_of(const Rows<T>& rows, int64_t batch, const Pair& pixels, int64_t width, const Planes& planes, int64_t lanes) {
+  const double vectors = static_cast<double>(rows.crow[rows.packed()]) / std::max<int64_t>(rows.packed(), 1);
+  return {batch, pixels, width, &planes, rows.channels_per_group, rows.packed_per_group, vectors, rows.vector,
+          lanes * static_cast<int64_t>(sizeof(T))};
+}
+
+template <class T>
+SpmmTile<T> tile_of(const Grid& grid, const std::vector<int32_t>& table, int64_t ty, int64_t tx, const T* init) {
+  SpmmTile<T> tile{};
+  tile.lines = static_cast<int>(grid.count(0, ty));
+  tile.width = static_cast<int>(grid.count(1, tx));
+  tile.output_line = tile.width * grid.lanes;
+  tile.table = table.data();
+  tile.init = init;
+  return tile;
+}
+
+// Stores pixels of some rows: `count` from `pixel` on of an image without gaps.
+template <class T>
+void store_pixels(const Rows<T>& rows, const T* from, int64_t pitch, const int64_t* row_of, int64_t made,
+                  const Batch<T>& result, int64_t n, int64_t pixel, int64_t count) {
+  T* image = result.image(n);
+  if (result.last && rows.in_order) {
+    while (made > 0 && row_of[made - 1] < 0) --made;  // padding ends a convolution group
+    T* out = image + pixel * result.channels + row_of[0];
+    return type_kernels<T>().transpose(from, made, count, pitch, out, result.channels);
+  }
+  const int64_t plane = result.size[0] * result.size[1];
+  for (int64_t r = 0; r < made; ++r, from += pitch) {
+    if (row_of[r] < 0) continue;
+    if (!result.last) {
+      copy_line(from, count, image + row_of[r] * plane + pixel);
+    } else {
+      for (int64_t i = 0; i < count; ++i) image[(pixel + i) * result.channels + row_of[r]] = from[i];
+    }
+  }
+}
+
+// The epilogue of the same, where they are stored.
+template <class T>
+void finish_rows(const Rows<T>& rows, const int64_t* row_of, int64_t made, const Epilogue<T>& epilogue,
+                 const Batch<T>& result, int64_t n, int64_t pixel, int64_t count) {
+  if (result.last && rows.in_order) {
+    while (made > 0 && row_of[made - 1] < 0) --made;
+    if (made == 0) return;
+    T* out = result.image(n) + pixel * result.channels + row_of[0];
+    for (int64_t i = 0; i < count; ++i) epilogue.of_pixel(result, out + i * result.channels, row_of[0], made);
+    return;
+  }
+  const int64_t plane = result.size[0] * result.size[1];
+  for (int64_t r = 0; r < made; ++r) {
+    const int64_t row = row_of[r];
+    if (row < 0) continue;
+    if (!result.last) {
+      epilogue.of_channel(result, result.image(n) + row * plane + pixel, row, count);
+    } else {
+      T* out = result.image(n) + pixel * result.channels + row;
+      for (int64_t i = 0; i < count; ++i) epilogue.of_pixel(result, out + i * result.channels, row, 1);
+    }
+  }
+}
+
+// All passes over strips of the source. `planes_for(positions, passes)` gives the planes of so many pixels, and the passes
+// their taps' places in them.
+template <class T, class PlanesFor>
+void over_strips(const Grid& grid, const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for,
+                 std::vector<Pass<T>>& passes, const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
+  const Planes planes = planes_for(grid.strip, &passes), whole = planes_for(grid.covered(), nullptr);
+  const Layout layout = plain_layout(planes);
+  const int64_t pitch = spread<T>(layout.channel() * grid.lanes), line = layout.pitch * grid.lanes;
+  for (Pass<T>& pass : passes) {
+    pass.table = column_table(pass.rows, pitch, pass.taps, layout, grid.lanes);
+    pass.blocks = static_cast<int>(
+        blocks_of(work_of(pass.rows, source.count, pixels, source.size[1], planes, grid.lanes), grid));
+  }
+  run_units(
+      ceil_div(source.count, grid.images), source.channels, source.channels * pitch, passes,
+      [&](int64_t unit, int64_t from, int64_t to, T* packed) {
+        pack_strips(source, planes, whole, grid, unit * grid.images, from, to, pitch, packed);
+      },
+      [&](const Pass<T>& pass, int64_t unit, const T* packed, int64_t from, int64_t to) {
+        const Rows<T>& rows = pass.rows;
+        StripStore<T> target(result, pass.target, grid);
+        std::vector<int32_t> cursor;
+        const int64_t elements = grid.largest() * grid.lanes;
+        Buffer<T> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * elements);
+        for_chunks(rows, elements, from, to, [&](int64_t group, int64_t begin, int64_t end) {
+          const T* input = packed + group * rows.channels_per_group * pitch;
+          for (int64_t ty = 0; ty < grid.tiles[0]; ++ty) {
+            for (int64_t tx = 0; tx < grid.tiles[1]; ++tx) {
+              const int64_t y = grid.begin(0, ty), x = grid.begin(1, tx);
+              SpmmTile<T> tile = tile_of(grid, pass.table, ty, tx, init);
+              tile.input = input + y * line + x * grid.lanes;
+              tile.line = line;
+              tile.output = scratch.get();
+              tile.output_pitch = tile.lines * tile.width * grid.lanes;
+              multiply_tile(rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
+              target.at(unit * grid.images, y, x, tile.lines, tile.width);
+              target.store(scratch.get(), tile.output_pitch, rows.row_of + begin * rows.vector,
+                           (end - begin) * rows.vector, rows.in_order);
+            }
+          }
+          if (!epilogue.any()) return;
+          for (int64_t n = unit * grid.images; n < std::min((unit + 1) * grid.images, result.count); ++n) {
+            finish_rows(rows, rows.row_of + begin * rows.vector, (end - begin) * rows.vector, epilogue, result, n, 0,
+                        result.size[0] * result.size[1]);
+          }
+        });
+      });
+}
+
+// All passes over runs of the source's planes, band by band.
+template <class T, class PlanesFor>
+void over_runs(const Grid& grid, int64_t bands, const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for,
+               std::vector<Pass<T>>& passes, const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
+  const Planes planes = planes_for({ceil_div(pixels[0], bands), pixels[1]}, &passes);
+  const Layout layout = shared_layout(planes, source.size[1], pixels[1], grid.lanes, grid.aligned);
+  // The last vector may reach past the last pixel.
+  const int64_t pitch = spread<T>(layout.channel() + planes.halo[1] + 2 * grid.lanes);
+  const int64_t line = layout.pitch, widest = grid.largest() * grid.lanes;
+  for (Pass<T>& pass : passes) {
+    pass.table = column_table(pass.rows, pitch, pass.taps, layout, 1);
+    pass.blocks = static_cast<int>(
+        blocks_of(work_of(pass.rows, source.count, pixels, source.size[1], planes, grid.lanes), grid));
+  }
+  auto band_begin = [&](int64_t band) { return pixels[0] * band / bands; };
+  run_units(
+      source.count * bands, source.channels, source.channels * pitch, passes,
+      [&](int64_t unit, int64_t from, int64_t to, T* packed) {
+        pack_planes(source, planes, layout, unit / bands, band_begin(unit % bands), from, to, pitch, packed);
+      },
+      [&](const Pass<T>& pass, int64_t unit, const T* packed, int64_t from, int64_t to) {
+        struct Segment {
+          int64_t source, target, count;
+        };
+        const Rows<T>& rows = pass.rows;
+        const int64_t n = unit / bands, above = band_begin(unit % bands), below = band_begin(unit % bands + 1);
+        Target target = pass.target;  // its lines in this band
+        target.size[0] = std::min(target.size[0], below) - above;
+        target.origin[0] += above * target.step[0];
+        if (target.size[0] <= 0) return;
+        const int64_t plane = result.size[0] * result.size[1], step = target.step[1];
+        const int64_t positions = (target.size[0] - 1) * line + target.size[1];
+        std::vector<Segment> segments;
+        std::vector<int32_t> cursor;
+        Buffer<T> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * widest);
+        for_chunks(rows, widest, from, to, [&](int64_t group, int64_t begin, int64_t end) {
+          const T* input = packed + group * rows.channels_per_group * pitch;
+          const int64_t* row_of = rows.row_of + begin * rows.vector;
+          const int64_t made = (end - begin) * rows.vector;
+          for (int64_t ty = 0; ty < grid.tiles[0]; ++ty) {
+            for (int64_t tx = 0; tx < grid.tiles[1]; ++tx) {
+              SpmmTile<T> tile = tile_of(grid, pass.table, ty, tx, init);
+              const int64_t y = grid.begin(0, ty), x = grid.begin(1, tx) * grid.lanes, first = y * line + x;
+              const int64_t run = tile.width * grid.lanes;
+              // The pixels of this tile that exist, line by line; the same for every row.
+              segments.clear();
+              for (int h = 0; h < tile.lines; ++h) {
+                const int64_t from_here = first + h * line, last = std::min(from_here + run, positions);
+                for (int64_t y = from_here / line; y * line < last; ++y) {
+                  const int64_t start = std::max(from_here, y * line), stop = std::min(last, y * line + target.size[1]);
+                  if (start >= stop) continue;
+                  segments.push_back({h * run + start - from_here,
+                                      (target.origin[0] + y * target.step[0]) * result.size[1] + target.origin[1] +
+                                          (start - y * line) * step,
+                                      stop - start});
+                }
+              }
+              if (segments.empty()) continue;
+              tile.input = input + first;
+              tile.line = line;
+              // Straight to the result, if lines and rows lie there as they are here.
+              const bool direct = step == 1 && rows.in_order && row_of[made - 1] >= 0 &&
+                                  static_cast<int>(segments.size()) == tile.lines &&
+                                  std::all_of(segments.begin(), segments.end(), [&](const Segment& s) { return s.count == run; });
+              tile.output = direct ? result.image(n) + row_of[0] * plane + segments[0].target : scratch.get();
+              tile.output_pitch = direct ? plane : tile.lines * run;
+              if (direct) tile.output_line = target.step[0] * result.size[1];
+              multiply_tile(rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
+              for (int64_t position = 0; position < made && (!direct || epilogue.any()); ++position) {
+                const int64_t row = row_of[position];
+                if (row < 0) continue;
+                const T* from_here = scratch.get() + position * tile.output_pitch;
+                T* out = result.image(n) + row * plane;
+                for (const Segment& s : segments) {
+                  if (step == 1) {
+                    if (!direct) copy_line(from_here + s.source, s.count, out + s.target);
+                    if (epilogue.any()) epilogue.of_channel(result, out + s.target, row, s.count);
+                  } else {
+                    for (int64_t x = 0; x < s.count; ++x) out[s.target + x * step] = from_here[s.source + x];
+                  }
+                }
+              }
+            }
+          }
+        });
+      });
+}
+
+template <class T, class PlanesFor>
+void run_passes(const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for, std::vector<Pass<T>>& passes,
+                const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
+  const TileShape shape = type_kernels<T>().tile_shape(passes[0].rows.vector);
+  const Planes planes = planes_for(pixels, nullptr);
+  const Work work = work_of(passes[0].rows, source.count, pixels, source.size[1], planes, shape.lanes);
+  const int64_t bands = bands_of(work, shape, source.channels);
+  const Grid grid = best_grid(work, shape, bands, !source.last);
+  if (grid.runs) return over_runs(grid, bands, source, pixels, planes_for, passes, init, epilogue, result);
+  over_strips(grid, source, pixels, planes_for, passes, init, epilogue, result);
+}
+
+// One pass of a 1 x 1 kernel without padding, over runs of the source's pixels: those of an image where they lie, or those
+// of all images one after the other.
+template <class T>
+void over_pixels(const Batch<const T>& source, const Pair& stride, const Pair& pixels, std::vector<Pass<T>>& passes,
+                 const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
+  Pass<T>& pass = passes[0];
+  const Rows<T>& rows = pass.rows;
+  const TileShape shape = type_kernels<T>().tile_shape(rows.vector);
+  const int64_t lanes = shape.lanes, bytes = lanes * static_cast<int64_t>(sizeof(T)), count = pixels[0] * pixels[1];
+  // In place if that is aligned. Channels a multiple of 1 KiB apart would share their cache sets.
+  const bool in_place = !source.last && stride[0] == 1 && stride[1] == 1 && count % lanes == 0 &&
+                        count * static_cast<int64_t>(sizeof(T)) % 1024 != 0 &&
+                        reinterpret_cast<uintptr_t>(source.data) % bytes == 0;
+  const int64_t images = in_place ? 1 : source.count, all = images * count;  // of a grid
+  const Planes planes{{Plane{pixels, {1, 1}, {0, 0}}}, {Tap{0, 0, 0}}, {0, 0}};
+  const Work work = work_of(rows, source.count / images, pixels, pixels[1], planes, lanes);
+  const Grid grid = flat_grid(work, shape, all);
+  const int64_t widest = grid.largest() * lanes;
+  pass.blocks = static_cast<int>(blocks_of(work, grid));
+  // What is packed is so in bands of whole tiles.
+  const int64_t channel_bytes = std::max<int64_t>(source.channels, 1) * widest * static_cast<int64_t>(sizeof(T));
+  const int64_t tiles_in_band = in_place ? grid.tiles[1] : std::clamp<int64_t>(kBandBudget / channel_bytes, 1, grid.tiles[1]);
+  const int64_t bands = ceil_div(grid.tiles[1], tiles_in_band);
+  const int64_t pitch = in_place ? count : spread<T>(tiles_in_band * widest);
+  pass.table = column_table(rows, pitch, planes.taps, plain_layout(planes), 1);
+  auto band_begin = [&](int64_t band) { return grid.begin(1, std::min(band * tiles_in_band, grid.tiles[1])) * lanes; };
+  run_units(
+      source.count / images * bands, source.channels, in_place ? 0 : source.channels * pitch, passes,
+      [&](int64_t unit, int64_t from, int64_t to, T* packed) {
+        const int64_t first = band_begin(unit), end = std::min(band_begin(unit + 1), all);
+        pack_flat(source, stride, pixels, first, end - first, from, to, pitch, packed);
+      },
+      [&](const Pass<T>&, int64_t unit, const T* packed, int64_t from, int64_t to) {
+        const int64_t n = unit / bands, band = unit % bands;
+        std::vector<int32_t> cursor;
+        Buffer<T> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * widest);
+        for_chunks(rows, widest, from, to, [&](int64_t group, int64_t begin, int64_t end) {
+          const int64_t channels = group * rows.channels_per_group * pitch;
+          const T* input = in_place ? source.image(n) + channels : packed + channels;
+          const int64_t* row_of = rows.row_of + begin * rows.vector;
+          for (int64_t t = band * tiles_in_band; t < std::min((band + 1) * tiles_in_band, grid.tiles[1]); ++t) {
+            SpmmTile<T> tile = tile_of(grid, pass.table, 0, t, init);
+            const int64_t first = grid.begin(1, t) * lanes, elements = tile.width * lanes;
+            const int64_t valid = std::min(elements, all - first);
+            int64_t image = n + first / count, pixel = first % count;
+            tile.input = input + first - (in_place ? 0 : band_begin(band));
+            // Straight to the result, if the rows lie there as they are here.
+            const bool direct = !result.last && valid == elements && pixel + elements <= count && rows.in_order &&
+                                row_of[(end - begin) * rows.vector - 1] >= 0;
+            tile.output = direct ? result.image(image) + row_of[0] * count + pixel : scratch.get();
+            tile.output_pitch = direct ? count : elements;
+            multiply_tile(rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
+            if (direct) {
+              if (epilogue.any()) {
+                finish_rows(rows, row_of, (end - begin) * rows.vector, epilogue, result, image, pixel, elements);
+              }
+              continue;
+            }
+            for (int64_t done = 0; done < valid; ++image, pixel = 0) {
+              const int64_t run = std::min(valid - done, count - pixel);
+              store_pixels(rows, scratch.get() + done, elements, row_of, (end - begin) * rows.vector, result, image, pixel, run);
+              if (epilogue.any()) {
+                finish_rows(rows, row_of, (end - begin) * rows.vector, epilogue, result, image, pixel, run);
+              }
+              done += run;
+            }
+          }
+        });
+      });
+}
+
+}  // namespace sparsekd::cpu
