@@ -42,6 +42,60 @@ void forward(const Conv2dShape& shape, const Pattern& pattern, const T* input, c
       passes, start, epilogue, result);
 }
 
+// The transposed rows' entries, each in the phase that its tap reaches.
+template <class T>
+std::vector<Pass<T>> split(const Rows<T>& rows, const Transposed& transposed, const T* values,
+                           const std::vector<InputGradPhase>& phases) {
+  const bool all = std::all_of(phases[0].taps.begin(), phases[0].taps.end(), [](const Tap& tap) { return tap.phase >= 0; });
+  if (all && phases.size() == 1) {
+    Pass<T> only;
+    only.rows = rows;
+    only.target = phases[0].target;
+    only.values.reserve(transposed.count);
+    for (int64_t i = 0; i < transposed.count; ++i) only.values.push_back(values[transposed.place[i]]);
+    only.rows.crow = transposed.crow;
+    only.rows.col = transposed.col;
+    only.rows.values = only.values.data();
+    std::vector<Pass<T>> passes;
+    passes.push_back(std::move(only));
+    return passes;
+  }
+  const auto columns = static_cast<uint32_t>(rows.columns());
+  std::vector<int> phase_of(rows.columns(), -1);  // by column
+  for (size_t p = 0; p < phases.size(); ++p) {
+    for (int64_t tap = 0; tap < rows.taps; ++tap) {
+      if (phases[p].taps[tap].phase < 0) continue;
+      for (int64_t column = tap; column < rows.columns(); column += rows.taps) phase_of[column] = static_cast<int>(p);
+    }
+  }
+  std::vector<Pass<T>> passes(phases.size());
+  for (size_t p = 0; p < phases.size(); ++p) {
+    passes[p].rows = rows;
+    passes[p].target = phases[p].target;
+    passes[p].col.reserve(transposed.count / phases.size() + 1);
+    passes[p].values.reserve(transposed.count / phases.size() + 1);
+    passes[p].crow.push_back(0);
+  }
+  for (int64_t channel = 0; channel < rows.packed(); ++channel) {
+    for (int64_t i = transposed.crow[channel]; i < transposed.crow[channel + 1]; ++i) {
+      const auto column = static_cast<uint32_t>(transposed.col[i]);
+      if (column >= columns) outside_error(transposed.col, transposed.count, columns, rows.name);
+      if (phase_of[column] < 0) continue;  // no pixel is there
+      Pass<T>& pass = passes[phase_of[column]];
+      pass.col.push_back(transposed.col[i]);
+      pass.values.push_back(values[transposed.place[i]]);
+    }
+    for (Pass<T>& pass : passes) pass.crow.push_back(static_cast<int32_t>(pass.col.size()));
+  }
+  for (Pass<T>& pass : passes) {
+    pass.rows.crow = pass.crow.data();
+    pass.rows.col = pass.col.data();
+    pass.rows.values = pass.values.data();
+    pass.idle = pass.col.empty();
+  }
+  return passes;
+}
+
 template <class T>
 void input_grad(const Conv2dShape& shape, const Transposed& transposed, const T* grad_output, const T* values,
                 bool channels_last, T* grad_input) {
@@ -56,30 +110,10 @@ void input_grad(const Conv2dShape& shape, const Transposed& transposed, const T*
   rows.name = "the transpose plan's columns";
   std::vector<InputGradPhase> phases;
   input_grad_planes(shape, {1, 1}, phases);
-  std::vector<Pass<T>> passes;
-  for (const InputGradPhase& phase : phases) {
-    Pass<T>& pass = passes.emplace_back();
-    pass.rows = rows;
-    pass.target = phase.target;
-    const auto columns = static_cast<uint32_t>(rows.columns());
-    const bool all = std::all_of(phase.taps.begin(), phase.taps.end(), [](const Tap& tap) { return tap.phase >= 0; });
-    if (!all) pass.crow.push_back(0);
-    pass.values.reserve(transposed.count / phases.size());
-    for (int64_t channel = 0; channel < shape.in_channels; ++channel) {
-      for (int64_t i = transposed.crow[channel]; i < transposed.crow[channel + 1]; ++i) {
-        if (!all) {
-          const auto column = static_cast<uint32_t>(transposed.col[i]);
-          if (column >= columns) outside_error(transposed.col, transposed.count, columns, rows.name);
-          if (phase.taps[column % rows.taps].phase < 0) continue;  // this tap reaches another phase
-          pass.col.push_back(transposed.col[i]);
-        }
-        pass.values.push_back(values[transposed.place[i]]);
-      }
-      if (!all) pass.crow.push_back(static_cast<int32_t>(pass.col.size()));
-    }
-    pass.rows.crow = all ? transposed.crow : pass.crow.data();
-    pass.rows.col = all ? transposed.col : pass.col.data();
-    pass.rows.values = pass.values.data();
+  std::vector<Pass<T>> passes = split(rows, transposed, values, phases);
+  // Of a kernel smaller than the stride, most phases are reached by nothing.
+  if (std::any_of(passes.begin(), passes.end(), [](const Pass<T>& pass) { return pass.idle; })) {
+    std::fill(grad_input, grad_input + shape.batch * shape.in_channels * shape.input[0] * shape.input[1], T(0));
   }
   const Batch<const T> source{grad_output, shape.batch, shape.out_channels, shape.output, channels_last};
   const Batch<T> result{grad_input, shape.batch, shape.in_channels, shape.input, channels_last};

@@ -36,6 +36,7 @@ struct Pass {
   std::vector<Tap> taps;
   Target target;
   int blocks = 1;
+  bool idle = false;  // without entries: its results are zero already
   std::vector<int32_t> table;
   std::vector<T> values;           // where the rows own a copy in their own order
   std::vector<int32_t> crow, col;  // likewise
@@ -51,7 +52,9 @@ void run_units(int64_t units, int64_t channels, int64_t elements, const std::vec
       Buffer<T> packed(elements);
       for (int64_t unit = from; unit < to; ++unit) {
         if (elements > 0) fill(unit, 0, channels, packed.get());
-        for (const Pass<T>& pass : passes) multiply(pass, unit, packed.get(), 0, pass.rows.packed());
+        for (const Pass<T>& pass : passes) {
+          if (!pass.idle) multiply(pass, unit, packed.get(), 0, pass.rows.packed());
+        }
       }
     });
     return;
@@ -63,6 +66,7 @@ void run_units(int64_t units, int64_t channels, int64_t elements, const std::vec
       at::parallel_for(0, channels, grain, [&](int64_t from, int64_t to) { fill(unit, from, to, packed.get()); });
     }
     for (const Pass<T>& pass : passes) {
+      if (pass.idle) continue;
       parallel_rows(pass.rows, [&](int64_t begin, int64_t end) { multiply(pass, unit, packed.get(), begin, end); });
     }
   }
@@ -271,9 +275,13 @@ void over_runs(const Grid& grid, int64_t bands, const Batch<const T>& source, co
 template <class T, class PlanesFor>
 void run_passes(const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for, std::vector<Pass<T>>& passes,
                 const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
-  const TileShape shape = type_kernels<T>().tile_shape(passes[0].rows.vector);
+  auto entries = [](const Pass<T>& pass) { return pass.rows.crow[pass.rows.packed()]; };
+  const Pass<T>& main = *std::max_element(passes.begin(), passes.end(), [&](const Pass<T>& a, const Pass<T>& b) {
+    return entries(a) < entries(b);
+  });
+  const TileShape shape = type_kernels<T>().tile_shape(main.rows.vector);
   const Planes planes = planes_for(pixels, nullptr);
-  const Work work = work_of(passes[0].rows, source.count, pixels, source.size[1], planes, shape.lanes);
+  const Work work = work_of(main.rows, source.count, pixels, source.size[1], planes, shape.lanes);
   const int64_t bands = bands_of(work, shape, source.channels);
   const Grid grid = best_grid(work, shape, bands, !source.last);
   if (grid.runs) return over_runs(grid, bands, source, pixels, planes_for, passes, init, epilogue, result);

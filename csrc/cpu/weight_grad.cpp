@@ -11,7 +11,7 @@ namespace sparsekd::cpu {
 namespace {
 
 constexpr int64_t kFlatPixels = 1024;          // of a 1 x 1 kernel that lie side by side
-constexpr int64_t kImagesScratch = 64 << 20;  // bytes of planes that the weight gradient holds at a time
+constexpr int64_t kChannelGrain = 32;          // that pay for another thread to pack them
 
 // One of the two that are multiplied, as it comes and as it lies in the lanes.
 template <class T>
@@ -37,22 +37,26 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
   const Work work = work_of(rows, shape.batch, shape.output, shape.input[1], of_image, tile_shape.lanes);
   // Pixels of so many images lie side by side that few lanes stay idle.
   const int64_t flat_images = std::clamp<int64_t>(kFlatPixels / pixels, 1, shape.batch);
-  const Grid grid = flat ? flat_grid(work, tile_shape, flat_images * pixels) : best_grid(work, tile_shape, 1, !channels_last);
+  // What is packed of both lies in L2 until all rows have passed.
+  const int64_t fit = flat || channels_last ? 1 : bands_of(work, tile_shape, shape.in_channels + shape.out_channels);
+  const int64_t band_lines = ceil_div(shape.output[0], fit), bands = ceil_div(shape.output[0], band_lines);
+  const Grid grid = flat ? flat_grid(work, tile_shape, flat_images * pixels) : best_grid(work, tile_shape, bands, !channels_last);
   const int64_t lanes = grid.lanes, images_per_unit = flat ? flat_images : grid.images;
   const bool runs = grid.runs && !flat;
   const int64_t step = runs ? 1 : lanes;  // elements from one position to the next
   const Pair strip = flat ? Pair{1, grid.strip[1]} : grid.strip;
+  const Pair band{band_lines, shape.output[1]};  // the last one ends in zeros
   Side<T> in, grad;  // gradients have the same positions without a halo
   in.images = {input, shape.batch, shape.in_channels, shape.input, channels_last};
   in.stride = shape.stride;
-  in.planes = runs ? of_image : input_planes(shape, strip);
+  in.planes = input_planes(shape, runs ? band : strip);
   in.whole = input_planes(shape, grid.covered());
-  in.layout = runs ? shared_layout(of_image, shape.input[1], shape.output[1], lanes, grid.aligned) : plain_layout(in.planes);
+  in.layout = runs ? shared_layout(in.planes, shape.input[1], shape.output[1], lanes, grid.aligned) : plain_layout(in.planes);
   grad.images = {grad_output, shape.batch, shape.out_channels, shape.output, channels_last};
-  grad.planes.phases = {Plane{runs ? shape.output : strip, {1, 1}, {0, 0}}};
+  grad.planes.phases = {Plane{runs ? band : strip, {1, 1}, {0, 0}}};
   grad.whole.phases = {Plane{grid.covered(), {1, 1}, {0, 0}}};
   grad.layout = plain_layout(grad.planes);
-  if (runs) grad.layout = {in.layout.pitch, 0, in.layout.pitch * shape.output[0], {0}};
+  if (runs) grad.layout = {in.layout.pitch, 0, in.layout.pitch * band[0], {0}};
   for (Side<T>* side : {&in, &grad}) {
     // The last vector of a run may reach past the last pixel.
     side->pitch = spread<T>(side->layout.channel() * step + (runs ? of_image.halo[1] + 2 * lanes : 0));
@@ -60,70 +64,59 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
   const std::vector<int32_t> table = column_table(rows, in.pitch, in.planes.taps, in.layout, step);
   const int64_t blocks = blocks_of(work, grid);
 
-  const int64_t units = ceil_div(shape.batch, images_per_unit);
-  const int64_t bytes = (in.elements() + grad.elements()) * static_cast<int64_t>(sizeof(T));
-  const int64_t most = std::clamp<int64_t>(kImagesScratch / std::max<int64_t>(bytes, 1), 1, std::max<int64_t>(units, 1));
-  Buffer<T> packed(most * in.elements()), packed_grads(most * grad.elements());
-  Buffer<T> zeros(grad.pitch);
+  const int64_t bands_in_unit = runs ? bands : 1, units = ceil_div(shape.batch, images_per_unit) * bands_in_unit;
+  Buffer<T> packed(in.elements()), packed_grads(grad.elements()), zeros(grad.pitch);
   std::fill(zeros.get(), zeros.get() + grad.pitch, T(0));
-  auto pack = [&](const Side<T>& side, int64_t unit, T* to) {
-    const int64_t first = unit * images_per_unit, end = side.images.channels;
+  auto pack = [&](const Side<T>& side, int64_t unit, int64_t begin, int64_t end, T* to) {
+    const int64_t first = unit / bands_in_unit * images_per_unit;
     if (flat) {
       const int64_t count = std::min(images_per_unit, shape.batch - first) * pixels;
-      pack_flat(side.images, side.stride, shape.output, first * pixels, count, 0, end, side.pitch, to);
+      pack_flat(side.images, side.stride, shape.output, first * pixels, count, begin, end, side.pitch, to);
     } else if (runs) {
-      pack_planes(side.images, side.planes, side.layout, first, 0, 0, end, side.pitch, to);
+      pack_planes(side.images, side.planes, side.layout, first, unit % bands * band_lines, begin, end, side.pitch, to);
     } else {
-      pack_strips(side.images, side.planes, side.whole, grid, first, 0, end, side.pitch, to);
+      pack_strips(side.images, side.planes, side.whole, grid, first, begin, end, side.pitch, to);
     }
   };
-  for (int64_t first = 0; first < units; first += most) {
-    const int64_t count = std::min(most, units - first);
-    at::parallel_for(0, count * 2, 1, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) {
-        const int64_t unit = first + i / 2;
-        if (i % 2 == 0) {
-          pack(in, unit, packed.get() + i / 2 * in.elements());
-        } else {
-          pack(grad, unit, packed_grads.get() + i / 2 * grad.elements());
-        }
+  for (int64_t unit = 0; unit < units; ++unit) {
+    at::parallel_for(0, shape.in_channels + shape.out_channels, kChannelGrain, [&](int64_t from, int64_t to) {
+      if (from < shape.in_channels) pack(in, unit, from, std::min(to, shape.in_channels), packed.get());
+      if (to > shape.in_channels) {
+        pack(grad, unit, std::max(from - shape.in_channels, int64_t{0}), to - shape.in_channels, packed_grads.get());
       }
     });
     // Each thread sums its own rows over images and tiles in a fixed order: the result does not depend on threads.
     parallel_rows(rows, [&](int64_t from, int64_t to) {
       std::vector<int32_t> cursor;
-      for (int64_t unit = 0; unit < count; ++unit) {
-        for_chunks(rows, grid.largest() * lanes, from, to, [&](int64_t group, int64_t begin, int64_t end) {
-          for (int64_t ty = 0; ty < grid.tiles[0]; ++ty) {
-            for (int64_t tx = 0; tx < grid.tiles[1]; ++tx) {
-              const int64_t y = grid.begin(0, ty), x = grid.begin(1, tx);
-              cursor.assign(rows.crow + begin, rows.crow + end);
-              SddmmTile<T> tile{};
-              tile.lines = static_cast<int>(grid.count(0, ty));
-              tile.width = static_cast<int>(grid.count(1, tx));
-              tile.line = in.layout.pitch * step;
-              tile.input = packed.get() + unit * in.elements() + group * rows.channels_per_group * in.pitch + y * tile.line +
-                           x * lanes;
-              tile.table = table.data();
-              tile.crow = rows.crow + begin;
-              tile.col = rows.col;
-              tile.vector = rows.vector;
-              tile.cursor = cursor.data();
-              tile.grad_line = grad.layout.pitch * step;
-              tile.grad = packed_grads.get() + unit * grad.elements() + y * tile.grad_line + x * lanes;
-              tile.grad_pitch = grad.pitch;
-              tile.row_of = rows.row_of + begin * rows.vector;
-              tile.zeros = zeros.get();
-              tile.grad_values = grad_values;
-              for (int64_t block = 0; block < blocks; ++block) {
-                tile.limit = block_limit(rows, static_cast<int>(block), static_cast<int>(blocks));
-                type_kernels<T>().sddmm(tile, 0, end - begin);
-              }
-              check_cursors(rows, cursor.data(), begin, end);
+      for_chunks(rows, grid.largest() * lanes, from, to, [&](int64_t group, int64_t begin, int64_t end) {
+        for (int64_t ty = 0; ty < grid.tiles[0]; ++ty) {
+          for (int64_t tx = 0; tx < grid.tiles[1]; ++tx) {
+            const int64_t y = grid.begin(0, ty), x = grid.begin(1, tx);
+            cursor.assign(rows.crow + begin, rows.crow + end);
+            SddmmTile<T> tile{};
+            tile.lines = static_cast<int>(grid.count(0, ty));
+            tile.width = static_cast<int>(grid.count(1, tx));
+            tile.line = in.layout.pitch * step;
+            tile.input = packed.get() + group * rows.channels_per_group * in.pitch + y * tile.line + x * lanes;
+            tile.table = table.data();
+            tile.crow = rows.crow + begin;
+            tile.col = rows.col;
+            tile.vector = rows.vector;
+            tile.cursor = cursor.data();
+            tile.grad_line = grad.layout.pitch * step;
+            tile.grad = packed_grads.get() + y * tile.grad_line + x * lanes;
+            tile.grad_pitch = grad.pitch;
+            tile.row_of = rows.row_of + begin * rows.vector;
+            tile.zeros = zeros.get();
+            tile.grad_values = grad_values;
+            for (int64_t block = 0; block < blocks; ++block) {
+              tile.limit = block_limit(rows, static_cast<int>(block), static_cast<int>(blocks));
+              type_kernels<T>().sddmm(tile, 0, end - begin);
             }
+            check_cursors(rows, cursor.data(), begin, end);
           }
-        });
-      }
+        }
+      });
     });
   }
 }
