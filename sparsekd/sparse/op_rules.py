@@ -114,16 +114,15 @@ def _kd_loss_forward_fake(
 # gradient, <f(x, w), g> = <x, f_x(g, w)> = <w, f_w(x, g)>. So the gradient of each is one of the other two.
 
 
+def _save_factors(ctx, input, values, *pattern):
+    """Of two factors, each is only needed for the gradient of the other."""
+    of_values, of_input = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
+    ctx.save_for_backward(input if of_values else None, values if of_input else None, *pattern)
+
+
 def _conv2d_setup(ctx, inputs, output):
     input, values, crow, col, rows, transpose, bias, out_channels, *ctx.geometry = inputs
-    ctx.save_for_backward(
-        input if ctx.needs_input_grad[1] else None,
-        values if ctx.needs_input_grad[0] else None,
-        crow,
-        col,
-        rows,
-        transpose,
-    )
+    _save_factors(ctx, input, values, crow, col, rows, transpose)
     ctx.input_size, ctx.vector = input.shape, values.shape[1]
 
 
@@ -180,14 +179,7 @@ def _conv2d_weight_grad_backward(ctx, grad):
 
 def _linear_setup(ctx, inputs, output):
     input, values, crow, col, rows, transpose, bias, _ = inputs
-    ctx.save_for_backward(
-        input if ctx.needs_input_grad[1] else None,
-        values if ctx.needs_input_grad[0] else None,
-        crow,
-        col,
-        rows,
-        transpose,
-    )
+    _save_factors(ctx, input, values, crow, col, rows, transpose)
     ctx.in_features, ctx.vector = input.shape[1], values.shape[1]
 
 
