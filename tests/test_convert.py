@@ -1,4 +1,4 @@
-"""convert, to_dense, dense_state_dict, optimize_for_inference, would_it_be_faster: the swap, and never by stealth."""
+"""convert, to_dense, dense_state_dict, would_it_be_faster: the swap, and never by stealth."""
 
 import copy
 import pickle
@@ -232,30 +232,6 @@ def test_retraining_after_the_swap_keeps_the_holes(net, x):
         optimizer.step()
     assert torch.equal(fast.conv1.weight != 0, net.conv1.weight != 0)
     assert optimizer.state[fast.conv1.values]["momentum_buffer"].shape == fast.conv1.values.shape
-
-
-def test_optimize_for_inference_folds_batch_norm(x):
-    torch.manual_seed(0)
-    model = pruned(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)))
-    model(x)  # statistics that are not 0 and 1
-    model.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fast = sparsekd.optimize_for_inference(model, x)
-    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
-    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-
-
-def test_optimize_for_inference_says_what_it_cannot_trace(x):
-    class Branches(Net):
-        def forward(self, x):
-            return super().forward(x) if x.sum() > 0 else super().forward(-x)
-
-    model = pruned(Branches()).eval()
-    with pytest.warns(UserWarning, match="batch-norm is not folded"):
-        fast = sparsekd.optimize_for_inference(model, x)
-    torch.testing.assert_close(fast(x), model(x))
 
 
 def test_would_it_be_faster_measures_and_leaves_the_model_alone():
