@@ -149,7 +149,7 @@ def test_another_architecture(converted, tmp_path):
     sparsekd.save(converted, path)
     unchanged_after(ValueError, "Expected a layer '2' in the model", nn.Sequential(nn.Conv2d(3, 64, 3)), path)
     other = nn.Sequential(*[*model()[:4], nn.Linear(64 * 16, 11)])
-    unchanged_after(ValueError, "Expected '4' to be a Conv2d or Linear with a weight", other, path)
+    unchanged_after(ValueError, "Expected '4' to be a convolution or Linear with a weight", other, path)
     longer = nn.Sequential(*model(), nn.Linear(10, 10))
     unchanged_after(ValueError, "Expected the keys of the model", longer, path)
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .convert import _replace, dense_state_dict
-from .dispatch import from_dense, sparsity_of
+from .dispatch import KINDS, from_dense, sparsity_of
 from .packed_module import SparseModule
 
 FORMAT = "sparsekd"
@@ -160,9 +160,11 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         except AttributeError:
             raise ValueError(f"Expected a layer {name!r} in the model for {path}, got none") from None
         plain = old.to_dense() if isinstance(old, SparseModule) else old
-        if not isinstance(plain, (nn.Conv2d, nn.Linear)) or plain.weight.shape != weight.shape:
+        if not isinstance(plain, KINDS) or plain.weight.shape != weight.shape:
             got = f"{type(old).__name__} {list(getattr(plain, 'weight', weight).shape)}"
-            raise ValueError(f"Expected {name!r} to be a Conv2d or Linear with a weight {info['shape']}, got {got}")
+            raise ValueError(
+                f"Expected {name!r} to be a convolution or Linear with a weight {info['shape']}, got {got}"
+            )
         rows = tensors.get(f"{key}#rows")
         made = copy.deepcopy(plain)
         with torch.no_grad():
