@@ -160,13 +160,13 @@ def test_answers_that_hang_on_the_last_bit():
 def test_a_wrong_whole_is_told_from_a_wavering_one(monkeypatch):
     """The layers are right alone, and the network is not: nothing excuses that."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
-    original = convert_module._replace
+    original = convert_module.put_in_place
 
     def wrong(model, swaps):
         model = original(model, swaps)
         return nn.Sequential(model, nn.ReLU())
 
-    monkeypatch.setattr(convert_module, "_replace", wrong)
+    monkeypatch.setattr(convert_module, "put_in_place", wrong)
     with pytest.raises(RuntimeError, match="Expected sparse results of the whole network within"):
         convert(model, torch.randn(1, 3, 8, 8))
 

@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .convert import _replace, dense_state_dict
+from .convert import dense_state_dict
 from .dispatch import KINDS, from_dense, sparsity_of
 from .packed_module import SparseModule
+from .surgery import put_in_place
 
 FORMAT = "sparsekd"
 VERSION = 1
@@ -196,5 +197,5 @@ def _load_checked(model: nn.Module, state: dict[str, Tensor], swaps: dict[nn.Mod
     for module in list(model.modules()):
         if isinstance(module, SparseModule) and module not in swaps:
             swaps[module] = module.to_dense()
-    _replace(model, swaps)
+    put_in_place(model, swaps)
     model.load_state_dict(state)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import logging
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,41 +14,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
 
 from ..measure.timing import compare
 from .dispatch import KINDS, MIN_SPARSITY, Choice, clock, evaluating, from_dense, kind_of, measure_layer, sparsity_of
 from .packed_module import DTYPES, SparseModule
+from .surgery import bare, call, carry_hooks, copied, put_in_place, record_inputs, unhooked
 
 SETTINGS = {"kernel": ("auto", "sparse", "dense"), "vector": None}
-
-
-def call(model: nn.Module, example_inputs: object) -> object:
-    """The model on a tensor, a tuple or list of positional, or a dict of named arguments."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return model(*example_inputs)
-    return model(example_inputs)
-
-
-def record_inputs(model: nn.Module, example_inputs: object) -> dict[nn.Module, list[Tensor]]:
-    """What each convolution, Linear and sparse module is given in one forward (eval mode, no gradients)."""
-    seen: dict[nn.Module, list[Tensor]] = {}
-
-    def record(module, args):
-        if args and isinstance(args[0], Tensor):
-            seen.setdefault(module, []).append(args[0].detach())
-
-    layers = [module for module in model.modules() if isinstance(module, (*KINDS, SparseModule))]
-    handles = [layer.register_forward_pre_hook(record) for layer in layers]
-    try:
-        with evaluating(model), torch.random.fork_rng(devices=[]):
-            call(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
 
 
 def _check_settings(given: Mapping) -> None:
@@ -98,51 +68,6 @@ def _obstacle(module: nn.Module, owners: dict[int, list[str]], parents: dict, se
     return None
 
 
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    """The layer without its hooks, on the same tensors; what torch.nn.utils.prune removed is zeros in a new weight."""
-    bare = copy.copy(module)
-    bare.__dict__.update({name: OrderedDict() for name in HOOKS}, _is_full_backward_hook=None)
-    bare._parameters, bare._buffers = dict(module._parameters), dict(module._buffers)
-    for name in ("weight", "bias"):
-        kept = bare._parameters.pop(f"{name}_orig", None)
-        if kept is not None:
-            mask = bare._buffers.pop(f"{name}_mask")
-            bare.__dict__.pop(name, None)
-            bare._parameters[name] = nn.Parameter((kept * mask).detach(), requires_grad=kept.requires_grad)
-    return bare
-
-
-def _carry_hooks(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Puts the user's hooks of a layer on its twin; those of torch.nn.utils.prune have done their work."""
-    for name in HOOKS:
-        hooks = getattr(old, name, {})
-        kept = {key: hook for key, hook in hooks.items() if not isinstance(hook, BasePruningMethod)}
-        getattr(new, name).update(kept)
-    new._is_full_backward_hook = old._is_full_backward_hook
-    return new
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a model with torch.nn.utils.prune on, whose computed weights torch refuses to copy."""
-    memo = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
-
-
 def _scripted(model: nn.Module) -> dict[str, Choice]:
     """Layers inside scripted and traced modules, which are left alone."""
     kinds = [kind.__name__ for kind in KINDS]
@@ -152,18 +77,6 @@ def _scripted(model: nn.Module) -> dict[str, Choice]:
         if kind in kinds:
             found[name] = Choice(name, kind, "dense", "inside a scripted module")
     return found
-
-
-def _replace(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Puts every new module in all the places of its old one; returns the new root."""
-    if model in swaps:
-        return swaps[model]
-    for parent in list(model.modules()):
-        # Not named_children(), which names a module once: the same one may stand under several names.
-        for name, child in parent._modules.items():
-            if child in swaps:
-                parent._modules[name] = swaps[child]
-    return model
 
 
 def convert(
@@ -200,7 +113,7 @@ def convert(
     for settings in (mapping or {}).values():
         _check_settings(settings)
     if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()) and not inplace:
-        model, inplace = _copied(model), True  # the example makes its lazy layers, and the original stays lazy
+        model, inplace = copied(model), True  # the example makes its lazy layers, and the original stays lazy
     seen = record_inputs(model, example_inputs)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -217,7 +130,7 @@ def convert(
             continue
         settings = _settings(name, mapping)
         obstacle = _obstacle(module, owners, parents, seen)
-        plain = None if obstacle else _bare(module)
+        plain = None if obstacle else bare(module)
         sparsity = 0.0 if obstacle else sparsity_of(plain.weight.detach())
         kept = Choice(name, kind_of(module).__name__, "dense", obstacle or "", sparsity=sparsity)
         if not obstacle and settings["kernel"] == "dense":
@@ -237,7 +150,7 @@ def convert(
                 choice = replace(kept, kernel="sparse", reason="asked for by mapping", vector=twin.vector)
         made[name] = choice
         if choice.kernel == "sparse":
-            sparse[name] = _carry_hooks(module, twin)
+            sparse[name] = carry_hooks(module, twin)
     del seen
     channels_last = False
     if sparse:
@@ -249,21 +162,15 @@ def convert(
         if strict:
             raise RuntimeError(f"Expected every pruned layer to become sparse, got: {said}")
         warnings.warn(said, stacklevel=2)
-    target = model if inplace else _copied(model)
+    target = model if inplace else copied(model)
     names = {name: target.get_submodule(name) for name, choice in made.items() if choice.kernel == "sparse"}
     # Hooks of the copy, which may be bound to what was copied with it.
-    target = _replace(target, {old: _carry_hooks(old, _unhooked(sparse[name])) for name, old in names.items()})
+    target = put_in_place(target, {old: carry_hooks(old, unhooked(sparse[name])) for name, old in names.items()})
     if channels_last:
         _to_channels_last(target)
     target._sparsekd_choices = Choices(made, time.perf_counter() - began)
     logging.getLogger("sparsekd").info("%s", target._sparsekd_choices.summary())
     return target
-
-
-def _unhooked(module: nn.Module) -> nn.Module:
-    for name in HOOKS:
-        getattr(module, name).clear()
-    return module
 
 
 def _without_aliases(model: nn.Module, names: list[str]) -> list[str]:
@@ -280,8 +187,8 @@ def _check_whole(
     Returns the choices, all dense where a dense network is the fastest, and whether the dense convolutions left are to
     be in channels_last.
     """
-    swapped = _copied(model)
-    swapped = _replace(swapped, {swapped.get_submodule(name): twin for name, twin in sparse.items()})
+    swapped = copied(model)
+    swapped = put_in_place(swapped, {swapped.get_submodule(name): twin for name, twin in sparse.items()})
     networks = {("dense", False): model, ("sparse", False): swapped}
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         networks["dense", True] = _in_channels_last(model)
@@ -310,7 +217,7 @@ def _check_whole(
 
 def _in_channels_last(model: nn.Module) -> nn.Module:
     """A copy whose plain convolutions are stored, and hence answer, in channels_last, whatever their input is in."""
-    return _to_channels_last(_copied(model))
+    return _to_channels_last(copied(model))
 
 
 def _to_channels_last(model: nn.Module) -> nn.Module:
@@ -398,10 +305,10 @@ def choices(model: nn.Module) -> Choices:
 
 def to_dense(model: nn.Module) -> nn.Module:
     """A copy of the model with plain modules (zeros where pruned) in the place of sparse ones."""
-    target = _copied(model)
+    target = copied(model)
     sparse = [module for module in target.modules() if isinstance(module, SparseModule)]
-    swaps = {module: _carry_hooks(module, module.to_dense()) for module in sparse}
-    target = _replace(target, swaps)
+    swaps = {module: carry_hooks(module, module.to_dense()) for module in sparse}
+    target = put_in_place(target, swaps)
     if hasattr(target, "_sparsekd_choices"):
         del target._sparsekd_choices
     return target
