@@ -26,7 +26,7 @@ FAMILIES = (
 )  # fmt: skip
 SAMPLE = (
     "torchvision:squeezenet1_1", "torchvision:shufflenet_v2_x0_5", "torchvision:mobilenet_v3_small",
-    "torchvision:googlenet",
+    "torchvision:googlenet", "torchvision:mnasnet0_5",
 )  # fmt: skip
 ALL = [
     *(f"torchvision:{name}" for name in (*CLASSIFIERS, *SEGMENTERS, *DETECTORS)),

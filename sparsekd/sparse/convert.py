@@ -6,6 +6,7 @@ import fnmatch
 import logging
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -319,8 +320,10 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     everywhere = model.named_modules(remove_duplicate=False)  # a shared layer has its keys under every name
     sparse = {name: module for name, module in everywhere if isinstance(module, SparseModule)}
     indices = ("crow_indices", "col_indices", "row_indices")
-    state: dict[str, Tensor] = {}
-    for key, tensor in model.state_dict().items():
+    own = model.state_dict()
+    state: dict[str, Tensor] = OrderedDict()
+    state._metadata = own._metadata  # versions, without which some models refuse their own state
+    for key, tensor in own.items():
         prefix, _, last = key.rpartition(".")
         if prefix in sparse and last == "values":
             state[f"{prefix}.weight" if prefix else "weight"] = sparse[prefix].weight.detach()
