@@ -1,5 +1,6 @@
 """Whole networks: sparse against every dense engine at hand.
 
+    pip install onnx onnxscript onnxruntime openvino    # the engines beside torch's own
     python benchmarks/end_to_end.py --model resnet50 --sparsity 0.9 --batch 1
 
 Random weights, masks at random places in every convolution and linear layer but the first; batch-norm is folded for all
