@@ -155,7 +155,7 @@ def _channels_last(weight):
 def test_wrong_results_are_an_error_and_change_nothing(net, x, monkeypatch):
     original = sparsekd.SparseLinear.forward
     monkeypatch.setattr(sparsekd.SparseLinear, "forward", lambda self, input: original(self, input) + 1)
-    with pytest.raises(RuntimeError, match="Expected sparse results within"):
+    with pytest.raises(RuntimeError, match="Expected sparse results of fc within"):
         convert(net, x, mapping=FORCED, inplace=True)
     assert isinstance(net.fc, nn.Linear)
 
@@ -168,7 +168,7 @@ def test_filter_and_mapping(net, x):
     fast = convert(net, x, mapping={"*": {"kernel": "sparse", "vector": 2}})
     assert fast.conv1.vector == 2
     torch.testing.assert_close(fast.eval()(x), net.eval()(x))
-    with pytest.raises(ValueError, match="Expected settings out of kernel, vector for '\\*', got speed"):
+    with pytest.raises(ValueError, match="Expected settings out of kernel, vector, got speed"):
         sparsekd.convert(net, x, mapping={"*": {"speed": 1}})
     with pytest.raises(ValueError, match="Expected kernel to be one of auto, sparse, dense, got 'fast'"):
         sparsekd.convert(net, x, mapping={"*": {"kernel": "fast"}})
@@ -183,7 +183,7 @@ def test_layers_that_cannot_be_swapped_are_named(x):
     nn.utils.parametrizations.weight_norm(model[3])
     made = sparsekd.choices(convert(model, x, mapping=FORCED))
     assert "shares its weight with 1" in made["0"].reason
-    assert "prune.remove" in made["2"].reason
+    assert made["2"].kernel == "sparse"
     assert "parametrised" in made["3"].reason
 
 
