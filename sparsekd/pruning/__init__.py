@@ -1,8 +1,8 @@
 """Which weights go: importance, pattern, budget, schedule, and the Pruner that makes the masks and holds them."""
 
 from .importance import IMPORTANCES
-from .patterns import PATTERNS
+from .permutation import Permutation, choose_permutation
 from .pruner import Pruner
-from .schedule import CubicSL, LinearSL
+from .schedule import CubicSL, IterativeSL, LinearSL, RigL
 
-__all__ = ["IMPORTANCES", "PATTERNS", "CubicSL", "LinearSL", "Pruner"]
+__all__ = ["IMPORTANCES", "CubicSL", "IterativeSL", "LinearSL", "Permutation", "Pruner", "RigL", "choose_permutation"]
