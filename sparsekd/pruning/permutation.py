@@ -23,7 +23,7 @@ from torch import Tensor
 from .patterns import Layout, find_pattern, lowest_units
 
 ROUNDS = 60  # without a gain, after which a grouping counts as good
-MOST = 2000  # in all: as tau moves with the grouping, two groupings may each look better from the other
+SETTLED = 20  # times that tau follows the grouping; a tau that never rests lets two groupings take turns for ever
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,9 @@ def choose_permutation(
     parts = []
     for group in range(layout.groups):
         own = rows[group * per_group : (group + 1) * per_group].double().cpu()
+        # Whole numbers, whose sums are exact: ties are ties, and the last digit of a score (another order of summation,
+        # sharded weights) does not decide between groupings that are as good.
+        own = (own / own.amax().clamp_min(1e-300) * 2**24).round() if own.numel() else own
         parts.append(_grouped(own, vector, sparsity, generator) + group * per_group)
     order = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
     arguments = (scores.cpu(), vector, sparsity, layout)
@@ -129,7 +132,7 @@ def _improved(rows: Tensor, members: Tensor, count: int, kept: int, generator: t
     every = torch.arange(groups)
     sums = rows[members].sum(1)  # [groups, columns]
     tau, quiet, turn = _threshold(sums, kept), 0, 0
-    while groups > 1 and quiet < max(ROUNDS, 2 * vector) and turn < MOST:
+    while groups > 1 and quiet < max(ROUNDS, 2 * vector):
         place = torch.randint(vector, (groups,), generator=generator)
         # The filling stays in the last group.
         real = (members[-1] < count).nonzero().flatten()
@@ -148,7 +151,7 @@ def _improved(rows: Tensor, members: Tensor, count: int, kept: int, generator: t
             quiet = 0
         else:
             quiet += 1
-        if turn % vector == 0:
+        if turn % vector == 0 and turn <= SETTLED * vector:
             tau = _threshold(sums, kept)
     ordered = members.sort(1).values
     # The group that is filled up comes last, its filling at the end.
