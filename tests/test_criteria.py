@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsekd.pruning import Pruner
+from sparsekd.pruning import LinearSL, Pruner
 from sparsekd.pruning.importance import find_importance, mean_square_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,6 +141,23 @@ def test_a_scale_that_changes_on_the_way():
         pruner.step()
     # Means 3, 2.5 and 4.5; with the scales 1024 and 2048 the first would be the lowest but for the unscaling: 10 < 13.
     assert pruner.masks["weight"].tolist() == [[True, False, True]] and scaler.get_scale() == 4096.0
+
+
+@pytest.mark.filterwarnings("ignore:Expected finite gradients")
+def test_an_overflow_puts_off_an_update():
+    """GradScaler begins with a scale that overflows: no batch is in the means, and no mask is made of nothing."""
+    model = nn.Linear(4, 1, bias=False)
+    pruner = Pruner(model, 0.5, schedule=LinearSL(1, 3, init_sparsity=0.25), ignored_layers=())
+    for x, kept in (([torch.inf, 1.0, 1.0, 1.0], 4), ([3.0, 1.0, 2.0, 4.0], 2)):
+        model.zero_grad()
+        model(torch.tensor([x])).sum().backward()
+        pruner.step()
+        assert int(pruner.masks["weight"].sum()) == kept
+    # The last one can't wait.
+    pruner = Pruner(nn.Linear(4, 1), 0.5, schedule=LinearSL(0, 1), ignored_layers=())
+    pruner._model(torch.full((1, 4), torch.inf)).sum().backward()
+    with pytest.raises(RuntimeError, match="^Expected a gradient of each weight to be pruned, got none"):
+        pruner.step()
 
 
 @pytest.mark.parametrize("statistic", ["g", "|x|", 3])

@@ -210,7 +210,7 @@ class GradientGatherer:
         """Starts a new mean."""
         self.sums: dict[str, Tensor] = {}
         self.seen = dict.fromkeys(self.weights, 0)  # batches in which a weight had a gradient
-        self.batches = 0
+        self.batches = self._overflowed = 0
 
     def attach(self) -> None:
         """Sets the hooks, if they are not set."""
@@ -245,6 +245,7 @@ class GradientGatherer:
         greatest = torch.stack(ends).amax() if ends else torch.zeros(())
         if not bool(greatest.isfinite()):
             self.skipped += 1
+            self._overflowed += 1
             if self.skipped == 1:
                 warnings.warn(
                     "Expected finite gradients, got a batch with non-finite ones: such batches are left out of the "
@@ -260,6 +261,14 @@ class GradientGatherer:
             else:
                 # Sums in half precision would stop growing after a few hundred batches.
                 self.sums[name] = value.to(torch.float64 if value.dtype == torch.float64 else torch.float32, copy=True)
+
+    def only_overflows(self) -> bool:
+        """Whether the means are empty because all batches, on all ranks, were left out: the next may be finite."""
+        counts = torch.tensor([self.batches, self._overflowed])
+        if is_distributed():
+            counts = counts.to(local(next(iter(self.weights.values()))).device)
+            dist.all_reduce(counts)
+        return int(counts[0]) == 0 < int(counts[1])
 
     def means(self) -> dict[str, Tensor]:
         """Parameter name to the mean of the statistic over the batches, of all ranks under torch.distributed.

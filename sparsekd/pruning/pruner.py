@@ -208,13 +208,15 @@ class Pruner:
                     changed = self._prune(float)
                     self._finished = True
             else:
-                if self._schedule.is_update(step):
+                last = step >= self._schedule.end
+                # A GradScaler finds its scale by overflows: masks then change at the next update, not at this one.
+                if self._schedule.is_update(step) and (last or not self._only_overflows()):
                     regrow = self._schedule.fraction_at(step) if isinstance(self._schedule, RigL) else 0.0
                     if regrow:
                         changed = self._regrow(regrow)
                     else:
                         changed = self._prune(lambda final: self._schedule.sparsity_at(step, final))
-                self._finished = step >= self._schedule.end
+                self._finished = last
             if self._finished and self._gatherer is not None:
                 self._gatherer.detach()
         # Only now: after an error the next call is this step again.
@@ -226,6 +228,9 @@ class Pruner:
                 begin_anew(optimizer)
         if changed or not self._pruned.keys() <= self._moved_by(self._optimizers):
             self._hold(self._optimizers)
+
+    def _only_overflows(self) -> bool:
+        return self._gatherer is not None and self._gatherer.only_overflows()
 
     def _prune(self, at: Callable[[float], float]) -> bool:
         """Makes all masks, then takes them; False when no further weight has to go."""
