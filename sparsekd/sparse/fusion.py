@@ -25,11 +25,12 @@ from torch.nn.utils import fusion as folding
 from torch.nn.utils import parametrize
 
 from ..measure.timing import compare
-from .convert import call, choices, convert, to_dense
+from .convert import Choices, choices, convert, to_dense
 from .dispatch import clock
 from .fused_modules import FusedConv2d, MaxPool2d
 from .modules import SparseConv2d
 from .packed_module import SparseModule
+from .surgery import call, copied
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -71,7 +72,7 @@ def optimize_for_inference(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a torch.nn.Module, got {type(model).__name__}")
-    model = (to_dense(model) if choices(model) else copy.deepcopy(model)).eval().requires_grad_(False)
+    model = (to_dense(model) if choices(model) else copied(model)).eval().requires_grad_(False)
     untraced: dict[str, str] = {}
     traced = _traced(model, "", lambda: call(model, example_inputs), untraced)
     if untraced:
@@ -323,7 +324,7 @@ def _fused(model: nn.Module, channels_last: bool, turn: bool) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Conv2d:
             module.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    renamed = {}
+    renamed = Choices(seconds=choices(model).seconds)
     for name, choice in choices(model).items():
         inside = isinstance(model.get_submodule(name), FusedConv2d)
         renamed[f"{name}.conv" if inside else name] = choice
