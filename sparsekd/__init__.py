@@ -3,8 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .compress import compress
-from .distillation import Distiller, KDLoss, TeacherCache, evaluate
-from .pruning import CubicSL, LinearSL, Pruner
+from .distillation import DistillationLoss, Distiller, KDLoss, TeacherCache, evaluate
+from .pruning import CubicSL, IterativeSL, LinearSL, Pruner, RigL, recalibrate_batch_norm, sensitivity
 from .reporting import report, would_it_be_faster
 from .sparse.checkpoint import load, save
 from .sparse.convert import choices, convert, dense_state_dict, to_dense
@@ -18,10 +18,13 @@ except PackageNotFoundError:  # a checkout that was not installed
 
 __all__ = [
     "CubicSL",
+    "DistillationLoss",
     "Distiller",
+    "IterativeSL",
     "KDLoss",
     "LinearSL",
     "Pruner",
+    "RigL",
     "SparseConv1d",
     "SparseConv2d",
     "SparseLinear",
@@ -33,8 +36,10 @@ __all__ = [
     "evaluate",
     "load",
     "optimize_for_inference",
+    "recalibrate_batch_norm",
     "report",
     "save",
+    "sensitivity",
     "to_dense",
     "would_it_be_faster",
 ]
