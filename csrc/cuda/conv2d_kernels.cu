@@ -1,4 +1,4 @@
-// Launches the kernels of conv2d.cuh and lanes.cuh.
+// Launches the kernels of conv2d.cuh and lanes.cuh. (Named apart from conv2d.cpp, whose object would be the same.)
 #include "conv2d.cuh"
 #include "lanes.cuh"
 
