@@ -9,7 +9,7 @@ from .reporting import report, would_it_be_faster
 from .sparse.checkpoint import load, save
 from .sparse.convert import choices, convert, dense_state_dict, to_dense
 from .sparse.fusion import optimize_for_inference
-from .sparse.modules import SparseConv2d, SparseLinear
+from .sparse.modules import SparseConv1d, SparseConv2d, SparseLinear
 
 try:
     __version__ = version("sparsekd")
@@ -22,6 +22,7 @@ __all__ = [
     "KDLoss",
     "LinearSL",
     "Pruner",
+    "SparseConv1d",
     "SparseConv2d",
     "SparseLinear",
     "TeacherCache",

@@ -93,7 +93,7 @@ def _fit(args, model, teacher, train, test, sparsity: float | None = None) -> No
         if args.gradual:
             schedule = CubicSL(start=0, end=max(steps // 2, 1), update_frequency=max(steps // 40, 1))
         pruner = Pruner(
-            model, sparsity, args.importance, budget=args.budget, schedule=schedule, optimizer=optimizer,
+            model, sparsity, args.importance, args.pattern, args.budget, schedule=schedule, optimizer=optimizer,
             importance_steps=min(32, len(train)),
         )  # fmt: skip
     settings = {"penalty": args.penalty, "penalty_weight": args.penalty_weight} if args.penalty else {}
@@ -269,8 +269,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--weights", required=True, metavar="FILE", help="the trained model's weights")
     made.add_argument("--teacher", metavar="FILE", help="retrain under this teacher")
     made.add_argument("--sparsity", type=float, default=0.9, help="fraction of the prunable weights to remove")
-    made.add_argument("--importance", default="gradient", help="gradient (mean |dL/dw|), magnitude or random")
-    made.add_argument("--budget", default="global", choices=("global", "uniform"))
+    made.add_argument("--importance", default="gradient", help="gradient, magnitude, taylor, movement, wanda, ...")
+    made.add_argument("--pattern", default="unstructured", help="unstructured, 4x1, 4x1-permuted, 2:4, ...")
+    made.add_argument("--budget", default="global", choices=("global", "uniform", "erk"))
     made.add_argument("--gradual", action="store_true", help="on a cubic schedule instead of once")
     made = command(convert, "swap pruned layers for sparse ones and report what that bought", _shown(32, 10))
     made.add_argument("--model", default="reference_student")

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from .measure.report import LayerReport, NetworkReport, Report
 from .measure.timing import compare, speedup
 from .sparse import ops
-from .sparse.convert import call, choices, record_inputs, to_dense
+from .sparse.convert import choices, to_dense
 from .sparse.dispatch import Choice, clock, evaluating, from_dense, measure_layer, sparsity_of
 from .sparse.packed_module import SparseModule
+from .sparse.surgery import call, record_inputs
 
 
 def machine() -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsekd.pruning import LinearSL, Pruner
 from sparsekd.pruning.budget import Budget, check_sparsity
-from sparsekd.pruning.patterns import PATTERNS, lowest
+from sparsekd.pruning.patterns import lowest
 
 SIZES = {"a.weight": 4, "b.weight": 6}
 SCORES = {
@@ -28,7 +28,7 @@ def test_by_hand():
     assert counts("global") == {"a.weight": 3, "b.weight": 2}
     assert counts("uniform") == {"a.weight": 2, "b.weight": 3}
     assert counts({"b": 0.5}) == {"a.weight": 0, "b.weight": 3}
-    mask = PATTERNS["unstructured"](SCORES["a.weight"], 3)
+    mask = ~lowest(SCORES["a.weight"], 3)
     assert mask.tolist() == [[False, False], [False, True]]
 
 
@@ -46,7 +46,9 @@ def test_a_glob_for_no_layer_is_an_error():
 
 
 def test_an_unknown_budget_is_an_error():
-    with pytest.raises(ValueError, match="^Expected budget to be one of 'global', 'uniform' or a dict.*got 'gobal'"):
+    with pytest.raises(
+        ValueError, match="^Expected budget to be one of 'global', 'uniform', 'erk' or a dict.*got 'gobal'"
+    ):
         counts("gobal")
 
 
@@ -96,7 +98,7 @@ def test_counts_are_exact_however_many_ties(sizes, sparsity, levels, seed):
     order = torch.cat(list(scores.values())).sort(stable=True).indices[: sum(together.values())]
     chosen = torch.zeros(sum(sizes), dtype=torch.bool)
     chosen[order] = True
-    masks = [PATTERNS["unstructured"](scores[name], count) for name, count in together.items()]
+    masks = [~lowest(scores[name], count) for name, count in together.items()]
     assert torch.equal(~torch.cat(masks), chosen)
 
 
@@ -114,14 +116,9 @@ def test_lowest_is_a_stable_sort(values, count):
 def test_ties_go_in_row_major_order_whatever_the_memory_format():
     scores = torch.ones(2, 3, 2, 2)
     for layout in (scores, scores.to(memory_format=torch.channels_last), scores.transpose(0, 1)):
-        mask = PATTERNS["unstructured"](layout, 5)
+        mask = ~lowest(layout, 5)
         assert mask.shape == layout.shape
         assert mask.flatten().tolist() == [False] * 5 + [True] * (layout.numel() - 5)
-
-
-def test_an_unknown_pattern_is_an_error():
-    with pytest.raises(ValueError, match="^Expected pattern to be one of 'unstructured', got '2:4'$"):
-        Pruner(nn.Linear(4, 4), 0.5, "magnitude", pattern="2:4", ignored_layers=())
 
 
 def two_layers():
@@ -152,3 +149,90 @@ def test_each_layer_keeps_some_under_a_uniform_budget(recwarn):
     Pruner(model, 0.5, "magnitude", budget="uniform", ignored_layers=(), importance_steps=1).step()
     assert [layer.weight.count_nonzero().item() for layer in model] == [6, 6]
     assert not recwarn
+
+
+# --- ERK, caps -------------------------------------------------------------------------------------------------------
+
+
+def resnet50():
+    """Output height and width of each convolution and linear layer of ResNet-50 at 224 x 224, without running it."""
+    import torchvision
+
+    with torch.device("meta"):
+        model, places = torchvision.models.resnet50(), {}
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.register_forward_hook(lambda m, _, out, name=name: places.update({name: out[0, 0].numel()}))
+        model(torch.empty(1, 3, 224, 224))
+    return {f"{name}.weight": (model.get_submodule(name).weight.shape, places[name]) for name in places}
+
+
+def test_erk_gives_the_published_figures_of_resnet_50():
+    """github.com/google-research/rigl: FLOPs of 0.42, 0.24 and 0.12 of the dense 8.2e9 at 80, 90 and 95%."""
+    layers = resnet50()
+    shapes = {name: shape for name, (shape, _) in layers.items()}
+    work = {name: shape.numel() * (1 if "fc" in name else places) for name, (shape, places) in layers.items()}
+    assert 2 * sum(work.values()) == pytest.approx(8.2e9, abs=0.05e9)
+    for sparsity, published in ((0.8, 0.42), (0.9, 0.24), (0.95, 0.12)):
+        found = Budget("erk", sparsity, shapes).layers
+        total = sum(found[name] * shape.numel() for name, shape in shapes.items())
+        assert total / sum(map(math.prod, shapes.values())) == pytest.approx(sparsity, abs=1e-9)
+        share = sum((1 - found[name]) * work[name] for name in work) / sum(work.values())
+        # Theirs are rounded to two digits, and count what is no layer of this list, too.
+        assert share == pytest.approx(published, abs=0.0075)
+
+
+def test_erk_by_hand():
+    """Densities in proportion to 20/100 = 0.2, 110/1000 and 12/20 = 0.6, of which the last is capped at 1."""
+    shapes = {"a.weight": (10, 10), "b.weight": (100, 10), "c.weight": (10, 2)}
+    found = Budget("erk", 0.75, {name: torch.Size(shape) for name, shape in shapes.items()}).layers
+    # 0.25 * 1120 = 280 weights remain: 20 of c, and eps (20 + 110) = 260 of the others: eps = 2.
+    assert found == pytest.approx({"a.weight": 0.6, "b.weight": 0.78, "c.weight": 0.0})
+
+
+def test_caps_by_hand():
+    """Of ten weights five go; without caps three of a and two of b, the scores 0 to 4."""
+    assert capped(max_sparsity=0.5) == {"a.weight": 2, "b.weight": 3}
+    assert capped(max_sparsity={"a": 0.25}) == {"a.weight": 1, "b.weight": 4}
+    assert capped(min_sparsity={"b": 0.6}) == {"a.weight": 1, "b.weight": 4}
+    assert capped("uniform", min_sparsity={"b": 0.7}) == {"a.weight": 1, "b.weight": 4}
+    assert capped("erk", max_sparsity={"a": 0.25}) == {"a.weight": 1, "b.weight": 4}
+
+
+def capped(budget="global", **caps):
+    sizes = {"a.weight": torch.Size((2, 2)), "b.weight": torch.Size((6,))}
+    return Budget(budget, 0.5, sizes, **caps).counts(SCORES)
+
+
+@pytest.mark.parametrize(
+    "caps, message",
+    [
+        (
+            {"max_sparsity": 0.4},
+            "Expected a sparsity that min_sparsity and max_sparsity allow, 0.0000..0.4000, got 0.5",
+        ),
+        (
+            {"min_sparsity": 0.6},
+            "Expected a sparsity that min_sparsity and max_sparsity allow, 0.6000..1.0000, got 0.5",
+        ),
+        ({"max_sparsity": {"z": 0.4}}, "Expected max_sparsity globs that match a prunable layer, got 'z' for a.weight"),
+        (
+            {"min_sparsity": {"a": 0.6}, "max_sparsity": {"a": 0.5}},
+            "Expected min_sparsity of at most max_sparsity, got",
+        ),
+        ({"budget": {"a": 0.5}, "max_sparsity": 0.9}, "Expected no min_sparsity and max_sparsity beside a budget of"),
+    ],
+)
+def test_caps_that_leave_no_room(caps, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        capped(**caps)
+
+
+def test_no_layer_is_emptied_under_a_cap():
+    """VainF/Torch-Pruning#111: a global budget takes whole layers away; max_sparsity holds it back, exactly."""
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 20))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-6)
+    pruner = Pruner(model, 0.6, "magnitude", ignored_layers=(), importance_steps=1, max_sparsity=0.8)
+    pruner.step()
+    assert pruner.sparsity() == 0.6 and int((~pruner.masks["1.weight"]).sum()) == round(0.8 * 400)

@@ -1,10 +1,12 @@
 """save and load: really smaller, strict, and never half a file."""
 
 import json
+import random
 import warnings
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -107,6 +109,17 @@ def test_half_and_buffers(tmp_path):
     assert other[0].weight.dtype == torch.float16 and other[1].num_batches_tracked.dtype == torch.int64
 
 
+def metadata_of(path):
+    with safe_open(str(path), framework="pt") as file:
+        return file.metadata()
+
+
+def resealed(tensors, metadata, path):
+    """A file with a checksum that fits, as someone who means harm would write it."""
+    facts = {name: fact for name, fact in metadata.items() if name != "checksum"}
+    save_file(tensors, path, {**facts, "checksum": checkpoint._checksum(tensors, facts)})
+
+
 def unchanged_after(error, match, target, path):
     before = {key: value.clone() for key, value in target.state_dict().items()}
     kinds = [type(m) for m in target.modules()]
@@ -129,17 +142,13 @@ def test_bad_files_are_one_sentence_and_change_nothing(converted, tmp_path):
     foreign = tmp_path / "foreign"
     save_file({"a": torch.zeros(1)}, foreign)
     unchanged_after(ValueError, "without its mark", model(), foreign)
-    stored = load_file(good)
-    metadata = {
-        "format": "sparsekd",
-        "version": "1",
-        "packed": json.dumps({"2.weight": {"shape": [64, 64, 3, 3]}}),
-        "aliases": "{}",
-    }
+    stored, metadata = load_file(good), metadata_of(good)
     save_file(stored, tmp_path / "newer", {**metadata, "version": "99"})
-    unchanged_after(ValueError, "Expected format version 1 or older, got 99", model(), tmp_path / "newer")
+    unchanged_after(ValueError, "Expected format version 2, got 99", model(), tmp_path / "newer")
     stored["2.weight#nonzeros"] = stored["2.weight#nonzeros"][:-1].clone()
     save_file(stored, tmp_path / "short", metadata)
+    unchanged_after(ValueError, "whose checksum differs", model(), tmp_path / "short")
+    resealed(stored, metadata, tmp_path / "short")
     unchanged_after(ValueError, "non-zeros of 2.weight", model(), tmp_path / "short")
 
 
@@ -149,7 +158,7 @@ def test_another_architecture(converted, tmp_path):
     sparsekd.save(converted, path)
     unchanged_after(ValueError, "Expected a layer '2' in the model", nn.Sequential(nn.Conv2d(3, 64, 3)), path)
     other = nn.Sequential(*[*model()[:4], nn.Linear(64 * 16, 11)])
-    unchanged_after(ValueError, "Expected '4' to be a Conv2d or Linear with a weight", other, path)
+    unchanged_after(ValueError, "Expected '4' to be a convolution or Linear with a weight", other, path)
     longer = nn.Sequential(*model(), nn.Linear(10, 10))
     unchanged_after(ValueError, "Expected the keys of the model", longer, path)
 
@@ -186,3 +195,101 @@ def test_a_shared_layer_comes_back_shared(tmp_path):
     plain = nn.Linear(64, 64)
     loaded = sparsekd.load(nn.Sequential(plain, plain), tmp_path / "m.safetensors")
     assert loaded[0] is loaded[1] and torch.equal(loaded[0].weight, sparse.weight)
+
+
+def test_corrupted_files(converted, tmp_path):
+    """200 of them: one flipped bit, in the header or anywhere; cut off; longer; another length of the header."""
+    path, bad = tmp_path / "m.safetensors", tmp_path / "bad"
+    sparsekd.save(converted, path)
+    good, chance, target = path.read_bytes(), random.Random(0), model()
+    header = 8 + int.from_bytes(good[:8], "little")
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    for number in range(200):
+        content = bytearray(good)
+        if number % 5 < 2:
+            content[chance.randrange(header if number % 5 else len(good))] ^= 1 << chance.randrange(8)
+        elif number % 5 == 2:
+            del content[chance.randrange(len(good)) :]
+        elif number % 5 == 3:
+            content += chance.randbytes(chance.randrange(1, 100))
+        else:
+            content[:8] = chance.getrandbits(chance.randrange(1, 64)).to_bytes(8, "little")
+        bad.write_bytes(content)
+        with pytest.raises(ValueError, match="Expected a whole file|Expected a file saved|Expected format version"):
+            sparsekd.load(target, bad)
+    assert all(torch.equal(before[key], value) for key, value in target.state_dict().items())
+
+
+HOSTILE = {
+    "a huge shape": ({"packed": {"2.weight": {"shape": [10**9, 10**9], "vector": 1}}}, "a bitmask"),
+    "a negative side": ({"packed": {"2.weight": {"shape": [-64, -576], "vector": 1}}}, "of shape"),
+    "a huge vector": ({"packed": {"2.weight": {"shape": [64, 64, 3, 3], "vector": 10**12}}}, "vector 1000000000000"),
+    "no shape": ({"packed": {"2.weight": {}}}, "'shape'"),
+    "a list for a dict": ({"packed": []}, "items"),
+    "a missing source": ({"aliases": {"0.bias": "9.bias"}}, "Expected 9.bias, which 0.bias equals"),
+    "aliases of numbers": ({"aliases": {"0.bias": 3}}, "names of tensors"),
+    "deep brackets": ({"aliases": "[" * 100000}, "Expected a whole file"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_allocate_nothing(converted, tmp_path, name):
+    path = tmp_path / "m.safetensors"
+    sparsekd.save(converted, path)
+    facts, message = HOSTILE[name]
+    said = {key: fact if isinstance(fact, str) else json.dumps(fact) for key, fact in facts.items()}
+    resealed(load_file(path), {**metadata_of(path), **said}, path)
+    unchanged_after(ValueError, message, model(), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_of_half_the_size(converted, tmp_path, dtype, x):
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    sparsekd.save(converted, whole)
+    sparsekd.save(converted, half, dtype=dtype)
+    stored = load_file(half)["2.weight#nonzeros"]
+    assert stored.dtype == dtype and stored.nbytes * 2 == load_file(whole)["2.weight#nonzeros"].nbytes
+    loaded = sparsekd.load(model(1).eval(), half)
+    assert loaded[2].values.dtype == torch.float32
+    torch.testing.assert_close(loaded(x), converted(x), rtol=0.02, atol=0.02)
+    with torch.no_grad():
+        converted[2].values[0] = 3.4e38 if dtype == torch.bfloat16 else 1e6
+    with pytest.raises(ValueError, match="Expected values of 2.weight within the range of"):
+        sparsekd.save(converted, half, dtype=dtype)
+    with pytest.raises(TypeError, match="Expected dtype to be None or one of"):
+        sparsekd.save(converted, half, dtype=torch.int8)
+
+
+def test_a_resnet50_takes_14_percent(tmp_path):
+    """float32 values, every layer pruned: packed weights take at most 13.5% of their dense bytes, the file 14%."""
+    torchvision = pytest.importorskip("torchvision")
+    net = torchvision.models.resnet50(weights=None)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.weight.mul_(torch.rand_like(module.weight) < 0.1)
+    path = tmp_path / "m.safetensors"
+    sparsekd.save(net, path)
+    stored, dense = load_file(path), net.state_dict()
+    for key in {name.partition("#")[0] for name in stored if "#" in name}:
+        taken = stored[f"{key}#nonzeros"].nbytes + stored[f"{key}#bitmask"].nbytes
+        assert taken <= 0.135 * dense[key].nbytes
+    assert path.stat().st_size <= 0.14 * sum(tensor.nbytes for tensor in dense.values())
+
+
+def test_a_model_that_asks_for_its_version(tmp_path):
+    """torchvision's MNASNet reads it from the state dict, and refuses one without."""
+
+    class Versioned(nn.Sequential):
+        _version = 2
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+            if local_metadata.get("version") != 2:
+                raise ValueError("no version")
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    net, path = Versioned(nn.Linear(8, 8)), tmp_path / "m.safetensors"
+    net.load_state_dict(sparsekd.dense_state_dict(net))
+    sparsekd.save(net, path)
+    loaded = sparsekd.load(Versioned(nn.Linear(8, 8)), path)
+    assert torch.equal(loaded[0].weight, net[0].weight)

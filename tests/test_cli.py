@@ -218,8 +218,8 @@ ERRORS = {
     "sparsity of -0.1": ((*PRUNE, "--sparsity", -0.1), "Expected sparsity in [0, 1), got -0.1"),
     "sparsity of nan": ((*PRUNE, "--sparsity", "nan"), "Expected sparsity in [0, 1), got nan"),
     "unknown importance": (
-        (*PRUNE, "--importance", "taylor"),
-        "Expected importance to be one of 'gradient', 'magnitude', 'random' or a callable, got 'taylor'",
+        (*PRUNE, "--importance", "tailor"),
+        "Expected importance to be one of 'gradient', 'magnitude', 'random', 'taylor', 'snip', 'movement', 'fisher', ",
     ),
     "alpha": (("distill", *TINY, "--teacher", "weights.safetensors", "--teacher-model", "test_cli:tiny", "--alpha", 2,
                "--out", "out.safetensors"), "Expected alpha in [0, 1], got 2"),

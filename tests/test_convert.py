@@ -1,4 +1,4 @@
-"""convert, to_dense, dense_state_dict, optimize_for_inference, would_it_be_faster: the swap, and never by stealth."""
+"""convert, to_dense, dense_state_dict, would_it_be_faster: the swap, and never by stealth."""
 
 import copy
 import pickle
@@ -155,7 +155,7 @@ def _channels_last(weight):
 def test_wrong_results_are_an_error_and_change_nothing(net, x, monkeypatch):
     original = sparsekd.SparseLinear.forward
     monkeypatch.setattr(sparsekd.SparseLinear, "forward", lambda self, input: original(self, input) + 1)
-    with pytest.raises(RuntimeError, match="Expected sparse results within"):
+    with pytest.raises(RuntimeError, match="Expected sparse results of fc within"):
         convert(net, x, mapping=FORCED, inplace=True)
     assert isinstance(net.fc, nn.Linear)
 
@@ -168,7 +168,7 @@ def test_filter_and_mapping(net, x):
     fast = convert(net, x, mapping={"*": {"kernel": "sparse", "vector": 2}})
     assert fast.conv1.vector == 2
     torch.testing.assert_close(fast.eval()(x), net.eval()(x))
-    with pytest.raises(ValueError, match="Expected settings out of kernel, vector for '\\*', got speed"):
+    with pytest.raises(ValueError, match="Expected settings out of kernel, vector, got speed"):
         sparsekd.convert(net, x, mapping={"*": {"speed": 1}})
     with pytest.raises(ValueError, match="Expected kernel to be one of auto, sparse, dense, got 'fast'"):
         sparsekd.convert(net, x, mapping={"*": {"kernel": "fast"}})
@@ -183,7 +183,7 @@ def test_layers_that_cannot_be_swapped_are_named(x):
     nn.utils.parametrizations.weight_norm(model[3])
     made = sparsekd.choices(convert(model, x, mapping=FORCED))
     assert "shares its weight with 1" in made["0"].reason
-    assert "prune.remove" in made["2"].reason
+    assert made["2"].kernel == "sparse"
     assert "parametrised" in made["3"].reason
 
 
@@ -232,30 +232,6 @@ def test_retraining_after_the_swap_keeps_the_holes(net, x):
         optimizer.step()
     assert torch.equal(fast.conv1.weight != 0, net.conv1.weight != 0)
     assert optimizer.state[fast.conv1.values]["momentum_buffer"].shape == fast.conv1.values.shape
-
-
-def test_optimize_for_inference_folds_batch_norm(x):
-    torch.manual_seed(0)
-    model = pruned(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)))
-    model(x)  # statistics that are not 0 and 1
-    model.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fast = sparsekd.optimize_for_inference(model, x)
-    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
-    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-
-
-def test_optimize_for_inference_says_what_it_cannot_trace(x):
-    class Branches(Net):
-        def forward(self, x):
-            return super().forward(x) if x.sum() > 0 else super().forward(-x)
-
-    model = pruned(Branches()).eval()
-    with pytest.warns(UserWarning, match="batch-norm is not folded"):
-        fast = sparsekd.optimize_for_inference(model, x)
-    torch.testing.assert_close(fast(x), model(x))
 
 
 def test_would_it_be_faster_measures_and_leaves_the_model_alone():

@@ -208,7 +208,7 @@ def test_penalty_takes_a_callable_as_it_is():
 
 
 def test_penalties_that_do_not_fit():
-    with pytest.raises(ValueError, match="Expected penalty to be l1, l2 or a callable, got 'l3'"):
+    with pytest.raises(ValueError, match="Expected penalty to be l1, l2, group_lasso or a callable, got 'l3'"):
         penalty("l3")
     with pytest.raises(TypeError, match="Expected penalty to be a name or a callable, got int"):
         penalty(2)

@@ -449,8 +449,16 @@ def test_weights_replaced_after_construction(kind):
         ({"importance_steps": 0}, ValueError, "Expected importance_steps to be a whole number from 1 on, got 0"),
         ({"importance_steps": True}, ValueError, "Expected importance_steps to be a whole number from 1 on, got True"),
         ({"importance_steps": 2.0}, ValueError, "Expected importance_steps to be a whole number from 1 on, got 2.0"),
-        ({"schedule": "cubic"}, TypeError, "Expected schedule to be CubicSL, LinearSL or None, got str"),
-        ({"schedule": CubicSL}, TypeError, "Expected schedule to be CubicSL, LinearSL or None, got type"),
+        (
+            {"schedule": "cubic"},
+            TypeError,
+            "Expected schedule to be CubicSL, LinearSL, IterativeSL, RigL or None, got str",
+        ),
+        (
+            {"schedule": CubicSL},
+            TypeError,
+            "Expected schedule to be CubicSL, LinearSL, IterativeSL, RigL or None, got type",
+        ),
         (
             {"schedule": CubicSL(0, 5, init_sparsity=0.6)},
             ValueError,
@@ -470,9 +478,9 @@ def test_weights_replaced_after_construction(kind):
         (
             {"budget": ["global"]},
             ValueError,
-            "Expected budget to be one of 'global', 'uniform' or a dict of name globs",
+            "Expected budget to be one of 'global', 'uniform', 'erk' or a dict of name globs",
         ),
-        ({"pattern": None}, ValueError, "Expected pattern to be one of 'unstructured', got None"),
+        ({"pattern": None}, ValueError, 'Expected pattern to be one of "unstructured", "Vx1"'),
     ],
 )
 def test_arguments_that_are_refused_leave_nothing_behind(arguments, error, message):
@@ -683,6 +691,8 @@ BROKEN = {
     "finished too early": changed(finished=True),
     "finished too late": changed(steps=9),
     "nothing gathered": changed(gathered=None),
+    "regrown below 0": changed(regrown=-1),
+    "a permutation of a stranger": changed(permutations={"stranger": {"order": torch.arange(2)}}),
     "sums of a stranger": lambda state: inside("gathered", sums={"stranger": torch.ones(2)})(state),
     "sums of another shape": lambda state: inside("gathered", sums={"stem.weight": torch.ones(2)})(state),
     "sums of another dtype": lambda state: inside(

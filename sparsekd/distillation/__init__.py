@@ -1,9 +1,22 @@
-"""Distillation: loss, the teacher's kept answers, feature hints, weight penalties, and the training loop."""
+"""Distillation: losses, the teacher's kept answers, feature hints, weight penalties, and the training loop."""
 
 from .distiller import Distiller, evaluate
+from .feature_losses import FEATURE_LOSSES
 from .features import FeatureHints
+from .logit_losses import LOGIT_LOSSES, DistillationLoss
 from .losses import KDLoss, penalty
 from .teacher_cache import TeacherCache
 from .training_state import EpochRecord
 
-__all__ = ["Distiller", "EpochRecord", "FeatureHints", "KDLoss", "TeacherCache", "evaluate", "penalty"]
+__all__ = [
+    "FEATURE_LOSSES",
+    "LOGIT_LOSSES",
+    "DistillationLoss",
+    "Distiller",
+    "EpochRecord",
+    "FeatureHints",
+    "KDLoss",
+    "TeacherCache",
+    "evaluate",
+    "penalty",
+]

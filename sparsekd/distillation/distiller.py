@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .features import FeatureHints
 from .losses import KDLoss
@@ -154,6 +155,7 @@ class Distiller:
         self.hints = FeatureHints(student, teacher, features) if features else None
         self.penalty = None if penalty is None else penalty_of(penalty)
         self.penalty_weight, self.feature_weight = penalty_weight, feature_weight
+        self.average: nn.Module | None = None
         self.ignore_index = IGNORED if teacher is None else getattr(self.loss, "ignore_index", IGNORED)
 
     def fit(
@@ -167,6 +169,11 @@ class Distiller:
         checkpoint: str | os.PathLike | None = None,
         progress: bool | None = None,
         on_epoch: Callable[[EpochRecord], object] | None = None,
+        *,
+        amp: torch.dtype | None = None,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        ema: float | None = None,
     ) -> list[EpochRecord]:
         """Trains until ``epochs`` epochs are done, those of an earlier run in ``checkpoint`` included.
 
@@ -184,6 +191,13 @@ class Distiller:
             progress: a bar with loss, accuracy and the time left. True shows it, and writes a line per epoch where the
                 standard output is no terminal; False is quiet; None shows it on a terminal only.
             on_epoch: called with each new record, after the checkpoint is written.
+            amp: torch.bfloat16 or torch.float16: both networks run under autocast to it, losses in float32; with
+                float16 a GradScaler scales the objective and leaves out steps that overflow.
+            accumulate: batches whose gradients make one step of the optimizer, each with the same weight; at the end of
+                an epoch the rest.
+            clip_norm: gradients of a step are scaled down to this norm, all parameters of the optimizer together.
+            ema: decay in (0, 1) of an exponential average of the weights (and buffers), under the pruner's masks. It is
+                what ``val_loader`` is evaluated on, and ``distiller.average`` afterwards.
 
         Returns:
             One record per epoch, from the first on.
@@ -194,13 +208,24 @@ class Distiller:
             loss that is not finite, before it changes a weight; the checkpoint stays that of the last finished epoch.
         """
         self._check(epochs, optimizer, train_loader, val_loader)
-        state = TrainingState(self.student, optimizer, scheduler, pruner, self.hints, train_loader)
+        _check_options(amp, accumulate, clip_norm, ema)
+        scaler = None
+        if amp == torch.float16:
+            scaler = torch.amp.GradScaler((_device(self.student) or torch.device("cpu")).type)
+        self.average = None
+        if ema is not None:
+            self.average = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+        self._amp, self._accumulate = amp, accumulate
+        state = TrainingState(
+            self.student, optimizer, scheduler, pruner, self.hints, train_loader, scaler, clip_norm, self.average
+        )
         with ExitStack() as stack:
             stack.enter_context(_mode(self.student, True))
             if self.teacher is not None:
                 stack.enter_context(_mode(self.teacher, False))
             stack.callback(state.release_adapters)
             state.enlist_adapters()
+            optimizer.zero_grad(set_to_none=True)  # what an earlier backward may have left
             file = None if checkpoint is None else Checkpoint(checkpoint, state)
             history = [] if file is None else file.resume()
             show = stack.enter_context(_bar(train_loader, len(history), epochs, progress))
@@ -244,7 +269,7 @@ class Distiller:
         device = _device(self.student)
         total, rows, right, labelled, batches = 0.0, 0, 0, 0, 0
         with self.hints or nullcontext():
-            for batch in train_loader:
+            for batch, share, last in _shares(train_loader, self._accumulate):
                 x, y = _pair(batch, device)
                 logits, objective = self._objective(x, y)
                 hits, known = _hits(logits.detach(), y, self.ignore_index)
@@ -254,7 +279,9 @@ class Distiller:
                     raise FloatingPointError(
                         f"Expected a finite loss, got {value} at epoch {epoch}, batch {batches}{why}"
                     )
-                state.step(objective)
+                state.backward(objective * share if share != 1 else objective)
+                if last:
+                    state.step()
                 right, labelled, batches = right + hits, labelled + known, batches + 1
                 total, rows = total + value * x.shape[0], rows + x.shape[0]
                 show(total / max(rows, 1), right / labelled if labelled else None, 1)
@@ -263,7 +290,8 @@ class Distiller:
                 f"Expected train_loader to give at least one batch in each epoch, got none in epoch {epoch}"
             )
         loss, accuracy = total / max(rows, 1), right / labelled if labelled else None
-        val_accuracy = None if val_loader is None else evaluate(self.student, val_loader, self.ignore_index)
+        judged = self.student if self.average is None else self.average
+        val_accuracy = None if val_loader is None else evaluate(judged, val_loader, self.ignore_index)
         state.end_epoch(loss)
         show(loss, accuracy if val_accuracy is None else val_accuracy, 0)
         return EpochRecord(epoch, loss, accuracy, val_accuracy, time.perf_counter() - began)
@@ -271,13 +299,15 @@ class Distiller:
     def _objective(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The student's logits and the scalar to minimise."""
         if self.teacher is None:
-            logits = logits_of(self.student(x), "student")
-            objective = F.cross_entropy(logits, y, ignore_index=IGNORED)
+            with self._autocast(x):
+                logits = logits_of(self.student(x), "student")
+            objective = F.cross_entropy(logits if self._amp is None else logits.float(), y, ignore_index=IGNORED)
         else:
             # Not inference_mode: its tensors can't be saved for the student's backward.
-            with torch.no_grad():
+            with torch.no_grad(), self._autocast(x):
                 taught = logits_of(self.teacher(x), "teacher")
-            logits = logits_of(self.student(x), "student")
+            with self._autocast(x):
+                logits = logits_of(self.student(x), "student")
             objective = self.loss(logits, taught, y)
         objective = _scalar("loss", objective)
         if self.hints is not None:
@@ -285,6 +315,31 @@ class Distiller:
         if self.penalty is not None and self.penalty_weight:
             objective = objective + self.penalty_weight * _scalar("penalty", self.penalty(self.student))
         return logits, objective
+
+    def _autocast(self, x: Tensor):
+        return nullcontext() if self._amp is None else torch.autocast(x.device.type, self._amp)
+
+
+def _check_options(amp: object, accumulate: object, clip_norm: object, ema: object) -> None:
+    if amp not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"Expected amp to be torch.bfloat16, torch.float16 or None, got {amp!r}")
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"Expected accumulate to be an int of at least 1, got {accumulate!r}")
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise ValueError(f"Expected clip_norm to be positive and finite, got {clip_norm!r}")
+    if ema is not None and not 0 < ema < 1:
+        raise ValueError(f"Expected ema in (0, 1), got {ema!r}")
+
+
+def _shares(loader: Iterable, accumulate: int) -> Iterator[tuple[object, float, bool]]:
+    """Each batch with its weight in its step, and whether it is the step's last."""
+    held = []
+    for batch in loader:
+        held.append(batch)
+        if len(held) == accumulate:
+            yield from ((one, 1 / accumulate, index == accumulate - 1) for index, one in enumerate(held))
+            held = []
+    yield from ((one, 1 / len(held), index == len(held) - 1) for index, one in enumerate(held))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Both terms of the objective L(W) + penalty_weight * R(W): the distillation loss L and the weight penalty R.
 
 L = (1 - alpha) * CE(student, target) + alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T))
-R = sum |w|  ("l1")   or   sum w^2  ("l2")
+R = sum |w|  ("l1"),   sum w^2  ("l2")   or   sum over V x 1 vectors of sqrt(V) |vector|  ("group_lasso")
 """
 
 from __future__ import annotations
@@ -129,15 +129,50 @@ def _l2(model: nn.Module) -> Tensor:
     return _summed(model, lambda weight: weight.square().sum())
 
 
-_PENALTIES = {"l1": _l1, "l2": _l2}
+def group_lasso(vector: int = 4) -> Callable[[nn.Module], Tensor]:
+    """sum over V x 1 vectors of sqrt(V) * |vector|_2: weights of V output channels at one column grow or go together.
+
+    Vectors are those of the packed format: consecutive output channels within a convolution group, the last of which
+    may have fewer. Of a packed layer they are its own. At a vector of zeros the gradient is zero.
+
+    Source: Yuan and Lin, "Model selection and estimation in regression with grouped variables", 2006.
+    """
+    if isinstance(vector, bool) or not isinstance(vector, int) or vector < 1:
+        raise ValueError(f"Expected vector to be a whole number of at least 1, got {vector!r}")
+
+    def of_model(model: nn.Module) -> Tensor:
+        groups = {id(m.weight): m for m in model.modules() if isinstance(m, _CONVOLUTIONS)}
+
+        def of_weight(weight: Tensor) -> Tensor:
+            module = groups.get(id(weight))
+            convolution_groups = 1 if module is None else module.groups
+            if isinstance(module, _CONVOLUTIONS[3:]):  # transposed: [C, K/g, ...]
+                parts = weight.view(convolution_groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(2)
+            else:
+                parts = weight.reshape(convolution_groups, weight.shape[0] // convolution_groups, -1)
+            pad = -parts.shape[1] % vector
+            parts = nn.functional.pad(parts, (0, 0, 0, pad)).unflatten(1, (-1, vector))  # [g, row groups, V, columns]
+            sizes = parts.new_full((parts.shape[1], 1), math.sqrt(vector))
+            sizes[-1] = math.sqrt(vector - pad)
+            return (parts.norm(dim=2) * sizes).sum()
+
+        packed = [m.values for m in model.modules() if m._parameters.get("values") is not None]
+        plain = _summed(model, lambda w: w.sum() * 0 if any(w is p for p in packed) else of_weight(w))
+        return plain + sum(math.sqrt(values.shape[1]) * values.norm(dim=1).sum() for values in packed)
+
+    return of_model
+
+
+_PENALTIES = {"l1": _l1, "l2": _l2, "group_lasso": group_lasso()}
 
 
 def penalty(name_or_callable: str | Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
     """R(W) as a function from the model to a scalar.
 
     Args:
-        name_or_callable: "l1" (sum of |w|) or "l2" (sum of w^2) over the weights of convolutions and linear layers,
-            biases and normalisations left out; or any callable, which is returned as it is.
+        name_or_callable: "l1" (sum of |w|), "l2" (sum of w^2) or "group_lasso" (:func:`group_lasso`, V = 4) over the
+            weights of convolutions and linear layers, biases and normalisations left out; or any callable, which is
+            returned as it is.
 
     Raises:
         ValueError: an unknown name; from the function, a model without such weights. TypeError: neither of the two.

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from .features import FeatureHints
 
-FORMAT = "sparsekd training, version 2"
+FORMAT = "sparsekd training, version 3"
 FIELDS = {
     "format", "kinds", "student", "optimizer", "scheduler", "pruner", "adapters", "epoch", "history",
-    "rng", "cuda_rng", "loader_rng",
+    "rng", "cuda_rng", "loader_rng", "scaler", "average",
 }  # fmt: skip
 
 
@@ -48,23 +48,44 @@ class TrainingState:
         pruner: object,
         hints: FeatureHints | None,
         loader: Iterable,
+        scaler: torch.amp.GradScaler | None = None,
+        clip_norm: float | None = None,
+        average: nn.Module | None = None,
     ) -> None:
         self.student, self.optimizer, self.scheduler = student, optimizer, scheduler
         self.pruner, self.hints = pruner, hints
+        self.scaler, self.clip_norm, self.average = scaler, clip_norm, average
         generator = getattr(loader, "generator", None)
         self._generator = generator if isinstance(generator, torch.Generator) else None
         self._enlisted: list[nn.Parameter] = []
 
     # --- training ---
 
-    def step(self, objective: Tensor) -> None:
-        """One step of the optimiser, and of the pruner, which zeroes what the optimiser moved."""
+    def backward(self, objective: Tensor) -> None:
+        """Adds to the gradients of the step under way."""
         self.enlist_adapters()
-        self.optimizer.zero_grad(set_to_none=True)
-        objective.backward()
-        self.optimizer.step()
+        (objective if self.scaler is None else self.scaler.scale(objective)).backward()
+
+    def step(self) -> None:
+        """One step of the optimiser, and of the pruner, which zeroes what the optimiser moved."""
+        if self.clip_norm is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(held, self.clip_norm)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         if self.pruner is not None:
             self.pruner.step()
+        if self.average is not None:
+            self.average.update_parameters(self.student)
+            if hasattr(self.pruner, "apply_masks"):
+                # Earlier weights are in the average, also of what is pruned by now.
+                self.pruner.apply_masks(self.average)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def end_epoch(self, loss: float) -> None:
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -97,6 +118,7 @@ class TrainingState:
     def kinds(self) -> dict[str, str | dict | None]:
         """What the state is of; a state fits where these agree, and the student's tensors do."""
         named = {"optimizer": self.optimizer, "scheduler": self.scheduler, "pruner": self.pruner}
+        named |= {"scaler": self.scaler, "average": self.average}
         kinds = {name: None if part is None else type(part).__name__ for name, part in named.items()}
         return kinds | {"features": None if self.hints is None else self.hints.pairs}
 
@@ -115,6 +137,8 @@ class TrainingState:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
             "loader_rng": None if self._generator is None else self._generator.get_state(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
         }
 
     def put(self, state: Mapping) -> None:
@@ -140,6 +164,10 @@ class TrainingState:
         if state["cuda_rng"] and len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         torch.set_rng_state(state["rng"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         if self.pruner is not None:
             # Last: a pruner that is done lets go of its hooks, which no later failure could bring back.
             self.pruner.load_state_dict(state["pruner"])

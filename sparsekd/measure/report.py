@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 
@@ -44,6 +46,25 @@ class NetworkReport:
     speedup_low: float
     speedup_high: float
 
+
+# By the first number of a cell, else by its text; another click turns the order round; empty cells stay below.
+SORT = """
+document.querySelectorAll("th button").forEach((button, column) => button.onclick = () => {
+  const head = button.parentNode, body = document.querySelector("tbody"), rows = [...body.rows];
+  const down = head.getAttribute("aria-sort") === "ascending";
+  const texts = new Map(rows.map(row => [row, row.cells[column].textContent]));
+  const numeric = rows.every(row => !texts.get(row) || /^[0-9]/.test(texts.get(row)));
+  document.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  rows.sort((a, b) => {
+    const one = texts.get(a), two = texts.get(b);
+    if (!one || !two) return !one - !two;
+    const order = numeric ? parseFloat(one) - parseFloat(two) : one.localeCompare(two, "en", {numeric: true});
+    return down ? -order : order;
+  });
+  body.append(...rows);
+});
+"""
 
 COLUMNS = ("layer", "kernel", "sparsity", "V", "dense ms", "sparse ms", "speed-up", "interval", "bytes", "why")
 
@@ -119,8 +140,17 @@ class Report:
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows()]
         return "\n".join(lines) + "\n"
 
+    def to_csv(self) -> str:
+        """The layers as CSV text, one line each under the names of their fields."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [column.name for column in fields(LayerReport)], lineterminator="\n")
+        writer.writeheader()
+        for layer in self.layers:
+            writer.writerow({**asdict(layer), "shape": "x".join(map(str, layer.shape))})
+        return out.getvalue()
+
     def save_html(self, path: str | os.PathLike) -> None:
-        """One page that needs nothing else: no script, no network."""
+        """One page that opens from disk and needs nothing else; a click on a column's head sorts by it."""
         longest = max((max(layer.dense_ms, layer.sparse_ms) for layer in self.layers), default=0.0) or 1.0
         body = []
         for layer, row in zip(self.layers, self.rows(), strict=True):
@@ -132,16 +162,19 @@ class Report:
             body.append(f"<tr>{cells}<td class=bars>{bars}</td></tr>")
         facts = "".join(f"<li>{html.escape(key)}: {html.escape(value)}</li>" for key, value in self.machine.items())
         facts += "".join(f"<li><b>{html.escape(sentence)}</b></li>" for sentence in self.summary())
-        head = "".join(f"<th>{column}</th>" for column in (*COLUMNS, "dense / sparse"))
+        head = "".join(f"<th><button>{column}</button></th>" for column in COLUMNS) + "<th>dense / sparse</th>"
         page = (
             '<!doctype html><html lang="en"><meta charset="utf-8"><title>sparsekd report</title>'
             '<meta name="viewport" content="width=device-width,initial-scale=1"><style>'
             "body{font:15px system-ui,sans-serif;margin:1rem;color:#222}.wide{overflow-x:auto}"
             "table{border-collapse:collapse}td,th{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:left;"
-            "white-space:nowrap}.bars{min-width:10rem}.dense,.sparse{height:.6rem;margin:1px}"
+            "white-space:nowrap}td:nth-child(10){white-space:normal;min-width:20rem}"
+            "th button{all:unset;cursor:pointer;font-weight:bold}th button:focus-visible{outline:2px solid #2a7}"
+            ".bars{min-width:10rem}.dense,.sparse{height:.6rem;margin:1px}"
             ".dense{background:#bbb}.sparse{background:#2a7}</style>"
             f"<h1>Dense against sparse, layer by layer</h1><ul>{facts}</ul>"
-            f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div></html>"
+            f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+            f"<script>{SORT}</script></html>"
         )
         write_text(path, page)
 

@@ -1,8 +1,22 @@
 """Which weights go: importance, pattern, budget, schedule, and the Pruner that makes the masks and holds them."""
 
+from .batch_norm import recalibrate_batch_norm
 from .importance import IMPORTANCES
-from .patterns import PATTERNS
+from .permutation import Permutation, choose_permutation
 from .pruner import Pruner
-from .schedule import CubicSL, LinearSL
+from .schedule import CubicSL, IterativeSL, LinearSL, RigL
+from .sensitivity import Sensitivity, sensitivity
 
-__all__ = ["IMPORTANCES", "PATTERNS", "CubicSL", "LinearSL", "Pruner"]
+__all__ = [
+    "IMPORTANCES",
+    "CubicSL",
+    "IterativeSL",
+    "LinearSL",
+    "Permutation",
+    "Pruner",
+    "RigL",
+    "Sensitivity",
+    "choose_permutation",
+    "recalibrate_batch_norm",
+    "sensitivity",
+]

@@ -6,7 +6,11 @@ An importance is a name of :data:`IMPORTANCES` or a callable::
 
 ``name`` is the parameter's name, ``weight`` the detached weight, ``gradient`` the mean over batches of |dL/dw|, both of
 the weight's shape, as the scores must be. A callable that does without gradients sets ``needs_gradient = False`` on
-itself and is given None. When gradients are asked for and missing, that is an error, never another criterion.
+itself and is given None; one that wants another mean sets ``statistic`` to a name of :data:`STATISTICS`. When what is
+asked for is missing, that is an error, never another criterion.
+
+A batch's gradient is that of its loss, so a mean over its samples where the loss is one. The loss may be any, that of
+distillation too.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .layers import check_count, check_keys, check_like
+from .sharding import is_sharded, local, whole, whole_of_part
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 Importance = Callable[[str, Tensor, "Tensor | None"], Tensor]
@@ -48,6 +53,65 @@ class MagnitudeImportance:
         return weight.abs()
 
 
+class TaylorImportance:
+    """Mean over batches of |w dL/dw|: by how much the loss changes, to first order, when the weight goes.
+
+    Source: Molchanov et al., "Importance estimation for neural network pruning", CVPR 2019 (who square it).
+    """
+
+    statistic = "|w g|"
+
+    def __call__(self, name: str, weight: Tensor, statistic: Tensor) -> Tensor:
+        return statistic
+
+
+class SNIPImportance:
+    """|mean over batches of w dL/dw|. Source: Lee et al., "SNIP: single-shot network pruning", ICLR 2019."""
+
+    statistic = "w g"
+
+    def __call__(self, name: str, weight: Tensor, statistic: Tensor) -> Tensor:
+        return statistic.abs()
+
+
+class MovementImportance:
+    """-(mean over batches of w dL/dw): high where training moves a weight away from zero, negative where towards it.
+
+    Source: Sanh, Wolf, Rush, "Movement pruning: adaptive sparsity by fine-tuning", NeurIPS 2020.
+    """
+
+    statistic = "w g"
+
+    def __call__(self, name: str, weight: Tensor, statistic: Tensor) -> Tensor:
+        return -statistic
+
+
+class FisherImportance:
+    """w^2 / 2 times the mean over batches of (dL/dw)^2, the diagonal of the empirical Fisher matrix.
+
+    The saliency of LeCun, Denker, Solla, "Optimal brain damage", NIPS 1989, with the curvature so estimated (Theis et
+    al., 2018). The mean is over batches; those of one sample give the Fisher matrix itself, larger ones less.
+    """
+
+    statistic = "g^2"
+
+    def __call__(self, name: str, weight: Tensor, statistic: Tensor) -> Tensor:
+        return weight.to(statistic.dtype).square() * statistic / 2
+
+
+class WandaImportance:
+    """|w| times the root mean square of the inputs that it meets. No gradients are needed, forwards are enough.
+
+    Source: Sun et al., "A simple and effective pruning approach for large language models", ICLR 2024, who compare
+    weights within an output channel and take the norm over all tokens; here the budget says who competes.
+    """
+
+    statistic = "x^2"
+
+    def __call__(self, name: str, weight: Tensor, statistic: Tensor) -> Tensor:
+        return weight.abs().to(statistic.dtype) * statistic.sqrt()
+
+
 class RandomImportance:
     """Uniform scores, the baseline of every criterion.
 
@@ -70,7 +134,29 @@ IMPORTANCES: dict[str, Callable[[], Importance]] = {
     "gradient": GradientImportance,
     "magnitude": MagnitudeImportance,
     "random": RandomImportance,
+    "taylor": TaylorImportance,
+    "snip": SNIPImportance,
+    "movement": MovementImportance,
+    "fisher": FisherImportance,
+    "wanda": WandaImportance,
 }
+
+# What is gathered of a batch, of a weight w and its gradient g; "x^2" is of a layer's inputs, see InputGatherer.
+STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "|g|": lambda w, g: g.abs(),
+    "|w g|": lambda w, g: (w * g).abs(),
+    "w g": lambda w, g: w * g,
+    "g^2": lambda w, g: g.square(),
+}
+
+
+def statistic_of(importance: Importance) -> str | None:
+    """What an importance has to be given, None for nothing; ValueError for an unknown statistic."""
+    statistic = getattr(importance, "statistic", "|g|" if getattr(importance, "needs_gradient", True) else None)
+    if statistic is not None and statistic != "x^2" and statistic not in STATISTICS:
+        known = ", ".join(map(repr, (*STATISTICS, "x^2")))
+        raise ValueError(f"Expected the statistic of an importance to be one of {known} or None, got {statistic!r}")
+    return statistic
 
 
 def find_importance(importance: str | Importance) -> Importance:
@@ -88,28 +174,34 @@ def is_distributed() -> bool:
 
 
 class GradientGatherer:
-    """Means over batches of |dL/dw|, taken by hooks at the moment when autograd has accumulated a gradient.
+    """Means over batches of |dL/dw| or another statistic, taken by hooks when autograd has accumulated a gradient.
 
-    A batch is what accumulates between two calls of :meth:`take_in`. The hook copies |gradient| as accumulated so far
+    A batch is what accumulates between two calls of :meth:`take_in`. The hook copies the gradient as accumulated so far
     and a later backward overwrites the copy, so it does not matter how often backward runs for one optimiser step, nor
     what becomes of ``.grad`` afterwards (clipping, unscaling, ``zero_grad``).
 
     Args:
-        weights: parameter name to parameter.
+        weights: parameter name to parameter. Of one that FSDP2 shards, this rank's part is gathered.
+        statistic: of :data:`STATISTICS`.
+        scaler: a GradScaler, by whose scale the gradients of each batch are divided.
 
     Raises:
         RuntimeError: a parameter is frozen, so that it will never have a gradient.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, weights: Mapping[str, nn.Parameter], statistic: str = "|g|", scaler: object = None) -> None:
         frozen = [name for name, weight in weights.items() if not weight.requires_grad]
         if frozen:
             raise RuntimeError(
                 f"Expected gradients of each weight to be pruned, got requires_grad=False for {', '.join(frozen)}: "
                 "name these in ignored_layers or take another importance"
             )
+        self._of, self._scaler = STATISTICS[statistic], scaler
+        self._begin(weights)
+
+    def _begin(self, weights: Mapping[str, nn.Parameter]) -> None:
         self.weights = dict(weights)
-        self.pending: dict[str, Tensor] = {}  # |gradient| of the batch under way
+        self.pending: dict[str, Tensor] = {}  # the statistic of the batch under way
         self.skipped = 0  # batches left out for non-finite gradients
         self._handles: list = []
         self.forget()
@@ -118,13 +210,20 @@ class GradientGatherer:
         """Starts a new mean."""
         self.sums: dict[str, Tensor] = {}
         self.seen = dict.fromkeys(self.weights, 0)  # batches in which a weight had a gradient
-        self.batches = 0
+        self.batches = self._overflowed = 0
 
     def attach(self) -> None:
         """Sets the hooks, if they are not set."""
         if not self._handles:
             for name, weight in self.weights.items():
                 self._handles.append(weight.register_post_accumulate_grad_hook(_hook(weakref.ref(self), name)))
+
+    def take(self, name: str, weight: Tensor, gradient: Tensor) -> None:
+        """Called by the hooks."""
+        weight, gradient = local(weight.detach()), local(gradient.detach())
+        if self._scaler is not None and self._scaler.is_enabled():
+            gradient = gradient.float() / self._scaler.get_scale()
+        self.pending[name] = self._of(weight, gradient)
 
     def detach(self) -> None:
         """Removes the hooks and frees what was gathered."""
@@ -140,10 +239,13 @@ class GradientGatherer:
         if not pending:
             return
         device = next(iter(pending.values())).device
-        # The greatest of all gradients: NaN and infinity survive a maximum, and the device is waited for once.
-        greatest = torch.stack([value.amax().to(device, torch.float64) for value in pending.values()]).amax()
+        # The greatest of all: NaN and infinity survive a maximum, and the device is waited for once. A part of a
+        # sharded weight may be empty.
+        ends = [end.to(device, torch.float64).abs() for v in pending.values() if v.numel() for end in v.aminmax()]
+        greatest = torch.stack(ends).amax() if ends else torch.zeros(())
         if not bool(greatest.isfinite()):
             self.skipped += 1
+            self._overflowed += 1
             if self.skipped == 1:
                 warnings.warn(
                     "Expected finite gradients, got a batch with non-finite ones: such batches are left out of the "
@@ -160,8 +262,16 @@ class GradientGatherer:
                 # Sums in half precision would stop growing after a few hundred batches.
                 self.sums[name] = value.to(torch.float64 if value.dtype == torch.float64 else torch.float32, copy=True)
 
+    def only_overflows(self) -> bool:
+        """Whether the means are empty because all batches, on all ranks, were left out: the next may be finite."""
+        counts = torch.tensor([self.batches, self._overflowed])
+        if is_distributed():
+            counts = counts.to(local(next(iter(self.weights.values()))).device)
+            dist.all_reduce(counts)
+        return int(counts[0]) == 0 < int(counts[1])
+
     def means(self) -> dict[str, Tensor]:
-        """Parameter name to the mean of |dL/dw| over the batches, of all ranks under torch.distributed.
+        """Parameter name to the mean of the statistic over the batches, of all ranks under torch.distributed.
 
         A batch in which a weight had no part counts as a gradient of zero.
 
@@ -177,10 +287,11 @@ class GradientGatherer:
             raise RuntimeError(
                 f"Expected a gradient of each weight to be pruned, got none for {', '.join(missing)}{left_out}"
             )
-        return {name: sums[name].to(weight.device) / batches for name, weight in self.weights.items()}
+        means = {name: sums[name].to(local(weight).device) / batches for name, weight in self.weights.items()}
+        return {name: whole_of_part(mean, self.weights[name]) for name, mean in means.items()}
 
     def _all_reduced(self) -> tuple[dict[str, Tensor], dict[str, int], int]:
-        device = next(iter(self.weights.values())).device
+        device = local(next(iter(self.weights.values()))).device
         counts = torch.tensor([self.batches, *self.seen.values()], device=device)
         dist.all_reduce(counts)
         batches, *seen = counts.tolist()
@@ -188,11 +299,15 @@ class GradientGatherer:
         for name, weight in self.weights.items():
             # A rank without a gradient takes part all the same: the others wait for it.
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            own = self.sums.get(name)
-            sums[name] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+            own, part = self.sums.get(name), local(weight)
+            sums[name] = torch.zeros(part.shape, dtype=dtype, device=part.device)
             if own is not None:
                 sums[name].copy_(own)
-            dist.all_reduce(sums[name])
+            if is_sharded(weight):
+                # FSDP has averaged this gradient over the ranks; each has its own part of it.
+                sums[name] *= dist.get_world_size()
+            else:
+                dist.all_reduce(sums[name])
         return sums, dict(zip(self.weights, seen, strict=True)), batches
 
     def state_dict(self) -> dict:
@@ -214,7 +329,7 @@ class GradientGatherer:
             got = {**dict.fromkeys(self.weights), **got} if isinstance(got, Mapping) else got
             check_keys(f"gathered {part}", got, self.weights)
             for name, value in state[part].items():
-                check_like(f"the gathered {part} of {name}", value, self.weights[name], FLOATS)
+                check_like(f"the gathered {part} of {name}", value, local(self.weights[name]), FLOATS)
         for name, count in {"batches": state["batches"], "skipped": state["skipped"], **state["seen"]}.items():
             check_count(f"gathered {name}", count)
         for name, count in state["seen"].items():
@@ -223,7 +338,7 @@ class GradientGatherer:
 
     def load_state_dict(self, state: Mapping) -> None:
         for part in ("sums", "pending"):
-            copies = {name: value.to(self.weights[name].device, copy=True) for name, value in state[part].items()}
+            copies = {n: value.to(local(self.weights[n]).device, copy=True) for n, value in state[part].items()}
             setattr(self, part, copies)
         self.seen = dict(state["seen"])
         self.batches, self.skipped = state["batches"], state["skipped"]
@@ -234,9 +349,73 @@ def _hook(gatherer: weakref.ref, name: str) -> Callable[[Tensor], None]:
     def take(parameter: Tensor) -> None:
         owner = gatherer()
         if owner is not None and parameter.grad is not None:
-            owner.pending[name] = parameter.grad.detach().abs()
+            owner.take(name, parameter, parameter.grad)
 
     return take
+
+
+class InputGatherer(GradientGatherer):
+    """Means over batches of the mean square of the inputs that each weight meets, taken by hooks of the forward.
+
+    Forwards count in which the layer is in the mode (train or eval) that it has when the hooks are set, so that a
+    validation on the way does not. Of a convolution the mean is over samples and output pixels, for each place of the
+    kernel, zeros of the padding included; of a transposed one over all input pixels.
+
+    Args:
+        owners: parameter name to the layer that owns it.
+    """
+
+    def __init__(self, owners: Mapping[str, nn.Module]) -> None:
+        self._owners = dict(owners)
+        self._modes: dict[str, bool] = {}
+        self._counts: dict[str, int] = {}  # forwards of the batch under way
+        self._begin({name: module.weight for name, module in owners.items()})
+
+    def attach(self) -> None:
+        if not self._handles:
+            for name, module in self._owners.items():
+                self._modes[name] = module.training
+                self._handles.append(module.register_forward_pre_hook(_input_hook(weakref.ref(self), name)))
+
+    @torch.no_grad()
+    def see(self, name: str, module: nn.Module, x: Tensor) -> None:
+        """Called by the hooks."""
+        if module.training != self._modes[name] or not isinstance(x, Tensor) or x.numel() == 0:
+            return
+        squares = mean_square_inputs(module, x.detach()).expand(module.weight.shape)
+        count = self._counts.get(name, 0) if name in self.pending else 0
+        before = self.pending.get(name, 0)
+        self.pending[name] = (before * count + squares) / (count + 1)
+        self._counts[name] = count + 1
+
+
+def mean_square_inputs(module: nn.Module, x: Tensor) -> Tensor:
+    """The mean of x^2 over all that a layer multiplies by each weight, broadcastable to the weight."""
+    squares = x.float().square() if x.dtype != torch.float64 else x.square()
+    if isinstance(module, nn.Linear):
+        return squares.flatten(0, -2).mean(0) if squares.dim() > 1 else squares
+    spatial = module.weight.dim() - 2
+    if squares.dim() == spatial + 1:
+        squares = squares[None]
+    if module.transposed:
+        return squares.transpose(0, 1).flatten(1).mean(1).view(-1, *[1] * (spatial + 1))
+    # The gradient of the sum of outputs with respect to one filter of ones per group.
+    shape = (module.groups, *module.weight.shape[1:])
+    with torch.enable_grad():
+        ones = torch.ones(shape, dtype=squares.dtype, device=squares.device, requires_grad=True)
+        out = module._conv_forward(squares, ones, None)
+        (sums,) = torch.autograd.grad(out.sum(), ones)
+    rows = sums / (out.numel() / module.groups)
+    return rows.repeat_interleave(module.weight.shape[0] // module.groups, 0)
+
+
+def _input_hook(gatherer: weakref.ref, name: str) -> Callable:
+    def see(module: nn.Module, args: tuple) -> None:
+        owner = gatherer()
+        if owner is not None and args:
+            owner.see(name, module, args[0])
+
+    return see
 
 
 def score(importance: Importance, weights: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor] | None) -> dict:
@@ -247,7 +426,8 @@ def score(importance: Importance, weights: Mapping[str, nn.Parameter], gradients
     """
     scores = {}
     for name, weight in weights.items():
-        values = importance(name, weight.detach(), None if gradients is None else gradients[name])
+        weight = whole(weight.detach())
+        values = importance(name, weight, None if gradients is None else gradients[name])
         shape = tuple(weight.shape)
         if not isinstance(values, Tensor) or values.shape != weight.shape:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__

@@ -10,7 +10,9 @@ from torch.nn.utils import parametrize
 
 from .budget import matches
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 PRUNABLE = (*CONVOLUTIONS, nn.Linear)
 Ignored = str | nn.Module | Iterable[str | nn.Module]
 WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
@@ -34,7 +36,7 @@ def find_prunable(model: nn.Module, ignored_layers: Ignored) -> dict[str, nn.Mod
 
     Raises:
         TypeError: ``ignored_layers`` holds anything but modules, names and globs.
-        ValueError: one of them is not in the model; a weight is parametrised, lazy or sharded; nothing is prunable.
+        ValueError: one of them is not in the model; a weight is parametrised or lazy; nothing is prunable.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
     ignored = _ignored(model, layers, ignored_layers)
@@ -53,8 +55,6 @@ def find_prunable(model: nn.Module, ignored_layers: Ignored) -> dict[str, nn.Mod
             raise ValueError(f"Expected {parameter} to be a Parameter, got {type(module).__name__} that computes it")
         if isinstance(weight, nn.UninitializedParameter):
             raise ValueError(f"Expected {parameter} with a shape, got a lazy one: run the model on a batch first")
-        if hasattr(weight, "device_mesh"):
-            raise ValueError(f"Expected {parameter} in one piece, got a sharded DTensor: prune before fully_shard()")
         if id(weight) not in seen and weight.numel() > 0:
             seen.add(id(weight))
             found[parameter] = module

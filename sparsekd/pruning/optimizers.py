@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from .sharding import local
+
 
 def parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
     for group in optimizer.param_groups:
@@ -25,7 +27,7 @@ def entries_of(optimizer: Optimizer, weight: nn.Parameter) -> Iterator[Tensor]:
         return
     for value in optimizer.state.get(weight, {}).values():
         if isinstance(value, Tensor) and value.shape == weight.shape:
-            yield value
+            yield local(value)
 
 
 def _flat_entries(optimizer: LBFGS, weight: nn.Parameter) -> Iterator[Tensor]:

@@ -18,12 +18,21 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .budget import Budget, check_sparsity
-from .importance import GradientGatherer, Importance, find_importance, score
+from .budget import Budget, Caps, check_scores, check_sparsity
+from .importance import (
+    GradientGatherer,
+    Importance,
+    InputGatherer,
+    find_importance,
+    score,
+    statistic_of,
+)
 from .layers import Ignored, check_count, check_keys, check_like, find_prunable, module_at, unwrap
 from .optimizers import begin_anew, entries_of, parameters_of
-from .patterns import find_pattern
-from .schedule import SparsitySchedule
+from .patterns import Layout, Units, find_pattern, lowest
+from .permutation import Permutation, choose_permutation
+from .schedule import IterativeSL, RigL, SparsitySchedule
+from .sharding import local, new_whole, part_like, whole
 
 _PRUNERS: weakref.WeakSet[Pruner] = weakref.WeakSet()  # those in use, which look after optimizers they were not given
 
@@ -38,17 +47,21 @@ class Pruner:
         model: the weights of its convolutions and linear layers are pruned, a shared one once. Wrappers
             (DistributedDataParallel, DataParallel, torch.compile, AveragedModel) are looked through.
         sparsity: fraction of the prunable weights to remove, in [0, 1).
-        importance: "gradient" (mean over batches of |dL/dw|), "magnitude", "random", or a callable
-            ``(name, weight, gradient) -> scores``, see :mod:`sparsekd.pruning.importance`.
-        pattern: "unstructured".
-        budget: "global", "uniform", or a dict from name globs to sparsities, see :mod:`sparsekd.pruning.budget`.
-        schedule: :class:`CubicSL`, :class:`LinearSL` or None.
+        importance: "gradient" (mean over batches of |dL/dw|), "magnitude", "random", "taylor", "snip", "movement",
+            "fisher", "wanda", or a callable ``(name, weight, gradient) -> scores``, see
+            :mod:`sparsekd.pruning.importance`.
+        pattern: "unstructured", "4x1", "4x1-permuted", "2:4", ..., see :mod:`sparsekd.pruning.patterns`. N:M and V:N:M
+            fix the sparsity; ``sparsity`` has to be 1 - N/M then.
+        budget: "global", "uniform", "erk", or a dict from name globs to sparsities, see :mod:`sparsekd.pruning.budget`.
+        schedule: :class:`CubicSL`, :class:`LinearSL`, :class:`IterativeSL`, :class:`RigL` or None.
         optimizer: held to the mask contract after each of its steps, for as long as it lives. Other optimizers of
             ``torch.optim`` that step with prunable weights are held to it too, for as long as the Pruner lives; weights
             that none of them moves are set to zero by :meth:`step`.
         ignored_layers: modules, names or globs, one or several, that stay dense; "first_last" is the first convolution
             and the last linear layer; ``()`` is none. A container stands for all that it holds.
         importance_steps: calls of :meth:`step` before the only pruning when there is no schedule.
+        min_sparsity, max_sparsity: of single layers; a number for all, a dict from name globs for some.
+        scaler: a GradScaler, by whose scale gradients are divided; needed only where the scale changes on the way.
 
     Gradients are copied when autograd has accumulated them, so accumulation, clipping, closures and
     ``zero_grad(set_to_none=True)`` make no difference, and a common scale (GradScaler) cancels. Under torch.distributed
@@ -56,7 +69,7 @@ class Pruner:
 
     Raises:
         TypeError: arguments of the wrong type.
-        ValueError: arguments out of range; a prunable weight that is parametrised, lazy or sharded.
+        ValueError: arguments out of range; a prunable weight that is parametrised or lazy.
         RuntimeError: gradients are asked for, and a prunable weight is frozen.
     """
 
@@ -71,13 +84,19 @@ class Pruner:
         optimizer: Optimizer | None = None,
         ignored_layers: Ignored = "first_last",
         importance_steps: int = 32,
+        *,
+        min_sparsity: Caps = None,
+        max_sparsity: Caps = None,
+        scaler: object = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
         sparsity = check_sparsity(sparsity)
         self._importance, self._pattern = find_importance(importance), find_pattern(pattern)
         if schedule is not None and not isinstance(schedule, SparsitySchedule):
-            raise TypeError(f"Expected schedule to be CubicSL, LinearSL or None, got {type(schedule).__name__}")
+            raise TypeError(
+                f"Expected schedule to be CubicSL, LinearSL, IterativeSL, RigL or None, got {type(schedule).__name__}"
+            )
         if schedule is not None and not isinstance(budget, Mapping) and schedule.init_sparsity > sparsity:
             raise ValueError(f"Expected init_sparsity of at most sparsity={sparsity}, got {schedule.init_sparsity}")
         if isinstance(importance_steps, bool) or not isinstance(importance_steps, int) or importance_steps < 1:
@@ -90,25 +109,41 @@ class Pruner:
         if optimizer is not None and not self._moved_by([optimizer]):
             raise ValueError("Expected an optimizer of the prunable weights, got one that holds none of them")
         self._schedule, self._optimizer, self._importance_steps = schedule, optimizer, importance_steps
-        self._budget = Budget(budget, sparsity, {name: weight.numel() for name, weight in self._weights.items()})
+        self._layouts = {name: Layout.of(module) for name, module in self._owners.items()}
+        self._budget = self._make_budget(budget, sparsity, min_sparsity, max_sparsity)
         label = importance if isinstance(importance, str) else getattr(importance, "__qualname__", None)
         self._settings = {
             "sparsity": sparsity,
             "importance": label or type(importance).__name__,
-            "pattern": pattern,
+            "pattern": self._pattern.name,
             # Plain floats: torch.load(weights_only=True) does not read numpy's.
-            "budget": {glob: float(value) for glob, value in budget.items()} if isinstance(budget, Mapping) else budget,
+            "budget": _plain(budget),
+            "min_sparsity": _plain(min_sparsity),
+            "max_sparsity": _plain(max_sparsity),
             "schedule": repr(schedule),
             "importance_steps": importance_steps,
         }
-        self._masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()}
+        self._masks = {name: new_whole(w, torch.bool).fill_(True) for name, w in self._weights.items()}
         self._pruned: dict[str, Tensor] = {}  # the inverse masks of layers that have lost weights
+        self._parts: dict[str, Tensor] = {}  # of those, what this rank holds of a sharded weight; else the same tensors
+        self._permutations: dict[str, Permutation] = {}
+        self._regrown = 0
+        self._snapshot: dict[str, Tensor] | None = None  # the model's state that IterativeSL rewinds to
         self._steps, self._finished, self._squashed = 0, False, False
-        self._gatherer = GradientGatherer(self._weights) if getattr(self._importance, "needs_gradient", True) else None
+        statistic = "|g|" if isinstance(schedule, RigL) else statistic_of(self._importance)
+        if isinstance(schedule, RigL) and statistic_of(self._importance) not in (None, "|g|"):
+            raise ValueError(f"Expected an importance of |g| or of the weights alone with RigL, got {importance!r}")
+        self._gatherer = None
+        if statistic == "x^2":
+            self._gatherer = InputGatherer(self._owners)
+        elif statistic is not None:
+            self._gatherer = GradientGatherer(self._weights, statistic, scaler)
         if self._gatherer is not None:
             self._gatherer.attach()
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those that move prunable weights
         self._hooks: list = []
+        if isinstance(schedule, IterativeSL) and schedule.rewind_step == 0:
+            self._keep_snapshot()
         _watch_all_optimizers()
         _PRUNERS.add(self)
         if optimizer is not None:
@@ -121,6 +156,16 @@ class Pruner:
     def masks(self) -> dict[str, Tensor]:
         """Parameter name to its bool mask, True = keep: all True before pruning, empty after :meth:`squash_mask`."""
         return dict(self._masks)
+
+    @property
+    def permutations(self) -> dict[str, Permutation]:
+        """Parameter name to the grouping of its output channels, of a permuted pattern, once it is chosen."""
+        return dict(self._permutations)
+
+    @property
+    def regrown(self) -> int:
+        """How many pruned weights have come back; 0 under every schedule but :class:`RigL`."""
+        return self._regrown
 
     @property
     def finished(self) -> bool:
@@ -138,7 +183,7 @@ class Pruner:
         By the masks; after :meth:`squash_mask` by the zeros that remain in the prunable weights.
         """
         if self._squashed:
-            pruned = sum(int((weight == 0).sum()) for weight in self._weights.values())
+            pruned = sum(int((whole(weight.detach()) == 0).sum()) for weight in self._weights.values())
         else:
             pruned = sum(int(mask.sum()) for mask in self._pruned.values())
         return pruned / sum(p.numel() for p in (self._model.parameters() if total else self._weights.values()))
@@ -162,36 +207,54 @@ class Pruner:
                 if step == self._importance_steps:
                     changed = self._prune(float)
                     self._finished = True
-            elif self._schedule.is_update(step):
-                changed = self._prune(lambda final: self._schedule.sparsity_at(step, final))
-                self._finished = step == self._schedule.end
+            else:
+                last = step >= self._schedule.end
+                # A GradScaler finds its scale by overflows: masks then change at the next update, not at this one.
+                if self._schedule.is_update(step) and (last or not self._only_overflows()):
+                    regrow = self._schedule.fraction_at(step) if isinstance(self._schedule, RigL) else 0.0
+                    if regrow:
+                        changed = self._regrow(regrow)
+                    else:
+                        changed = self._prune(lambda final: self._schedule.sparsity_at(step, final))
+                self._finished = last
             if self._finished and self._gatherer is not None:
                 self._gatherer.detach()
         # Only now: after an error the next call is this step again.
         self._steps += 1
+        if isinstance(self._schedule, IterativeSL):
+            self._rewind(changed)
         if changed:
             for optimizer in self._optimizers:
                 begin_anew(optimizer)
         if changed or not self._pruned.keys() <= self._moved_by(self._optimizers):
             self._hold(self._optimizers)
 
+    def _only_overflows(self) -> bool:
+        return self._gatherer is not None and self._gatherer.only_overflows()
+
     def _prune(self, at: Callable[[float], float]) -> bool:
         """Makes all masks, then takes them; False when no further weight has to go."""
-        changed = self._budget.total(at) > sum(int(pruned.sum()) for pruned in self._pruned.values())
+        total = self._budget.total(at)
+        changed = total > sum(int(pruned.sum()) for pruned in self._pruned.values())
+        if self._pattern.sparsity is not None:
+            # As many may be gone already, though not in the right places: the shape is complete only at the end.
+            changed = total > 0
         if changed:
             gradients = None if self._gatherer is None else self._gatherer.means()
             scores = score(self._importance, self._weights, gradients)
             for name, pruned in self._pruned.items():
                 # What is pruned stays pruned; the masks may not have followed a model that has moved.
                 scores[name] = scores[name].masked_fill(pruned.to(scores[name].device), -math.inf)
-            counts = self._budget.counts(scores, at)
+            check_scores(scores)
+            self._choose_permutations(scores)
+            units = {name: self._units(name, values) for name, values in scores.items()}
             masks = {}
-            for name, values in scores.items():
-                masks[name] = torch.empty_like(self._masks[name])  # in the weight's memory format
-                masks[name].copy_(self._pattern(values, counts[name]))
+            for name, gone in self._budget.choose(units, at).items():
+                masks[name] = new_whole(self._weights[name], torch.bool)  # in the weight's memory format
+                masks[name].copy_(units[name].mask(gone, scores[name].shape))
                 if name in self._pruned:
                     # A schedule may ask for less in one layer while it asks for more in all.
-                    masks[name] &= self._masks[name]
+                    masks[name] &= self._masks[name].to(masks[name].device)
             emptied = [name for name in masks if self._masks[name].any() and not masks[name].any()]
             if emptied:
                 warnings.warn(
@@ -203,6 +266,73 @@ class Pruner:
         if self._gatherer is not None:
             self._gatherer.forget()
         return changed
+
+    def _make_budget(self, budget: str | Mapping, sparsity: float, low: Caps, high: Caps) -> Budget:
+        shapes, fixed = {name: weight.shape for name, weight in self._weights.items()}, self._pattern.sparsity
+        if fixed is None:
+            return Budget(budget, sparsity, shapes, low, high)
+        if abs(sparsity - fixed) > 1e-9:
+            raise ValueError(f"Expected sparsity={fixed:g} with pattern {self._pattern.name!r}, got {sparsity}")
+        limits = {name: self._pattern.limit(shape, self._layouts[name]) for name, shape in shapes.items()}
+        return Budget(budget, sparsity, shapes, low, high, limits)
+
+    def _units(self, name: str, scores: Tensor) -> Units:
+        order = self._permutations[name].order if name in self._permutations else None
+        return self._pattern.units(scores, self._layouts[name], order)
+
+    def _choose_permutations(self, scores: Mapping[str, Tensor]) -> None:
+        """Once, before the first weights go: afterwards whole vectors are zero, which no other grouping would keep."""
+        if not self._pattern.permuted or self._permutations:
+            return
+        # Each layer's share as if single weights competed, at the final sparsity.
+        counts = self._budget.counts(scores)
+        for name, values in scores.items():
+            sparsity = counts[name] / max(values.numel(), 1)
+            self._permutations[name] = choose_permutation(values, self._pattern.vector, sparsity, self._layouts[name])
+
+    @torch.no_grad()
+    def _regrow(self, fraction: float) -> bool:
+        """RigL: each layer loses its smallest units and gains as many where the gradient is greatest."""
+        gradients = score(lambda name, weight, gradient: gradient, self._weights, self._gatherer.means())
+        masks, regrown = {}, 0
+        for name, weight in self._weights.items():
+            masks[name] = self._masks[name].to(gradients[name].device)
+            if name not in self._pruned:
+                continue
+            mask, size = masks[name], whole(weight.detach()).abs().float()
+            small, steep = self._units(name, size), self._units(name, gradients[name])
+            kept = self._units(name, mask.float()).scores > 0
+            moving = min(round(fraction * int(kept.sum())), int((~kept).sum()))
+            dropped = lowest(torch.where(kept, small.scores, math.inf), moving)
+            grown = lowest(torch.where(kept, math.inf, -steep.scores), moving)
+            masks[name] = new_whole(weight, torch.bool)
+            masks[name].copy_(small.mask(~((kept & ~dropped) | grown), weight.shape))
+            regrown += int((masks[name] & ~mask).sum())
+        self._gatherer.forget()
+        self._take(masks)
+        self._regrown += regrown
+        return True
+
+    def _keep_snapshot(self) -> None:
+        self._snapshot = {name: value.detach().clone() for name, value in self._model.state_dict().items()}
+
+    @torch.no_grad()
+    def _rewind(self, changed: bool) -> None:
+        """Keeps the state to go back to; goes back to it after a cut."""
+        if self._schedule.rewind_step is None:
+            return
+        if changed and self._snapshot is not None:
+            state = self._model.state_dict()
+            for name, value in self._snapshot.items():
+                state[name].copy_(value)
+            for optimizer in self._optimizers:
+                for parameter in self._model.parameters():
+                    optimizer.state.pop(parameter, None)
+            self._hold(self._optimizers)
+        if self._steps == self._schedule.rewind_step:
+            self._keep_snapshot()
+        if self._finished:
+            self._snapshot = None
 
     def _moved_by(self, optimizers: Iterable[Optimizer]) -> set[str]:
         """Names of the prunable weights that these optimizers hold."""
@@ -228,19 +358,21 @@ class Pruner:
     def _take(self, masks: dict[str, Tensor]) -> None:
         self._masks = masks
         self._pruned = {name: ~mask for name, mask in masks.items() if not mask.all()}
+        self._parts = {name: part_like(pruned, self._weights[name]) for name, pruned in self._pruned.items()}
 
     @torch.no_grad()
     def _hold(self, optimizers: Iterable[Optimizer]) -> None:
         """Zero at each pruned weight, and in the state that the optimizers keep for it."""
-        for name, pruned in self._pruned.items():
-            weight = self._weights[name]
+        for name, pruned in self._parts.items():
+            weight = local(self._weights[name])
             if pruned.device != weight.device:  # the model has moved
-                pruned = self._pruned[name] = pruned.to(weight.device)
+                pruned = self._parts[name] = pruned.to(weight.device)
+                self._pruned[name] = self._pruned[name].to(weight.device)
                 self._masks[name] = self._masks[name].to(weight.device)
             # Filled, not multiplied: NaN times 0 is NaN, and a negative number times 0 is -0.
             weight.masked_fill_(pruned, 0)
             for optimizer in optimizers:
-                for value in entries_of(optimizer, weight):
+                for value in entries_of(optimizer, self._weights[name]):
                     value.masked_fill_(pruned.to(value.device), 0)
 
     @torch.no_grad()
@@ -264,7 +396,8 @@ class Pruner:
             if got != tuple(mask.shape):
                 raise ValueError(f"Expected a model with a parameter {name} of shape {tuple(mask.shape)}, got {got}")
         for name, pruned in self._pruned.items():
-            weights[name].masked_fill_(pruned.to(weights[name].device), 0)
+            weight = weights[name]
+            local(weight).masked_fill_(part_like(pruned.to(local(weight).device), weight), 0)
 
     def squash_mask(self) -> None:
         """Drops masks and hooks. The zeros stay in the weights, and nothing holds them any longer.
@@ -281,7 +414,7 @@ class Pruner:
         for hook in self._hooks:
             hook.remove()
         _PRUNERS.discard(self)
-        self._masks, self._pruned, self._squashed = {}, {}, True
+        self._masks, self._pruned, self._parts, self._squashed = {}, {}, {}, True
 
     def state_dict(self) -> dict:
         """All that a bit-exact continuation needs, beside the state_dict of the model and of the optimiser.
@@ -296,6 +429,9 @@ class Pruner:
             "steps": self._steps,
             "finished": self._finished,
             "gathered": None if self._gatherer is None else self._gatherer.state_dict(),
+            "permutations": {name: vars(made) | {"order": made.order} for name, made in self._permutations.items()},
+            "regrown": self._regrown,
+            "snapshot": None if self._snapshot is None else dict(self._snapshot),
         }
 
     def load_state_dict(self, state: Mapping) -> None:
@@ -309,7 +445,8 @@ class Pruner:
         self._check_weights()
         if not isinstance(state, Mapping):
             raise TypeError(f"Expected state to be a dict of Pruner.state_dict(), got {type(state).__name__}")
-        check_keys("a Pruner's state", state, ("settings", "masks", "steps", "finished", "gathered"))
+        parts = ("settings", "masks", "steps", "finished", "gathered", "permutations", "regrown", "snapshot")
+        check_keys("a Pruner's state", state, parts)
         check_keys("settings", state["settings"], self._settings)
         for key, own in self._settings.items():
             if state["settings"][key] != own:
@@ -318,6 +455,11 @@ class Pruner:
         for name, weight in self._weights.items():
             check_like(f"the mask of {name}", state["masks"][name], weight, (torch.bool,))
         check_count("steps", state["steps"])
+        check_count("regrown", state["regrown"])
+        for name, made in state["permutations"].items():
+            expected = torch.arange(len(made["order"]), device=made["order"].device)
+            if name not in self._weights or not torch.equal(made["order"].sort().values, expected):
+                raise ValueError(f"Expected permutations of output channels of prunable layers, got another for {name}")
         if not isinstance(state["finished"], bool):
             raise ValueError(f"Expected finished to be a bool, got {state['finished']!r}")
         last = self._importance_steps if self._schedule is None else self._schedule.end
@@ -331,7 +473,10 @@ class Pruner:
             else:
                 self._gatherer.attach()
         self._take({name: torch.empty_like(m).copy_(state["masks"][name]) for name, m in self._masks.items()})
-        self._steps, self._finished = state["steps"], state["finished"]
+        self._steps, self._finished, self._regrown = state["steps"], state["finished"], state["regrown"]
+        self._permutations = {name: Permutation(**made) for name, made in state["permutations"].items()}
+        snapshot = state["snapshot"]
+        self._snapshot = None if snapshot is None else {name: value.clone() for name, value in snapshot.items()}
         self._hold(self._optimizers)
 
     def _check_in_use(self, method: str) -> None:
@@ -361,6 +506,13 @@ class Pruner:
         return f"Pruner({settings}; {len(self._weights)} layers, step {self._steps}, now {self.sparsity():.4f})"
 
 
+def _plain(caps: object) -> object:
+    # Plain floats: torch.load(weights_only=True) does not read numpy's.
+    if isinstance(caps, Mapping):
+        return {glob: float(value) for glob, value in caps.items()}
+    return caps if caps is None or isinstance(caps, str) else float(caps)
+
+
 @functools.cache  # once; a hook per Pruner, that goes with it, could go while an optimizer iterates over them
 def _watch_all_optimizers() -> None:
     def hold(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -377,6 +529,7 @@ def _mask_gradient(pruner: weakref.ref, name: str) -> Callable[[Tensor], None]:
     def mask(parameter: Tensor) -> None:
         owner = pruner()
         if owner is not None and name in owner._pruned and parameter.grad is not None:
-            parameter.grad.masked_fill_(owner._pruned[name].to(parameter.grad.device), 0)
+            gradient = local(parameter.grad)
+            gradient.masked_fill_(owner._parts[name].to(gradient.device), 0)
 
     return mask

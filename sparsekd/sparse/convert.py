@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
+import logging
+import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,81 +17,67 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..measure.timing import compare
-from .dispatch import MIN_SPARSITY, Choice, clock, evaluating, from_dense, measure_layer, sparsity_of
-from .packed_module import SparseModule
+from .dispatch import KINDS, MIN_SPARSITY, Choice, clock, evaluating, from_dense, kind_of, measure_layer, sparsity_of
+from .packed_module import DTYPES, SparseModule
+from .surgery import bare, call, carry_hooks, copied, put_in_place, record_inputs, unhooked
 
 SETTINGS = {"kernel": ("auto", "sparse", "dense"), "vector": None}
 
 
-def call(model: nn.Module, example_inputs: object) -> object:
-    """The model on a tensor, a tuple or list of positional, or a dict of named arguments."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return model(*example_inputs)
-    return model(example_inputs)
-
-
-def record_inputs(model: nn.Module, example_inputs: object) -> dict[nn.Module, list[Tensor]]:
-    """What each Conv2d, Linear and sparse module is given in one forward (eval mode, no gradients)."""
-    seen: dict[nn.Module, list[Tensor]] = {}
-
-    def record(module, args):
-        if args and isinstance(args[0], Tensor):
-            seen.setdefault(module, []).append(args[0].detach())
-
-    kinds = (nn.Conv2d, nn.Linear, SparseModule)
-    handles = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, kinds)]
-    try:
-        with evaluating(model):
-            call(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+def _check_settings(given: Mapping) -> None:
+    unknown = set(given) - set(SETTINGS)
+    if unknown:
+        raise ValueError(f"Expected settings out of {', '.join(SETTINGS)}, got {', '.join(sorted(unknown))}")
+    if given.get("kernel", "auto") not in SETTINGS["kernel"]:
+        raise ValueError(f"Expected kernel to be one of {', '.join(SETTINGS['kernel'])}, got {given['kernel']!r}")
+    vector = given.get("vector", "auto")
+    if vector != "auto" and (not isinstance(vector, int) or isinstance(vector, bool) or vector < 1):
+        raise ValueError(f'Expected vector to be a whole number of at least 1 or "auto", got {vector!r}')
 
 
 def _settings(name: str, mapping: Mapping[str, Mapping] | None) -> dict:
     settings = {"kernel": "auto", "vector": "auto"}
     for glob, given in (mapping or {}).items():
-        unknown = set(given) - set(SETTINGS)
-        if unknown:
-            raise ValueError(
-                f"Expected settings out of {', '.join(SETTINGS)} for {glob!r}, got {', '.join(sorted(unknown))}"
-            )
-        if given.get("kernel", "auto") not in SETTINGS["kernel"]:
-            raise ValueError(f"Expected kernel to be one of {', '.join(SETTINGS['kernel'])}, got {given['kernel']!r}")
         if fnmatch.fnmatchcase(name, glob):
             settings.update(given)
     return settings
 
 
-def _obstacle(module: nn.Module, owners: dict[int, list[str]], seen: dict) -> str | None:
+def _obstacle(module: nn.Module, owners: dict[int, list[str]], parents: dict, seen: dict) -> str | None:
     """Why a layer can't be swapped at all."""
-    if "weight_orig" in dict(module.named_parameters(recurse=False)):
-        return "torch.nn.utils.prune is still on: call prune.remove first"
     if parametrize.is_parametrized(module):
-        return "its weight is parametrised"
-    if isinstance(module.weight, nn.UninitializedParameter):
-        return "its weight is not made yet"
-    sharers = owners[id(module._parameters["weight"])]
-    if len(sharers) > 1:
-        return f"shares its weight with {', '.join(sharers[1:])}"
+        return "its weight is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first"
     if module not in seen:
         return "not called with example_inputs"
+    if type(module) not in KINDS:
+        return f"{type(module).__name__} is a class of its own"
+    # In eval mode torch takes its weights past its forward, unless a hook listens, as one did for `seen`.
+    if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in parents.get(module, ())):
+        return "nn.TransformerEncoderLayer reads its weight directly"
+    for name in ("weight", "bias"):
+        parameter = module._parameters.get(name, module._parameters.get(f"{name}_orig"))
+        sharers = owners.get(id(parameter), [])
+        if parameter is not None and len(sharers) > 1:
+            return f"shares its {name} with {', '.join(sharers[1:])}"
+    weight = module._parameters.get("weight", module._parameters.get("weight_orig"))
+    if weight is None:
+        return "its weight is no parameter"
+    if weight.device.type != "cpu":
+        return f"no sparse kernel is built for {weight.device.type}"
+    if weight.dtype not in DTYPES:
+        return f"no sparse kernel is built for {weight.dtype}"
     return None
 
 
-def _replace(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Puts every new module in all the places of its old one; returns the new root."""
-    if model in swaps:
-        return swaps[model]
-    for parent in list(model.modules()):
-        # Not named_children(), which names a module once: the same one may stand under several names.
-        for name, child in parent._modules.items():
-            if child in swaps:
-                parent._modules[name] = swaps[child]
-    return model
+def _scripted(model: nn.Module) -> dict[str, Choice]:
+    """Layers inside scripted and traced modules, which are left alone."""
+    kinds = [kind.__name__ for kind in KINDS]
+    found = {}
+    for name, module in model.named_modules():
+        kind = getattr(module, "original_name", "") if isinstance(module, torch.jit.ScriptModule) else ""
+        if kind in kinds:
+            found[name] = Choice(name, kind, "dense", "inside a scripted module")
+    return found
 
 
 def convert(
@@ -99,7 +88,7 @@ def convert(
     mapping: Mapping[str, Mapping] | None = None,
     strict: bool = False,
 ) -> nn.Module:
-    """Swaps pruned ``nn.Conv2d`` and ``nn.Linear`` for sparse modules where that is measured to be faster.
+    """Swaps pruned ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Linear`` for sparse ones where that is measured to be faster.
 
     Each candidate (exact type, sparsity of at least 0.3) is timed on the inputs that ``example_inputs`` bring to it,
     dense against sparse; then the whole network is, and goes back to dense when that is faster. Where it helps, dense
@@ -121,26 +110,30 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a torch.nn.Module, got {type(model).__name__}")
+    began = time.perf_counter()
+    for settings in (mapping or {}).values():
+        _check_settings(settings)
+    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()) and not inplace:
+        model, inplace = copied(model), True  # the example makes its lazy layers, and the original stays lazy
     seen = record_inputs(model, example_inputs)
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(name)
-    made: dict[str, Choice] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    owners = {key: list(dict.fromkeys(_without_aliases(model, names))) for key, names in owners.items()}
+    parents: dict[nn.Module, list[nn.Module]] = {}
+    for parent in model.modules():
+        for child in parent._modules.values():
+            parents.setdefault(child, []).append(parent)
+    made: dict[str, Choice] = _scripted(model)
     sparse: dict[str, SparseModule] = {}
-    forced = False
     for name, module in model.named_modules():
-        # Subclasses may compute something else; a parametrised layer is one only in name, and its obstacle is told.
-        plain = type(module) in (nn.Conv2d, nn.Linear)
-        parametrised = isinstance(module, (nn.Conv2d, nn.Linear)) and parametrize.is_parametrized(module)
-        if not (plain or parametrised) or (filter_fn is not None and not filter_fn(module, name)):
+        if not isinstance(module, KINDS) or (filter_fn is not None and not filter_fn(module, name)):
             continue
         settings = _settings(name, mapping)
-        kind = "Conv2d" if isinstance(module, nn.Conv2d) else "Linear"
-        obstacle = _obstacle(module, owners, seen)
-        sparsity = 0.0 if obstacle else sparsity_of(module.weight.detach())
-        kept = Choice(name, kind, "dense", obstacle or "", sparsity=sparsity)
+        obstacle = _obstacle(module, owners, parents, seen)
+        plain = None if obstacle else bare(module)
+        sparsity = 0.0 if obstacle else sparsity_of(plain.weight.detach())
+        kept = Choice(name, kind_of(module).__name__, "dense", obstacle or "", sparsity=sparsity)
         if not obstacle and settings["kernel"] == "dense":
             kept = kept.kept_dense("asked for by mapping")
         elif not obstacle and settings["kernel"] == "auto" and sparsity < MIN_SPARSITY:
@@ -148,19 +141,21 @@ def convert(
         if kept.reason:
             made[name] = kept
             continue
-        twin = from_dense(module, vector=settings["vector"])
-        with evaluating(module), evaluating(twin):
-            choice = measure_layer(name, module, twin, seen[module])
-        if settings["kernel"] == "sparse":
-            choice = Choice(**{**vars(choice), "kernel": "sparse", "reason": "asked for by mapping; " + choice.reason})
-            forced = True
+        twin = from_dense(plain, vector=settings["vector"])
+        with evaluating(plain), evaluating(twin):
+            for x in seen[module]:
+                _check_equal(plain(x), twin(x), name)
+            if settings["kernel"] == "auto":
+                choice = measure_layer(name, plain, twin, seen[module])
+            else:
+                choice = replace(kept, kernel="sparse", reason="asked for by mapping", vector=twin.vector)
         made[name] = choice
         if choice.kernel == "sparse":
-            sparse[name] = twin
+            sparse[name] = carry_hooks(module, twin)
     del seen
     channels_last = False
     if sparse:
-        made, channels_last = _check_whole(model, example_inputs, sparse, made, forced)
+        made, channels_last = _check_whole(model, example_inputs, sparse, made)
     dense_left = [c for c in made.values() if c.kernel == "dense" and c.sparsity >= MIN_SPARSITY]
     if dense_left:
         said = "; ".join(f"{c.name or 'the model'}: {c.reason}" for c in dense_left[:5])
@@ -168,25 +163,33 @@ def convert(
         if strict:
             raise RuntimeError(f"Expected every pruned layer to become sparse, got: {said}")
         warnings.warn(said, stacklevel=2)
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else copied(model)
     names = {name: target.get_submodule(name) for name, choice in made.items() if choice.kernel == "sparse"}
-    target = _replace(target, {module: sparse[name] for name, module in names.items()})
+    # Hooks of the copy, which may be bound to what was copied with it.
+    target = put_in_place(target, {old: carry_hooks(old, unhooked(sparse[name])) for name, old in names.items()})
     if channels_last:
         _to_channels_last(target)
-    target._sparsekd_choices = made
+    target._sparsekd_choices = Choices(made, time.perf_counter() - began)
+    logging.getLogger("sparsekd").info("%s", target._sparsekd_choices.summary())
     return target
 
 
+def _without_aliases(model: nn.Module, names: list[str]) -> list[str]:
+    """Names of modules, those of one and the same module but once: a module in two places shares with nobody."""
+    first = {id(model.get_submodule(name)): name for name in reversed(names)}
+    return [name for name in names if first[id(model.get_submodule(name))] == name]
+
+
 def _check_whole(
-    model: nn.Module, example_inputs: object, sparse: dict[str, SparseModule], made: dict[str, Choice], forced: bool
+    model: nn.Module, example_inputs: object, sparse: dict[str, SparseModule], made: dict[str, Choice]
 ) -> tuple[dict[str, Choice], bool]:
     """Compares results and time of the whole network, dense and swapped, each as it is and in channels_last.
 
     Returns the choices, all dense where a dense network is the fastest, and whether the dense convolutions left are to
     be in channels_last.
     """
-    swapped = copy.deepcopy(model)
-    swapped = _replace(swapped, {swapped.get_submodule(name): twin for name, twin in sparse.items()})
+    swapped = copied(model)
+    swapped = put_in_place(swapped, {swapped.get_submodule(name): twin for name, twin in sparse.items()})
     networks = {("dense", False): model, ("sparse", False): swapped}
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         networks["dense", True] = _in_channels_last(model)
@@ -195,10 +198,9 @@ def _check_whole(
     with ExitStack() as stack:
         for network in networks.values():
             stack.enter_context(evaluating(network))
-        expected = call(model, example_inputs)
-        for key, network in networks.items():
-            if key[0] == "sparse":
-                _check_equal(expected, call(network, example_inputs))
+        _check_outputs(model, swapped, example_inputs)
+        if all(made[name].sparse_ms == 0.0 for name in sparse):  # asked for, so time decides nothing
+            return made, False
         engines = {key: partial(call, network, example_inputs) for key, network in networks.items()}
         timings = compare(engines, rounds=7, min_time=0.005, warmup=2, clock=clock())
     best = {
@@ -206,16 +208,17 @@ def _check_whole(
         for kind in ("dense", "sparse")
     }
     ms = {kind: timings[key].min * 1e3 for kind, key in best.items()}
-    if ms["sparse"] < ms["dense"] or forced:
+    if ms["sparse"] < ms["dense"]:
         return made, best["sparse"][1]
     layout = " (channels_last)" if best["dense"][1] else ""
     said = f"the whole network took {ms['sparse']:.3g} ms with sparse layers and {ms['dense']:.3g} ms dense{layout}"
-    return {name: choice.kept_dense(said) if name in sparse else choice for name, choice in made.items()}, False
+    lost = [name for name in sparse if made[name].sparse_ms > 0.0]  # layers that mapping asks for stay
+    return {name: choice.kept_dense(said) if name in lost else choice for name, choice in made.items()}, False
 
 
 def _in_channels_last(model: nn.Module) -> nn.Module:
     """A copy whose plain convolutions are stored, and hence answer, in channels_last, whatever their input is in."""
-    return _to_channels_last(copy.deepcopy(model))
+    return _to_channels_last(copied(model))
 
 
 def _to_channels_last(model: nn.Module) -> nn.Module:
@@ -225,36 +228,88 @@ def _to_channels_last(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_equal(expected: object, got: object) -> None:
-    if isinstance(expected, Tensor) and isinstance(got, Tensor):
-        if not expected.is_floating_point():
+def _check_outputs(model: nn.Module, swapped: nn.Module, example_inputs: object) -> None:
+    """Raises unless both networks answer alike, to their rounding.
+
+    Each layer's result was compared before. Where comparisons decide what comes next (boxes kept by a detector), the
+    last bits of a layer may change the whole answer: then it is enough that they do so in the dense model as well.
+    """
+
+    def answer(network):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return call(network, example_inputs)
+
+    expected = answer(model)
+    try:
+        _check_equal(expected, answer(swapped), "the whole network")
+    except RuntimeError as error:
+        layers = [module for module in model.modules() if isinstance(module, KINDS)]
+        handles = [layer.register_forward_hook(_rounded_otherwise) for layer in layers]
+        try:
+            _check_equal(expected, answer(model), "the whole network")
+        except RuntimeError:
             return
-        scale = float(expected.abs().max()) if expected.numel() else 0.0
-        error = float((expected - got).abs().max()) if expected.numel() else 0.0
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise error
+
+
+def _rounded_otherwise(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    noise = torch.empty_like(output).uniform_(-1, 1)
+    return output + noise * (output.abs().amax() * 8 * torch.finfo(output.dtype).eps)
+
+
+def _check_equal(expected: object, got: object, what: str) -> None:
+    if isinstance(expected, Tensor) and isinstance(got, Tensor):
+        if expected.shape != got.shape:
+            raise RuntimeError(
+                f"Expected sparse results of {what} of shape {list(expected.shape)}, got {list(got.shape)}"
+            )
+        if not expected.is_floating_point() or not expected.numel():
+            return
+        scale = float(expected.abs().max())
+        error = float((expected - got).abs().max())
         # Rounding differs from layer to layer; a wrong kernel would be off by the size of the result.
         tolerance = 1e-2 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-3
         if error > tolerance * scale + 1e-6:
             raise RuntimeError(
-                f"Expected sparse results within {tolerance:g} of dense ones, got {error / scale:.3g} off"
+                f"Expected sparse results of {what} within {tolerance:g} of dense ones, got {error / scale:.3g} off"
             )
     elif isinstance(expected, Mapping):
         for key in expected:
-            _check_equal(expected[key], got[key])
+            _check_equal(expected[key], got[key], what)
     elif isinstance(expected, (tuple, list)):
+        if len(expected) != len(got):
+            raise RuntimeError(f"Expected {len(expected)} results of {what}, got {len(got)}")
         for one, other in zip(expected, got, strict=True):
-            _check_equal(one, other)
+            _check_equal(one, other, what)
 
 
-def choices(model: nn.Module) -> dict[str, Choice]:
+class Choices(dict[str, Choice]):
+    """What was chosen for each layer, by name, and what finding out cost in seconds of wall time."""
+
+    def __init__(self, choices: Mapping[str, Choice] = (), seconds: float = 0.0) -> None:
+        super().__init__(choices)
+        self.seconds = seconds
+
+    def summary(self) -> str:
+        sparse = sum(choice.kernel == "sparse" for choice in self.values())
+        return f"{sparse} of {len(self)} layers are sparse; measuring and swapping took {self.seconds:.1f} s"
+
+
+def choices(model: nn.Module) -> Choices:
     """What :func:`convert` chose for each layer of this model, by name; empty for a model that it did not make."""
-    return getattr(model, "_sparsekd_choices", {})
+    return getattr(model, "_sparsekd_choices", None) or Choices()
 
 
 def to_dense(model: nn.Module) -> nn.Module:
     """A copy of the model with plain modules (zeros where pruned) in the place of sparse ones."""
-    target = copy.deepcopy(model)
-    swaps = {module: module.to_dense() for module in target.modules() if isinstance(module, SparseModule)}
-    target = _replace(target, swaps)
+    target = copied(model)
+    sparse = [module for module in target.modules() if isinstance(module, SparseModule)]
+    swaps = {module: carry_hooks(module, module.to_dense()) for module in sparse}
+    target = put_in_place(target, swaps)
     if hasattr(target, "_sparsekd_choices"):
         del target._sparsekd_choices
     return target
@@ -265,8 +320,10 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     everywhere = model.named_modules(remove_duplicate=False)  # a shared layer has its keys under every name
     sparse = {name: module for name, module in everywhere if isinstance(module, SparseModule)}
     indices = ("crow_indices", "col_indices", "row_indices")
-    state: dict[str, Tensor] = {}
-    for key, tensor in model.state_dict().items():
+    own = model.state_dict()
+    state: dict[str, Tensor] = OrderedDict()
+    state._metadata = own._metadata  # versions, without which some models refuse their own state
+    for key, tensor in own.items():
         prefix, _, last = key.rpartition(".")
         if prefix in sparse and last == "values":
             state[f"{prefix}.weight" if prefix else "weight"] = sparse[prefix].weight.detach()

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..measure.timing import compare, speedup
-from .modules import SparseConv2d, SparseLinear
+from .modules import SparseConv1d, SparseConv2d, SparseLinear
 from .packed_module import SparseModule
 
 # No kernel here has beaten dense below this sparsity; measuring would only take time.
 MIN_SPARSITY = 0.3
+
+# The layers that have sparse twins.
+KINDS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Choice:
     """What was chosen for one layer, and why. Times are milliseconds per forward, 0.0 where nothing was measured."""
 
     name: str
-    kind: str  # "Conv2d" or "Linear"
+    kind: str  # "Conv1d", "Conv2d" or "Linear"
     kernel: str  # "sparse" or "dense"
     reason: str
     shape: tuple[int, ...] = ()  # of the input
@@ -58,9 +61,14 @@ def sparsity_of(weight: Tensor) -> float:
 def from_dense(
     module: nn.Module, mask: Tensor | None = None, vector: int | str = 1, permute: bool | Tensor = False
 ) -> SparseModule:
-    """The sparse twin of an nn.Conv2d or nn.Linear."""
-    kind = SparseConv2d if isinstance(module, nn.Conv2d) else SparseLinear
-    return kind.from_dense(module, mask, vector, permute)
+    """The sparse twin of an nn.Conv1d, nn.Conv2d or nn.Linear."""
+    twins = {nn.Conv1d: SparseConv1d, nn.Conv2d: SparseConv2d, nn.Linear: SparseLinear}
+    return twins[kind_of(module)].from_dense(module, mask, vector, permute)
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """nn.Conv1d, nn.Conv2d or nn.Linear, whichever the layer is."""
+    return next(kind for kind in KINDS if isinstance(module, kind))
 
 
 @contextmanager
@@ -102,7 +110,7 @@ def measure_layer(
     faster = gain.value > 1 and gain.median > 1
     choice = Choice(
         name=name,
-        kind="Conv2d" if isinstance(dense, nn.Conv2d) else "Linear",
+        kind=kind_of(dense).__name__,
         kernel="sparse" if faster else "dense",
         reason="",
         shape=tuple(inputs[0].shape),

@@ -1,4 +1,4 @@
-"""SparseConv2d and SparseLinear: sparse weights, dense activations, in the place of nn.Conv2d and nn.Linear.
+"""SparseConv2d, SparseConv1d and SparseLinear: sparse weights, dense activations, in the place of torch's modules.
 
 Gradient, optimiser state and update exist only at the non-zeros, so retraining costs the density and nothing revives a
 pruned weight.
@@ -36,6 +36,13 @@ def _check_plain(module: nn.Module, kind: type[nn.Module], *methods: str) -> Non
         )
     if isinstance(module.weight, nn.UninitializedParameter):
         raise ValueError(f"Expected {type(module).__name__} with its weight made, got one that has not seen an input")
+
+
+def _sides(padding: tuple[int, ...] | str, kernel_size: tuple, dilation: tuple) -> list[tuple[int, int]]:
+    """(before, after) of each dimension."""
+    if padding == "same":
+        return ops.same_padding(kernel_size, dilation)
+    return [(0, 0)] * len(kernel_size) if padding == "valid" else [(p, p) for p in padding]
 
 
 class SparseConv2d(SparseModule):
@@ -150,10 +157,7 @@ class SparseConv2d(SparseModule):
             )
         padding = self.padding
         if self.padding_mode != "zeros":
-            if padding == "same":
-                sides = ops.same_padding(self.kernel_size, self.dilation)
-            else:
-                sides = [(0, 0), (0, 0)] if padding == "valid" else [(p, p) for p in padding]
+            sides = _sides(padding, self.kernel_size, self.dilation)
             input = F.pad(input, (*sides[1], *sides[0]), mode=self.padding_mode)
             padding = (0, 0)
         output = ops.conv2d(
@@ -180,6 +184,109 @@ class SparseConv2d(SparseModule):
 
     def extra_repr(self) -> str:
         return f"{nn.Conv2d.extra_repr(self)}, {self._pattern_repr()}"
+
+
+class SparseConv1d(SparseModule):
+    """1-d convolution with sparse weights and dense activations, computed as a 2-d one of height 1.
+
+    Constructor, attributes and behaviour are those of :class:`torch.nn.Conv1d`; ``mask`` is bool ``[out_channels,
+    in_channels / groups, S]`` and the input ``[N, in_channels, L]`` or ``[in_channels, L]``, else as
+    :class:`SparseConv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int],
+        stride: int | tuple[int] = 1,
+        padding: int | tuple[int] | str = 0,
+        dilation: int | tuple[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        mask: Tensor | None = None,
+        vector: int | str = 1,
+    ) -> None:
+        dense = nn.Conv1d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        super().__init__()
+        self._take(dense, _keep_all(dense.weight) if mask is None else mask, vector, False)
+
+    def _take(self, conv: nn.Conv1d, mask: Tensor | None, vector: int | str, permute: bool | Tensor) -> None:
+        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.padding, self.padding_mode = conv.padding, conv.padding_mode
+        self.transposed, self.output_padding = False, (0,)
+        self._taps = self.kernel_size[0]
+        self._adopt(conv, mask, vector, permute)
+
+    @classmethod
+    def from_dense(
+        cls, conv: nn.Conv1d, mask: Tensor | None = None, vector: int | str = 1, permute: bool | Tensor = False
+    ) -> SparseConv1d:
+        """Packs ``conv``; arguments and errors as in :meth:`SparseConv2d.from_dense`."""
+        _check_plain(conv, nn.Conv1d, "forward", "_conv_forward")
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._take(conv, mask, vector, permute)
+        return module
+
+    def to_dense(self) -> nn.Conv1d:
+        """The plain module with the same weights (zeros where pruned), dtype, device and mode."""
+        dense = nn.utils.skip_init(
+            nn.Conv1d,
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            **_options(self.values),
+        )
+        return _copy_into(self, dense)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input(input)
+        if input.dim() not in (2, 3) or input.shape[-2] != self.in_channels:
+            raise ValueError(
+                f"Expected an input of shape [N, {self.in_channels}, L] or [{self.in_channels}, L], "
+                f"got {list(input.shape)}"
+            )
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            (sides,) = _sides(padding, self.kernel_size, self.dilation)
+            input = F.pad(input, sides, mode=self.padding_mode)
+            padding = (0,)
+        return ops.conv2d(
+            input.unsqueeze(-2),
+            self.values,
+            self.crow_indices,
+            self.col_indices,
+            self.bias,
+            out_channels=self.out_channels,
+            kernel_size=(1, *self.kernel_size),
+            stride=(1, *self.stride),
+            padding=padding if isinstance(padding, str) else (0, *padding),
+            dilation=(1, *self.dilation),
+            groups=self.groups,
+            row_indices=self.row_indices,
+            transpose=self._plan(),
+        ).squeeze(-2)
+
+    def extra_repr(self) -> str:
+        return f"{nn.Conv1d.extra_repr(self)}, {self._pattern_repr()}"
 
 
 class SparseLinear(SparseModule):

@@ -1,0 +1,113 @@
+"""What optimize_for_inference puts in the place of several layers: one module, one pass over memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .modules import SparseConv2d
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+
+
+class FusedConv2d(nn.Module):
+    """``activation(conv(input) + residual)``, by :func:`sparsekd.sparse.ops.conv2d_fused` where ``conv`` is sparse.
+
+    Args:
+        conv: a :class:`SparseConv2d`, or a plain ``nn.Conv2d`` (after :func:`sparsekd.to_dense`).
+        activation: "none", "relu", "relu6", "silu" or "hardswish".
+
+    Input ``[N, C, H, W]`` or ``[C, H, W]``; ``residual`` anything that can be added to the result. For inference: an
+    error where a tensor requires a gradient.
+    """
+
+    def __init__(self, conv: nn.Module, activation: str = "none") -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"Expected activation out of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.conv, self.activation = conv, activation
+
+    def forward(self, input: Tensor, residual: Tensor | float | None = None) -> Tensor:
+        conv = self.conv
+        fits = isinstance(conv, SparseConv2d) and conv.padding_mode == "zeros" and not conv.channels_last
+        if not fits or (residual is not None and not self._as_the_result(input, residual)):
+            output = conv(input)
+            return ACTIVATIONS[self.activation](output if residual is None else output + residual)
+        return ops.conv2d_fused(
+            input,
+            conv.values,
+            conv.crow_indices,
+            conv.col_indices,
+            out_channels=conv.out_channels,
+            kernel_size=conv.kernel_size,
+            shift=conv.bias,
+            residual=residual,
+            activation=self.activation,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            row_indices=conv.row_indices,
+        )
+
+    def _as_the_result(self, input: Tensor, residual: Tensor | float) -> bool:
+        """Whether the residual has the shape and dtype of the result, so that nothing is broadcast."""
+        conv = self.conv
+        if not isinstance(residual, Tensor) or residual.dtype != input.dtype or isinstance(conv.padding, str):
+            return False
+        geometry = zip(input.shape[-2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
+        return residual.shape == (*input.shape[:-3], conv.out_channels, *size)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+class MaxPool2d(nn.Module):
+    """``nn.MaxPool2d`` by maxima of shifted slices, lines first.
+
+    torch's own goes pixel by pixel over ``[N, C, H, W]`` on the CPU; slices are vectors, several times as fast. Other
+    layouts and devices are torch's.
+
+    Args:
+        kernel_size, stride, padding: (height, width).
+    """
+
+    def __init__(self, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (input.is_floating_point() and input.device.type == "cpu" and input.is_contiguous()):
+            return F.max_pool2d(input, self.kernel_size, self.stride, self.padding)
+        if any(self.padding):
+            vertical, horizontal = self.padding
+            input = F.pad(input, (horizontal, horizontal, vertical, vertical), value=-torch.inf)
+        for dim in (-2, -1):
+            kernel, step = self.kernel_size[dim], self.stride[dim]
+            reach = input.shape[dim] - kernel + 1
+            if reach < 1:
+                raise RuntimeError(
+                    f"Expected an input of at least the kernel {self.kernel_size}, got {tuple(input.shape[-2:])} padded"
+                )
+            # A slice that begins at i holds what the i-th line (or column) of the kernel sees.
+            slices = [_every(input, dim, i, i + reach, step) for i in range(kernel)]
+            input = slices[0]
+            for other in slices[1:]:
+                input = torch.maximum(input, other)
+        return input.contiguous()
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+def _every(input: Tensor, dim: int, begin: int, end: int, step: int) -> Tensor:
+    return input[..., begin:end:step, :] if dim == -2 else input[..., begin:end:step]

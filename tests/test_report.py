@@ -1,0 +1,73 @@
+"""What a report looks like: table, CSV, and the page in a real browser where there is one."""
+
+import csv
+import io
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from sparsekd.measure.report import LayerReport, NetworkReport, Report
+
+NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+
+
+@pytest.fixture
+def made():
+    first = LayerReport(
+        "layer10.conv", "Conv2d", "sparse", "beats <dense>, 2 & more", (1, 8, 4, 4), 0.9, 1, 10.0, "as it is", 2.0,
+        5.0, 4.5, 5.5, 1000, 135,
+    )  # fmt: skip
+    second = replace(first, name="layer2.conv", reason="beats", sparsity=0.8, dense_ms=9.5, sparse_ms=4.0)
+    layers = [first, second, LayerReport("fc", "Linear", "dense", "not called with example_inputs")]
+    network = [NetworkReport(1, 1, 20.0, "as it is", 6.0, 3.3, 3.1, 3.4)]
+    return Report({"processor": "one", "threads": "1"}, layers, network)
+
+
+def test_csv_has_every_field(made):
+    rows = list(csv.DictReader(io.StringIO(made.to_csv())))
+    assert [row["name"] for row in rows] == ["layer10.conv", "layer2.conv", "fc"]
+    assert rows[0]["shape"] == "1x8x4x4" and float(rows[0]["sparse_ms"]) == 2.0
+    assert rows[0]["reason"] == "beats <dense>, 2 & more"
+
+
+def test_page_asks_for_nothing_from_outside(made, tmp_path):
+    made.save_html(tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert not re.search(r"https?:|//[a-z]|src=|href=|@import|url\(", page)
+    assert "beats &lt;dense&gt;, 2 &amp; more" in page and 'name="viewport"' in page
+
+
+# What the page says of itself after clicks on a column's head: the order of its layers, and whether it is as wide as
+# the window.
+PROBE = """
+<script>
+const order = () => [...document.querySelectorAll("tbody tr")].map(row => row.cells[0].textContent).join(" ");
+const click = column => { document.querySelectorAll("th button")[column].click(); return order(); };
+const found = [order(), click(0), click(4), click(4), document.documentElement.scrollWidth <= innerWidth, innerWidth,
+  [...document.querySelectorAll(".sparse")].map(bar => bar.getBoundingClientRect().width > 1).join(" ")];
+document.title = found.join("|");
+</script></html>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(NAMES)} is installed")
+@pytest.mark.parametrize("width", [500, 1280])
+def test_page_in_a_browser(made, tmp_path, width):
+    file = tmp_path / "r.html"
+    made.save_html(file)
+    file.write_text(file.read_text().replace("</html>", PROBE))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},800", "--dump-dom"]
+    ran = subprocess.run([*command, file.as_uri()], capture_output=True, text=True, timeout=60)
+    said = re.search(r"<title>(.*?)</title>", ran.stdout).group(1).split("|")
+    assert said == [
+        "layer10.conv layer2.conv fc",
+        "fc layer2.conv layer10.conv",
+        "layer2.conv layer10.conv fc",
+        "layer10.conv layer2.conv fc",
+        "true",
+        str(width),
+        "true true false",
+    ]
