@@ -637,9 +637,9 @@ def test_devices_without_a_kernel():
     values, crow, col = torch.randn(1, 1), int32(0, 1), int32(0)
 
     class Elsewhere(torch.Tensor):
-        device = torch.device("cuda:0")
+        device = torch.device("xpu:0")
 
-    with pytest.raises(NotImplementedError, match="Expected input on cpu, got cuda:0"):
+    with pytest.raises(NotImplementedError, match="Expected input on cpu, got xpu:0"):
         ops.conv2d(torch.randn(1, 1, 2, 2).as_subclass(Elsewhere), values, crow, col, out_channels=1, kernel_size=1)
     # On meta there are shapes but no numbers.
     meta = ops.conv2d(

@@ -3,54 +3,13 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <limits>
-#include <string>
-#include <utility>
-
-#include "../check.h"
+#include "../geometry.h"
 #include "direct.h"
 
 namespace sparsekd::cpu {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-Pair checked_pair(at::IntArrayRef values, const char* name, int64_t least) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // so that sums and products of two don't wrap around
-  TORCH_CHECK_VALUE(values.size() == 2 && std::min(values[0], values[1]) >= least &&
-                        std::max(values[0], values[1]) <= kMost,
-                    "Expected two values of at least ", least, " and below 2^31 for ", name, ", got ", values);
-  return {values[0], values[1]};
-}
-
-// Sizes that all three ops agree on; `output` is computed.
-Conv2dShape checked_shape(at::IntArrayRef input_size, int64_t out_channels, at::IntArrayRef kernel_size,
-                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  TORCH_CHECK_VALUE(input_size.size() == 4, "Expected an input of 4 dimensions [N, C, H, W], got shape ", input_size);
-  Conv2dShape shape;
-  shape.batch = input_size[0];
-  shape.in_channels = input_size[1];
-  shape.out_channels = out_channels;
-  shape.groups = groups;
-  shape.input = {input_size[2], input_size[3]};
-  shape.kernel = checked_pair(kernel_size, "kernel_size", 1);
-  shape.stride = checked_pair(stride, "stride", 1);
-  shape.padding = checked_pair(padding, "padding", 0);
-  shape.dilation = checked_pair(dilation, "dilation", 1);
-  TORCH_CHECK_VALUE(groups >= 1 && shape.in_channels >= groups && shape.in_channels % groups == 0,
-                    "Expected a number of input channels divisible by groups, got ", shape.in_channels,
-                    " and groups=", groups);
-  for (int d = 0; d < 2; ++d) {
-    const int64_t padded = shape.input[d] + 2 * shape.padding[d];
-    const int64_t reach = (shape.kernel[d] - 1) * shape.dilation[d] + 1;
-    TORCH_CHECK_VALUE(shape.input[d] >= 1 && padded >= reach, "Expected a padded input at least as large as the kernel (",
-                      reach, " in ", d == 0 ? "height" : "width", "), got ", padded, " from an input of shape ",
-                      input_size);
-    shape.output[d] = (padded - reach) / shape.stride[d] + 1;
-  }
-  return shape;
-}
 
 // Whether a tensor is taken as it is in channels_last. Half types take a copy anyway, and one that is contiguous both
 // ways counts as [N, C, H, W].
@@ -116,18 +75,6 @@ at::Tensor conv2d_cpu(const at::Tensor& input, const at::Tensor& values, const a
                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   return run_conv2d(input, values, crow_indices, col_indices, row_indices, {}, bias, "bias", {}, Activation::none,
                     out_channels, {kernel_size, stride, padding, dilation, groups});
-}
-
-Activation activation_of(c10::string_view name) {
-  constexpr std::pair<const char*, Activation> kNames[] = {{"none", Activation::none},
-                                                           {"relu", Activation::relu},
-                                                           {"relu6", Activation::relu6},
-                                                           {"silu", Activation::silu},
-                                                           {"hardswish", Activation::hardswish}};
-  for (const auto& [known, activation] : kNames) {
-    if (name == known) return activation;
-  }
-  TORCH_CHECK_VALUE(false, "Expected activation to be none, relu, relu6, silu or hardswish, got ", std::string(name));
 }
 
 at::Tensor conv2d_fused_cpu(const at::Tensor& input, const at::Tensor& values, const at::Tensor& crow_indices,

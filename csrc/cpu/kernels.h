@@ -20,6 +20,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../activation.h"
+
 namespace sparsekd::cpu {
 
 // How large a tile may be for rows that share their columns.
@@ -70,8 +72,6 @@ struct SddmmTile {
   const T* zeros;
   T* grad_values;        // [n_vectors, vector], added to
 };
-
-enum class Activation { none, relu, relu6, silu, hardswish };
 
 // out = act(scale * out + shift + residual); see epilogue.inc.
 template <class T>

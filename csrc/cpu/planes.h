@@ -11,18 +11,9 @@
 #include <map>
 #include <vector>
 
+#include "../geometry.h"
+
 namespace sparsekd::cpu {
-
-using Pair = std::array<int64_t, 2>;  // height, width
-
-inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
-
-struct Conv2dShape {
-  int64_t batch, in_channels, out_channels, groups;
-  Pair input, output, kernel, stride, padding, dilation;
-  int64_t taps() const { return kernel[0] * kernel[1]; }
-};
 
 // One plane: plane[y][x] = source[y * step + origin] where that is inside the source, else 0.
 struct Plane {

@@ -43,8 +43,11 @@ def _call(op, *arguments):
         return op(*arguments)
 
 
-def _check_device(input: Tensor) -> None:
-    if input.device.type not in ("cpu", "meta"):
+def _check_device(input: Tensor, op: str) -> None:
+    kind = input.device.type
+    if kind in ("cpu", "meta"):
+        return
+    if kind != "cuda" or not torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekd::{op}", "CUDA"):
         raise NotImplementedError(f"Expected input on cpu, got {input.device}: no kernel is built for this device")
 
 
@@ -105,7 +108,7 @@ def conv2d(
     Method: direct sparse convolution (Park et al., "Faster CNNs with direct sparse convolutions and guided pruning",
     ICLR 2017; Chen, "Escoin", 2018).
     """
-    _check_device(input)
+    _check_device(input, "conv2d")
     input, geometry = _prepared(input, kernel_size, stride, padding, dilation, groups)
     input, values, bias = _autocast(input, values, bias)
     batched = input.dim() == 4
@@ -156,7 +159,7 @@ def conv2d_fused(
     Raises:
         As :func:`conv2d`; RuntimeError where a tensor requires a gradient.
     """
-    _check_device(input)
+    _check_device(input, "conv2d_fused")
     input, geometry = _prepared(input, kernel_size, stride, padding, dilation, groups)
     input, values, scale, shift, residual = _autocast(input, values, scale, shift, residual)
     batched = input.dim() == 4
@@ -229,7 +232,7 @@ def linear(
     Returns:
         ``[..., out_features]``; differentiable in input, values and bias.
     """
-    _check_device(input)
+    _check_device(input, "linear")
     if input.dim() == 0:
         raise ValueError("Expected an input of at least 1 dimension [..., in_features], got a scalar")
     input, values, bias = _autocast(input, values, bias)
@@ -270,7 +273,7 @@ def kd_loss(
 
     Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015.
     """
-    _check_device(student)
+    _check_device(student, "kd_loss_forward")
     if student.dim() == 0 or student.shape != teacher.shape:
         raise ValueError(
             "Expected student and teacher logits of one shape [N, C, ...], "

@@ -1,0 +1,99 @@
+// What the host side of the convolutions hands to their kernels. Plain numbers and pointers; no torch, no CUDA.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../activation.h"
+
+namespace sparsekd::cuda {
+
+enum class DType : int { float32, float16, bfloat16 };
+
+// One dimension of a convolution, as the kernels see it: position y reads source element
+//   y * stride + tap(r) + origin,   tap(r) = (add + r * mult) / div - least,   where the division leaves no rest.
+// The forward has tap(r) = r * dilation and origin = -padding. The input gradient is made for one phase of a stride at a
+// time, as a convolution of stride 1 over the output's gradient whose taps go backwards.
+struct TapAxis {
+  int kernel = 1, add = 0, mult = 1, div = 1, least = 0;
+  int stride = 1, origin = 0, size = 1;          // size of the source
+  int positions = 1;                             // that are computed
+  int out_step = 1, out_begin = 0;               // position y is element y * out_step + out_begin of the result
+  int most = 0;                                  // largest tap
+};
+
+// Space to lanes: [unit][channel][kG][phase y][rows][phase x][columns][4] in fp32. The 4 * kG lanes of a unit are the same
+// position of as many images or, of small batches, strips of rows. Every shift by a tap is then a whole 16-byte vector,
+// borders are zeros that lie there, and elements that a stride sees as neighbours are neighbours.
+struct Lanes {
+  int batch, channels;
+  int lane_groups;             // kG
+  int strips, strip_rows;      // of an image
+  int units;
+  int phases[2], rows, columns;  // `columns` even, so that rows begin at a 32-byte sector
+  int plane;                   // vectors of 4 of one channel and lane group
+};
+
+struct ToLanesParams {
+  Lanes lanes;
+  TapAxis axes[2];
+  const void* source;
+  int64_t stride_n, stride_c, stride_h, stride_w;  // elements
+  DType dtype;
+  float* to;
+};
+
+// Sorts each packed row's entries by block of channels and stretches columns into distances within a staged tile.
+struct RecordsParams {
+  const void* values;
+  DType dtype;
+  const int32_t *crow, *col, *place;  // place: where the value of an entry lies, or null for [entry][vector]
+  int row_groups, row_groups_per_group, vector, slices;  // slices of kV rows per row group
+  int n_vectors, n_values, channels_per_group, block_channels, blocks;
+  TapAxis axes[2];
+  int phases_x, tile_rows, tile_columns;  // of a staged plane: [phase y][tile_rows][phase x][tile_columns]
+  int plane, lane_groups;
+  unsigned char* records;
+  int32_t* starts;  // [slice][blocks + 1]
+  int32_t* order;   // [groups][slices of a group], heaviest first
+};
+
+struct Conv2dParams {
+  Lanes lanes;
+  TapAxis axes[2];
+  const float* input;  // in lanes
+  const unsigned char* records;
+  const int32_t *starts, *order, *row_indices;
+  int slices, slices_per_group, vector, rows_per_group, out_channels, channels_per_group, block_channels, blocks;
+  int n_records;
+  int tile_h, tile_w, tiles_h, tiles_w;           // 32 positions
+  int tile_rows, tile_columns, plane;             // of a staged plane
+  int row_blocks;                                 // per group of the convolution
+  const void *scale, *shift, *residual;           // [out_channels] and as the output, or null
+  Activation activation;
+  DType dtype;                                    // of output, scale, shift, residual
+  void* output;
+  int64_t out_n, out_c, out_h, out_w;             // strides of output and residual
+};
+
+// What the kernels come in. A warp computes kGroups slices of kV rows at 32 positions of 4 * kG lanes.
+struct Conv2dVariant {
+  int vector, lane_groups, groups, plane;  // plane 0: any
+};
+constexpr Conv2dVariant kConv2dVariants[] = {
+    {1, 4, 4, 64}, {1, 4, 4, 192}, {1, 1, 4, 0}, {2, 4, 2, 64}, {2, 4, 2, 192}, {2, 1, 2, 0},
+    {4, 4, 1, 64}, {4, 4, 1, 192}, {4, 1, 1, 0}, {8, 2, 1, 64}, {8, 2, 1, 192}, {8, 1, 1, 0},
+};
+constexpr int kConv2dWarps = 8;
+constexpr int record_bytes(int vector) { return vector == 1 ? 8 : vector == 2 ? 16 : 16 + 4 * vector; }
+template <int kV>
+constexpr int kRecordBytes = record_bytes(kV);
+
+}  // namespace sparsekd::cuda
+
+// Launchers: return a cudaError_t, 0 for success. `stream` is a cudaStream_t.
+extern "C" {
+int sparsekd_to_lanes(const sparsekd::cuda::ToLanesParams* params, void* stream);
+int sparsekd_records(const sparsekd::cuda::RecordsParams* params, int kernel_vector, void* stream);
+int sparsekd_conv2d(const sparsekd::cuda::Conv2dParams* params, const sparsekd::cuda::Conv2dVariant* variant, int warps,
+                    int64_t grid_x, int grid_y, void* stream);
+}

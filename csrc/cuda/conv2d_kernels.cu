@@ -1,0 +1,74 @@
+// Launches the kernels of conv2d.cuh and lanes.cuh. (Named apart from conv2d.cpp, whose object would be the same.)
+#include "conv2d.cuh"
+#include "lanes.cuh"
+
+#include <algorithm>
+#include <utility>
+
+namespace sparsekd::cuda {
+namespace {
+
+constexpr int kVariants = sizeof(kConv2dVariants) / sizeof(kConv2dVariants[0]);
+
+bool same(const Conv2dVariant& a, const Conv2dVariant& b) {
+  return a.vector == b.vector && a.lane_groups == b.lane_groups && a.groups == b.groups && a.plane == b.plane;
+}
+
+template <int kIndex>
+cudaError_t launch_variant(const Conv2dParams& params, dim3 grid, int warps, cudaStream_t stream) {
+  constexpr Conv2dVariant v = kConv2dVariants[kIndex];
+  const size_t plane = v.plane ? v.plane : params.plane;
+  const size_t staged = 2 * params.block_channels * v.lane_groups * plane * 16;
+  const size_t results = size_t(warps) * v.groups * v.vector * v.lane_groups * 4 * 32 * sizeof(float);
+  const size_t bytes = std::max(staged, results);
+  return SPARSEKD_LAUNCH((conv2d_kernel<v.vector, v.lane_groups, v.groups, v.plane>), grid, dim3(32 * warps), bytes,
+                         stream, params);
+}
+
+template <int... kIndex>
+cudaError_t launch_conv2d(const Conv2dParams& params, const Conv2dVariant& variant, dim3 grid, int warps,
+                          cudaStream_t stream, std::integer_sequence<int, kIndex...>) {
+  cudaError_t result = cudaSuccess;
+  (void)((same(variant, kConv2dVariants[kIndex]) &&
+          (result = launch_variant<kIndex>(params, grid, warps, stream), true)) || ...);
+  return result;
+}
+
+constexpr int kThreads = 256;
+
+}  // namespace
+}  // namespace sparsekd::cuda
+
+using namespace sparsekd::cuda;
+
+int sparsekd_to_lanes(const ToLanesParams* params, void* stream) {
+  const Lanes& lanes = params->lanes;
+  const int64_t vectors = int64_t(lanes.units) * lanes.channels * lanes.lane_groups * lanes.plane;
+  const dim3 grid(static_cast<unsigned>((vectors + kThreads - 1) / kThreads));
+  auto* on = static_cast<cudaStream_t>(stream);
+  switch (params->dtype) {
+    case DType::float16: return SPARSEKD_LAUNCH(to_lanes_kernel<Half>, grid, dim3(kThreads), 0, on, *params);
+    case DType::bfloat16: return SPARSEKD_LAUNCH(to_lanes_kernel<BFloat16>, grid, dim3(kThreads), 0, on, *params);
+    default: return SPARSEKD_LAUNCH(to_lanes_kernel<float>, grid, dim3(kThreads), 0, on, *params);
+  }
+}
+
+int sparsekd_records(const RecordsParams* params, int kernel_vector, void* stream) {
+  constexpr int kWarps = 4;
+  const int slices = params->row_groups * params->slices;
+  const dim3 grid((slices + kWarps - 1) / kWarps), block(32 * kWarps);
+  const size_t bytes = sizeof(int) * kWarps * params->blocks;
+  auto* on = static_cast<cudaStream_t>(stream);
+  switch (kernel_vector) {
+    case 1: return SPARSEKD_LAUNCH(records_kernel<1>, grid, block, bytes, on, *params);
+    case 2: return SPARSEKD_LAUNCH(records_kernel<2>, grid, block, bytes, on, *params);
+    case 4: return SPARSEKD_LAUNCH(records_kernel<4>, grid, block, bytes, on, *params);
+    default: return SPARSEKD_LAUNCH(records_kernel<8>, grid, block, bytes, on, *params);
+  }
+}
+
+int sparsekd_conv2d(const Conv2dParams* params, const Conv2dVariant* variant, int warps, int64_t grid_x, int grid_y,
+                    void* stream) {
+  return launch_conv2d(*params, *variant, dim3(static_cast<unsigned>(grid_x), grid_y), warps,
+                       static_cast<cudaStream_t>(stream), std::make_integer_sequence<int, kVariants>{});
+}

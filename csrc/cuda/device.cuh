@@ -1,0 +1,85 @@
+// The few things that device code takes from its compiler. Under nvcc they are CUDA; under g++ the emulator of
+// tests/emulator gives the same names, so that the same kernels run and are checked on a machine with no GPU.
+#pragma once
+#ifndef __CUDACC__
+#include "emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace sparsekd::cuda {
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(Half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(BFloat16 x) { return __bfloat162float(x); }
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else if constexpr (std::is_same_v<T, Half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T* shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return reinterpret_cast<T*>(memory);
+}
+
+template <class V>
+__device__ __forceinline__ V load_vector(const V* from) {
+  return *from;
+}
+template <class V>
+__device__ __forceinline__ void store_vector(V* to, V value) {
+  *to = value;
+}
+
+// 16 bytes from global to shared memory, or zeros.
+__device__ __forceinline__ void copy_async16(void* to, const void* from, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(valid ? 16 : 0) : "memory");
+#else
+  *static_cast<float4*>(to) = valid ? *static_cast<const float4*>(from) : float4{};
+#endif
+}
+__device__ __forceinline__ void copy_async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+#endif
+}
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+#endif
+}
+
+#define SPARSEKD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  sparsekd::cuda::launch(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t raised = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                    static_cast<int>(shared_bytes));
+    if (raised != cudaSuccess) return raised;
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+
+}  // namespace sparsekd::cuda
+#endif

@@ -1,0 +1,73 @@
+// What the host wrappers need of CUDA, and under SPARSEKD_EMULATED of the emulator: there the same wrappers serve CPU
+// tensors, so that tests in Python run through them and the real kernels.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#ifdef SPARSEKD_EMULATED
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include "emulator.h"
+
+#define SPARSEKD_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(sparsekd_emulated, CPU, m)
+
+namespace sparsekd::cuda {
+
+// Names the buffers that kernels may touch as long as it lives, then checks that outputs were written as a whole.
+class Call {
+ public:
+  explicit Call(const at::Tensor&) {}
+  ~Call() { emulator::forget_buffers(); }
+  void* stream() const { return nullptr; }
+  void reads(const at::Tensor& t, const char* name) { note(t, false, name); }
+  void writes(const at::Tensor& t, const char* name) { note(t, true, name); }
+  void launched(int error) { TORCH_CHECK(error == 0, emulator::error()); }
+  // Checked here, as a destructor must not throw.
+  void finish() {
+    emulator::forget_buffers();
+    TORCH_CHECK(emulator::error()[0] == 0, emulator::error());
+  }
+
+ private:
+  void note(const at::Tensor& t, bool writable, const char* name) {
+    if (!t.defined() || t.numel() == 0) return;
+    int64_t span = 1;
+    for (int64_t d = 0; d < t.dim(); ++d) span += (t.size(d) - 1) * t.stride(d);
+    emulator::note_buffer(t.const_data_ptr(), span * t.element_size(), writable, name);
+  }
+};
+
+inline const char* device_name() { return "cpu"; }
+inline bool on_device(const at::Tensor& t) { return t.is_cpu(); }
+
+}  // namespace sparsekd::cuda
+#else
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#define SPARSEKD_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(sparsekd, CUDA, m)
+
+namespace sparsekd::cuda {
+
+class Call {
+ public:
+  explicit Call(const at::Tensor& t)
+      : guard_(t.device()), stream_(c10::cuda::getCurrentCUDAStream(t.device().index()).stream()) {}
+  void* stream() const { return stream_; }
+  void reads(const at::Tensor&, const char*) {}
+  void writes(const at::Tensor&, const char*) {}
+  void launched(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
+  void finish() {}
+
+ private:
+  c10::cuda::CUDAGuard guard_;
+  cudaStream_t stream_;
+};
+
+inline const char* device_name() { return "cuda"; }
+inline bool on_device(const at::Tensor& t) { return t.is_cuda(); }
+
+}  // namespace sparsekd::cuda
+#endif

@@ -1,0 +1,116 @@
+"""conv2d's CUDA kernels, run by the emulator and checked, against nn.functional.conv2d in float64."""
+
+import dataclasses
+import random
+
+import emulated
+import pytest
+import torch
+from conftest import assert_near
+from torch._prims_common import suggest_memory_format
+
+from sparsekd.sparse import formats, reference
+
+ACTIVATIONS = list(reference.ACTIVATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One convolution, in the arguments of the packer and of the operator."""
+
+    batch: int
+    groups: int
+    channels: int  # in a group
+    filters: int  # in a group
+    kernel: tuple
+    stride: tuple
+    dilation: tuple
+    padding: tuple
+    size: tuple
+    vector: int
+    density: float
+    permuted: bool
+    shuffled: bool  # columns of a row in any order
+    dtype: torch.dtype
+    channels_last: bool
+    seed: int
+
+
+def draw(seed):
+    r = random.Random(seed)
+    kernel = r.choice([(1, 1), (3, 3), (3, 3), (1, 3), (2, 2), (5, 5)])
+    dilation = (r.choice([1, 1, 2]), r.choice([1, 1, 2]))
+    size = tuple(max(r.choice([1, 3, 7, 8, 9, 14, 17]), (k - 1) * d + 1) for k, d in zip(kernel, dilation, strict=True))
+    return Case(
+        batch=r.choice([1, 1, 2, 3, 8, 16, 16, 17]),
+        groups=r.choice([1, 1, 1, 2, 3]),
+        channels=r.choice([1, 2, 3, 5, 9, 17]),
+        filters=r.choice([1, 2, 3, 5, 8, 11]),
+        kernel=kernel,
+        stride=r.choice([(1, 1), (1, 1), (2, 2), (1, 2), (3, 2)]),
+        dilation=dilation,
+        padding=(r.choice([0, 0, 1, 2]), r.choice([0, 1, 1, 3])),
+        size=size,
+        vector=r.choice([1, 1, 2, 3, 4, 5, 8, 16]),
+        density=r.choice([0.0, 0.05, 0.3, 0.3, 1.0]),
+        permuted=r.random() < 0.3,
+        shuffled=r.random() < 0.3,
+        dtype=r.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16]),
+        channels_last=r.random() < 0.2,
+        seed=seed,
+    )
+
+
+def operands(case):
+    generator = torch.Generator().manual_seed(case.seed)
+    out_channels, per_group = case.groups * case.filters, case.filters
+    shape = (out_channels, case.channels, *case.kernel)
+    columns = case.channels * case.kernel[0] * case.kernel[1]
+    packed = -(-per_group // case.vector)
+    kept = torch.rand(case.groups, packed, columns, generator=generator) < case.density
+    kept[:, packed // 2] = False  # a row without non-zeros
+    mask = kept.repeat_interleave(case.vector, 1)[:, :per_group].reshape(shape)
+    weight = torch.randn(shape, generator=generator)
+    permute = False
+    if case.permuted:
+        order = [torch.randperm(per_group, generator=generator) + g * per_group for g in range(case.groups)]
+        permute = torch.cat(order).to(torch.int32)
+        mask = torch.empty_like(mask).index_copy_(0, permute.long(), mask)
+    values, crow, col, rows = formats.pack(weight, mask, case.vector, case.groups, permute)
+    if case.shuffled:
+        for begin, end in zip(crow[:-1].tolist(), crow[1:].tolist(), strict=True):
+            order = torch.randperm(end - begin, generator=generator) + begin
+            values[begin:end], col[begin:end] = values[order], col[order]
+    input = torch.randn(case.batch, case.groups * case.channels, *case.size, generator=generator).to(case.dtype)
+    if case.channels_last:
+        input = input.contiguous(memory_format=torch.channels_last)
+    geometry = (out_channels, case.kernel, case.stride, case.padding, case.dilation, case.groups)
+    return input, values.to(case.dtype), crow, col, rows, geometry, generator
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_against_the_oracle(seed):
+    case = draw(seed)
+    input, values, crow, col, rows, geometry, generator = operands(case)
+    bias = torch.randn(geometry[0], generator=generator).to(case.dtype) if seed % 2 else None
+    got = emulated.in_two_orders("conv2d", input, values, crow, col, rows, None, bias, *geometry)
+    wide = [None if t is None else t.double() for t in (input, values, bias)]
+    want = reference.conv2d_reference(wide[0], wide[1], crow, col, rows, wide[2], *geometry)
+    assert_near(got, want, case.dtype, str(case))
+    assert got.is_contiguous(memory_format=suggest_memory_format(input))
+
+
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_fused_against_the_oracle(seed):
+    case = draw(seed)
+    input, values, crow, col, rows, geometry, generator = operands(case)
+    plain = reference.conv2d_reference(input.double(), values.double(), crow, col, rows, None, *geometry)
+    scale, shift = (torch.randn(geometry[0], generator=generator).to(case.dtype) for _ in range(2))
+    residual = torch.randn(plain.shape, generator=generator).to(case.dtype)
+    activation = ACTIVATIONS[seed % len(ACTIVATIONS)]
+    got = emulated.in_two_orders(
+        "conv2d_fused", input, values, crow, col, rows, scale, shift, residual, activation, *geometry
+    )
+    wide = [t.double() for t in (input, values)], [t.double() for t in (scale, shift, residual)]
+    want = reference.conv2d_fused_reference(*wide[0], crow, col, rows, *wide[1], activation, *geometry)
+    assert_near(got, want, case.dtype, str(case))
