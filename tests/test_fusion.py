@@ -95,7 +95,6 @@ def test_residual_blocks(x, add, downsample):
     assert not any(isinstance(module, nn.BatchNorm2d) for module in result.modules())
     found = epilogues(result)
     assert found.pop("conv1") == ("relu", False)
-    # The later of two convolutions takes the result of the other.
     assert list(found.values()) == [("relu", True)] and set(found) <= {"conv2", "downsample.0"}
 
 
@@ -161,9 +160,8 @@ def changed_input(m, x):
 
 
 def residual_that_others_see(m, x):
-    shared = torch.tanh(x)
-    shared += m.conv(x)
-    return torch.relu(shared) + shared
+    kept = torch.tanh(x)
+    return torch.relu(kept.add_(m.conv(x))) + kept
 
 
 @pytest.mark.parametrize(
@@ -175,6 +173,7 @@ def residual_that_others_see(m, x):
         lambda m, x: torch.relu(torch.add(m.conv(x), x, alpha=2)),
         lambda m, x: torch.relu(m.bn(x) + m.bn(m.conv(x) * 2)),
         changed_input,
+        residual_that_others_see,
     ],
 )
 def test_what_must_not_be_fused(x, forward):
@@ -192,8 +191,16 @@ def test_an_input_changed_before_the_sum_forbids_the_sum(x):
     assert epilogues(fused(pruned(Untouchable(forward)), x)) == {}
 
 
-def test_a_residual_changed_in_place_for_others_too(x):
-    fused(pruned(Untouchable(residual_that_others_see)), x)
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.bn(m.conv(m.conv(x))),  # called twice
+        lambda m, x: (lambda y: m.bn(y) + y)(m.conv(x)),  # used twice
+    ],
+)
+def test_layers_that_keep_their_batch_norm(x, forward):
+    result = fused(pruned(Untouchable(lambda m, x: torch.relu(m.other(forward(m, x))))), x)
+    assert isinstance(result.bn, nn.BatchNorm2d) and epilogues(result) == {"other": ("relu", False)}
 
 
 def test_residuals_that_are_broadcast_or_no_tensors(x):
@@ -213,9 +220,35 @@ def test_hooks_are_kept_and_called(x):
     assert seen == [1] and set(epilogues(result)) == {"conv2"}
 
 
+def test_hooks_of_a_block_are_called_and_its_inside_is_left_alone(x):
+    model = pruned(nn.Sequential(Block(torch.add, F.relu), conv(), nn.ReLU()))
+    seen = []
+    model[0].register_forward_hook(lambda *_: seen.append(1))
+    result = fused(model, x)
+    seen.clear()
+    result(x)
+    assert seen == [1] and epilogues(result) == {"1": ("relu", False)}
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(1), nn.MaxPool2d(5, ceil_mode=True), nn.MaxPool2d(2, dilation=3), nn.MaxPool2d(2, 1, 1)]
+)
+def test_pools_before_a_change_in_place(x, pool):
+    def forward(m, x):
+        y = m.conv(x)
+        return m.pool(y).relu_().sum() + y
+
+    model = Untouchable(forward)
+    model.pool = pool
+    assert isinstance(fused(pruned(model), x).pool, MaxPool2d) == (pool.padding == 1)
+
+
 def test_turned_edges_compute_the_same(x):
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.MaxPool2d(2), Block(torch.add, F.relu, True), nn.AdaptiveAvgPool2d(1))
-    assert len(epilogues(fused(pruned(model), x, turn=True))) == 2
+    result = fused(pruned(model), x, turn=True)
+    turned = [node.args[0].target for node in result.graph.nodes if node.target == "contiguous"]
+    # Once for all that the pool feeds; the pool stands after a sparse convolution only because all are forced here.
+    assert turned == ["input", "1"] and len(epilogues(result)) == 2
 
 
 def test_what_cannot_be_traced_is_said_and_its_children_are_fused(x):
@@ -235,6 +268,21 @@ def test_what_cannot_be_traced_is_said_and_its_children_are_fused(x):
     assert set(epilogues(fused(model, x))) == {"conv1", "conv2", "0"}
     flipped = sparsekd.optimize_for_inference(model, {"x": x, "flip": True}, mapping=FORCED)
     assert_near(flipped(x, flip=True), model(x, flip=True))
+
+
+def test_a_child_whose_input_and_result_are_changed_in_place_is_fused(x):
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Untouchable(lambda m, x: m.relu(m.conv(x.mul_(2))))
+
+        def forward(self, x):
+            x = x - 0.5
+            y = self.block(x)
+            y += x
+            return y if y.sum() > 0 else -y
+
+    assert epilogues(fused(pruned(Changing()), x)) == {"conv": ("relu", False)}
 
 
 def test_a_trace_that_took_a_wrong_turn_is_thrown_away(x):

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import fusion as folding
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..measure.timing import compare
 from .convert import Choices, choices, convert, to_dense
@@ -102,9 +103,8 @@ def _traced(module: nn.Module, name: str, run: Callable[[], object], untraced: d
     try:
         if not calls:  # a list of modules, perhaps
             raise RuntimeError("it is not called")
-        graph = fx.GraphModule(module, _Tracer().trace(module), type(module).__name__)
-        # The trace shares its modules with the original, whose weights must stay until the results are compared.
-        piece = copy.deepcopy(graph)
+        # Layers are the original's own, but folded ones are new and put in the piece alone.
+        piece = fx.GraphModule(module, _Tracer().trace(module), type(module).__name__)
         _erase_identities(piece)
         _fold_batch_norms(piece)
         _check_calls(piece, calls)
@@ -121,19 +121,30 @@ def _traced(module: nn.Module, name: str, run: Callable[[], object], untraced: d
 
 
 def _record_calls(module: nn.Module, run: Callable[[], object]) -> list[tuple[tuple, dict, object]]:
-    """Arguments and results of each call of the module."""
-    calls = []
+    """Arguments and results of each call of the module, as they were before anything changed them in place."""
+    given, calls = [], []
 
-    def record(_, args, kwargs, output):
-        calls.append((args, kwargs, output))
+    def before(_, args, kwargs):
+        given.append(_cloned((args, kwargs)))
 
-    handle = module.register_forward_hook(record, with_kwargs=True)
+    def after(_, args, kwargs, output):
+        calls.append((*given.pop(), _cloned(output)))
+
+    handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ]
     try:
         with torch.no_grad():
             run()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return calls
+
+
+def _cloned(value: object) -> object:
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
 
 
 def _check_calls(piece: nn.Module, calls: list[tuple[tuple, dict, object]]) -> None:
@@ -155,7 +166,7 @@ def _check_near(expected: object, got: object) -> None:
 
 
 def _tensors(value: object) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 # What follows changes graphs. A node's module:
@@ -244,11 +255,9 @@ def _fuse_epilogues(graph: fx.GraphModule) -> None:
         after = next(iter(conv.users))
         if _is_addition(after):
             others = [arg for arg in after.args if arg is not conv]
-            # Of two convolutions that are added the later one takes the other's result.
-            later = len(others) == 1 and fusible(others[0]) and order[others[0]] > order[conv]
             # x += conv changes x for others, too.
             changes = _in_place(graph, after) and after.args[0] is not conv and len(after.args[0].users) > 1
-            if len(others) == 1 and isinstance(others[0], fx.Node) and not later and not changes:
+            if len(others) == 1 and isinstance(others[0], fx.Node) and not changes:
                 residual = others[0]
                 chain.append(after)
                 after = next(iter(after.users)) if len(after.users) == 1 else None
