@@ -6,6 +6,7 @@ pruned weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -45,7 +46,100 @@ def _sides(padding: tuple[int, ...] | str, kernel_size: tuple, dilation: tuple) 
     return [(0, 0)] * len(kernel_size) if padding == "valid" else [(p, p) for p in padding]
 
 
-class SparseConv2d(SparseModule):
+class _SparseConv(SparseModule):
+    """What SparseConv1d and SparseConv2d share: torch's attributes, packing and back. Not made directly."""
+
+    _kind: type[nn.Module]  # torch's
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        mask: Tensor | None = None,
+        vector: int | str = 1,
+    ) -> None:
+        dense = self._kind(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        super().__init__()
+        self._take(dense, _keep_all(dense.weight) if mask is None else mask, vector, False)
+
+    def _take(self, conv: nn.Module, mask: Tensor | None, vector: int | str, permute: bool | Tensor) -> None:
+        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.padding, self.padding_mode = conv.padding, conv.padding_mode
+        self.transposed, self.output_padding = False, (0,) * len(conv.kernel_size)
+        self._taps = math.prod(self.kernel_size)
+        self._adopt(conv, mask, vector, permute)
+
+    @classmethod
+    def from_dense(
+        cls, conv: nn.Module, mask: Tensor | None = None, vector: int | str = 1, permute: bool | Tensor = False
+    ):
+        """Packs ``conv``; the original is left as it is.
+
+        Args:
+            conv: the plain module.
+            mask: bool, the weight's shape, True = keep (the kept weights may be 0). None takes the weight's zeros; a
+                vector is then kept when any of its weights is non-zero.
+            vector: V, or "auto": the largest V whose groups of consecutive output channels share their columns. Output
+                channels need not be a multiple of V.
+            permute: True groups equal output channels that are not neighbours; or the permutation to use.
+
+        Raises:
+            TypeError: not torch's module, one with another forward, a complex weight, or a mask that is not bool.
+            ValueError: a mask of another shape, or one that does not fit V; a lazy module that has seen no input.
+        """
+        _check_plain(conv, cls._kind, "forward", "_conv_forward")
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._take(conv, mask, vector, permute)
+        return module
+
+    def to_dense(self) -> nn.Module:
+        """The plain module with the same weights (zeros where pruned), dtype, device and mode."""
+        dense = nn.utils.skip_init(
+            self._kind,
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            **_options(self.values),
+        )
+        return _copy_into(self, dense)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
+        """The input, padded as padding_mode says, and the zeros that are left to the kernel."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        sides = _sides(self.padding, self.kernel_size, self.dilation)
+        ends = [end for pair in reversed(sides) for end in pair]  # F.pad begins at the last dimension
+        return F.pad(input, ends, mode=self.padding_mode), (0,) * len(sides)
+
+    def extra_repr(self) -> str:
+        return f"{self._kind.extra_repr(self)}, {self._pattern_repr()}"
+
+
+class SparseConv2d(_SparseConv):
     """2-d convolution with sparse weights and dense activations.
 
     Constructor, attributes and behaviour are those of :class:`torch.nn.Conv2d`. Usually made by :meth:`from_dense`; a
@@ -59,85 +153,16 @@ class SparseConv2d(SparseModule):
     The output has the memory format that ``nn.Conv2d`` would give. Errors as in :func:`sparsekd.sparse.ops.conv2d`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
-        *,
-        mask: Tensor | None = None,
-        vector: int | str = 1,
-    ) -> None:
-        dense = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
-        )
-        super().__init__()
-        self._take(dense, _keep_all(dense.weight) if mask is None else mask, vector, False)
+    _kind = nn.Conv2d
 
     def _take(self, conv: nn.Conv2d, mask: Tensor | None, vector: int | str, permute: bool | Tensor) -> None:
-        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
-        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
-        self.padding, self.padding_mode = conv.padding, conv.padding_mode
-        self.transposed, self.output_padding = False, (0, 0)
         # nn.Conv2d answers in channels_last when its weight is so stored, even to an input that is not.
         self.channels_last = suggest_memory_format(conv.weight) == torch.channels_last
-        self._taps = self.kernel_size[0] * self.kernel_size[1]
-        self._adopt(conv, mask, vector, permute)
-
-    @classmethod
-    def from_dense(
-        cls, conv: nn.Conv2d, mask: Tensor | None = None, vector: int | str = 1, permute: bool | Tensor = False
-    ) -> SparseConv2d:
-        """Packs ``conv``; the original is left as it is.
-
-        Args:
-            conv: the plain module.
-            mask: bool, the weight's shape, True = keep (the kept weights may be 0). None takes the weight's zeros; a
-                vector is then kept when any of its weights is non-zero.
-            vector: V, or "auto": the largest V whose groups of consecutive output channels share their columns. Output
-                channels need not be a multiple of V.
-            permute: True groups equal output channels that are not neighbours; or the permutation to use.
-
-        Raises:
-            TypeError: not an ``nn.Conv2d``, one with another forward, a complex weight, or a mask that is not bool.
-            ValueError: a mask of another shape, or one that does not fit V; a lazy module that has seen no input.
-        """
-        _check_plain(conv, nn.Conv2d, "forward", "_conv_forward")
-        module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        module._take(conv, mask, vector, permute)
-        return module
+        super()._take(conv, mask, vector, permute)
 
     def to_dense(self) -> nn.Conv2d:
-        """The plain module with the same weights (zeros where pruned), dtype, device and mode."""
-        dense = nn.utils.skip_init(
-            nn.Conv2d,
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            **_options(self.values),
-        )
-        if self.channels_last:
-            dense = dense.to(memory_format=torch.channels_last)
-        return _copy_into(self, dense)
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        dense = super().to_dense()
+        return dense.to(memory_format=torch.channels_last) if self.channels_last else dense
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         super()._apply(fn, recurse)
@@ -155,11 +180,7 @@ class SparseConv2d(SparseModule):
                 f"Expected an input of shape [N, {self.in_channels}, H, W] or [{self.in_channels}, H, W], "
                 f"got {list(input.shape)}"
             )
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            sides = _sides(padding, self.kernel_size, self.dilation)
-            input = F.pad(input, (*sides[1], *sides[0]), mode=self.padding_mode)
-            padding = (0, 0)
+        input, padding = self._padded(input)
         output = ops.conv2d(
             input,
             self.values,
@@ -182,11 +203,8 @@ class SparseConv2d(SparseModule):
             output = batched if output.dim() == 4 else batched.squeeze(0)
         return output
 
-    def extra_repr(self) -> str:
-        return f"{nn.Conv2d.extra_repr(self)}, {self._pattern_repr()}"
 
-
-class SparseConv1d(SparseModule):
+class SparseConv1d(_SparseConv):
     """1-d convolution with sparse weights and dense activations, computed as a 2-d one of height 1.
 
     Constructor, attributes and behaviour are those of :class:`torch.nn.Conv1d`; ``mask`` is bool ``[out_channels,
@@ -194,68 +212,7 @@ class SparseConv1d(SparseModule):
     :class:`SparseConv2d`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int],
-        stride: int | tuple[int] = 1,
-        padding: int | tuple[int] | str = 0,
-        dilation: int | tuple[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
-        *,
-        mask: Tensor | None = None,
-        vector: int | str = 1,
-    ) -> None:
-        dense = nn.Conv1d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
-        )
-        super().__init__()
-        self._take(dense, _keep_all(dense.weight) if mask is None else mask, vector, False)
-
-    def _take(self, conv: nn.Conv1d, mask: Tensor | None, vector: int | str, permute: bool | Tensor) -> None:
-        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
-        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
-        self.padding, self.padding_mode = conv.padding, conv.padding_mode
-        self.transposed, self.output_padding = False, (0,)
-        self._taps = self.kernel_size[0]
-        self._adopt(conv, mask, vector, permute)
-
-    @classmethod
-    def from_dense(
-        cls, conv: nn.Conv1d, mask: Tensor | None = None, vector: int | str = 1, permute: bool | Tensor = False
-    ) -> SparseConv1d:
-        """Packs ``conv``; arguments and errors as in :meth:`SparseConv2d.from_dense`."""
-        _check_plain(conv, nn.Conv1d, "forward", "_conv_forward")
-        module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        module._take(conv, mask, vector, permute)
-        return module
-
-    def to_dense(self) -> nn.Conv1d:
-        """The plain module with the same weights (zeros where pruned), dtype, device and mode."""
-        dense = nn.utils.skip_init(
-            nn.Conv1d,
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            **_options(self.values),
-        )
-        return _copy_into(self, dense)
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+    _kind = nn.Conv1d
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input(input)
@@ -264,11 +221,7 @@ class SparseConv1d(SparseModule):
                 f"Expected an input of shape [N, {self.in_channels}, L] or [{self.in_channels}, L], "
                 f"got {list(input.shape)}"
             )
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            (sides,) = _sides(padding, self.kernel_size, self.dilation)
-            input = F.pad(input, sides, mode=self.padding_mode)
-            padding = (0,)
+        input, padding = self._padded(input)
         return ops.conv2d(
             input.unsqueeze(-2),
             self.values,
@@ -284,9 +237,6 @@ class SparseConv1d(SparseModule):
             row_indices=self.row_indices,
             transpose=self._plan(),
         ).squeeze(-2)
-
-    def extra_repr(self) -> str:
-        return f"{nn.Conv1d.extra_repr(self)}, {self._pattern_repr()}"
 
 
 class SparseLinear(SparseModule):
