@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsekd.pruning import LinearSL, Pruner
-from sparsekd.pruning.importance import find_importance, mean_square_inputs
+from sparsekd.pruning.gatherers import mean_square_inputs
+from sparsekd.pruning.importance import find_importance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

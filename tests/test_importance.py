@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sparsekd.pruning import IMPORTANCES, CubicSL, Pruner
-from sparsekd.pruning.importance import GradientGatherer, find_importance, score
+from sparsekd.pruning.gatherers import GradientGatherer
+from sparsekd.pruning.importance import find_importance, score
 
 
 def line(*weights):

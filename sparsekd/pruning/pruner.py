@@ -19,14 +19,8 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .budget import Budget, Caps, check_scores, check_sparsity
-from .importance import (
-    GradientGatherer,
-    Importance,
-    InputGatherer,
-    find_importance,
-    score,
-    statistic_of,
-)
+from .gatherers import GradientGatherer, InputGatherer
+from .importance import Importance, find_importance, score, statistic_of
 from .layers import Ignored, check_count, check_keys, check_like, find_prunable, module_at, unwrap
 from .optimizers import begin_anew, entries_of, parameters_of
 from .patterns import Layout, Units, find_pattern, lowest

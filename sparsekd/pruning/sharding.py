@@ -6,7 +6,12 @@ Masks are made from whole scores, which are the same on every rank, and held on 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_sharded(tensor: Tensor) -> bool:
