@@ -6,7 +6,7 @@ instead, ``[numel of all]``, kept under the first parameter, its pairs in lists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from torch.optim import LBFGS, Optimizer
 from .sharding import local
 
 
-def parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
+def moved_by(optimizers: Iterable[Optimizer], weights: Mapping[str, nn.Parameter]) -> set[str]:
+    """Names of the weights that these optimizers hold."""
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    theirs = {id(parameter) for group in groups for parameter in group["params"]}
+    return {name for name, weight in weights.items() if id(weight) in theirs}
 
 
 def entries_of(optimizer: Optimizer, weight: nn.Parameter) -> Iterator[Tensor]:

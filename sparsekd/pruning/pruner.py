@@ -1,34 +1,30 @@
 """The Pruner gathers importance while a model trains, makes the masks, and holds them through every optimiser step.
 
-The model keeps its own ``weight`` Parameters; nothing is added to its modules or its state_dict, the masks live here.
-After every step of the optimiser pruned weights are exactly 0, and so is the optimiser's state at them: a momentum
-left there would move the weight again, weight decay would have something to decay.
+The model keeps its own ``weight`` Parameters; nothing is added to its modules or its state_dict, the masks live in a
+MaskKeeper.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim import Optimizer
 
 from .budget import Budget, Caps, check_scores, check_sparsity
 from .gatherers import GradientGatherer, InputGatherer
 from .importance import Importance, find_importance, score, statistic_of
 from .layers import Ignored, check_count, check_keys, check_like, find_prunable, module_at, unwrap
-from .optimizers import begin_anew, entries_of, parameters_of
+from .mask_keeper import MaskKeeper
+from .optimizers import moved_by
 from .patterns import Layout, Units, find_pattern, lowest
 from .permutation import Permutation, choose_permutation
 from .schedule import IterativeSL, RigL, SparsitySchedule
 from .sharding import local, new_whole, part_like, whole
-
-_PRUNERS: weakref.WeakSet[Pruner] = weakref.WeakSet()  # those in use, which look after optimizers they were not given
 
 
 class Pruner:
@@ -100,9 +96,9 @@ class Pruner:
         self._weights = {name: module.weight for name, module in self._owners.items()}
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise TypeError(f"Expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if optimizer is not None and not self._moved_by([optimizer]):
+        if optimizer is not None and not moved_by([optimizer], self._weights):
             raise ValueError("Expected an optimizer of the prunable weights, got one that holds none of them")
-        self._schedule, self._optimizer, self._importance_steps = schedule, optimizer, importance_steps
+        self._schedule, self._importance_steps = schedule, importance_steps
         self._layouts = {name: Layout.of(module) for name, module in self._owners.items()}
         self._budget = self._make_budget(budget, sparsity, min_sparsity, max_sparsity)
         label = importance if isinstance(importance, str) else getattr(importance, "__qualname__", None)
@@ -117,9 +113,6 @@ class Pruner:
             "schedule": repr(schedule),
             "importance_steps": importance_steps,
         }
-        self._masks = {name: new_whole(w, torch.bool).fill_(True) for name, w in self._weights.items()}
-        self._pruned: dict[str, Tensor] = {}  # the inverse masks of layers that have lost weights
-        self._parts: dict[str, Tensor] = {}  # of those, what this rank holds of a sharded weight; else the same tensors
         self._permutations: dict[str, Permutation] = {}
         self._regrown = 0
         self._snapshot: dict[str, Tensor] | None = None  # the model's state that IterativeSL rewinds to
@@ -134,22 +127,14 @@ class Pruner:
             self._gatherer = GradientGatherer(self._weights, statistic, scaler)
         if self._gatherer is not None:
             self._gatherer.attach()
-        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those that move prunable weights
-        self._hooks: list = []
         if isinstance(schedule, IterativeSL) and schedule.rewind_step == 0:
             self._keep_snapshot()
-        _watch_all_optimizers()
-        _PRUNERS.add(self)
-        if optimizer is not None:
-            self._meet(optimizer)
-            # Strong: the masks hold as long as the optimizer steps, whoever forgets the Pruner. An optimizer's own copy
-            # and pickle leave hooks out.
-            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._hold([optimizer])))
+        self._keeper = MaskKeeper(self._weights, optimizer)
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Parameter name to its bool mask, True = keep: all True before pruning, empty after :meth:`squash_mask`."""
-        return dict(self._masks)
+        return dict(self._keeper.masks)
 
     @property
     def permutations(self) -> dict[str, Permutation]:
@@ -179,7 +164,7 @@ class Pruner:
         if self._squashed:
             pruned = sum(int((whole(weight.detach()) == 0).sum()) for weight in self._weights.values())
         else:
-            pruned = sum(int(mask.sum()) for mask in self._pruned.values())
+            pruned = sum(int(mask.sum()) for mask in self._keeper.pruned.values())
         return pruned / sum(p.numel() for p in (self._model.parameters() if total else self._weights.values()))
 
     def step(self) -> None:
@@ -218,10 +203,9 @@ class Pruner:
         if isinstance(self._schedule, IterativeSL):
             self._rewind(changed)
         if changed:
-            for optimizer in self._optimizers:
-                begin_anew(optimizer)
-        if changed or not self._pruned.keys() <= self._moved_by(self._optimizers):
-            self._hold(self._optimizers)
+            self._keeper.begin_anew()
+        if changed or not self._keeper.all_moved():
+            self._keeper.hold()
 
     def _only_overflows(self) -> bool:
         return self._gatherer is not None and self._gatherer.only_overflows()
@@ -229,14 +213,14 @@ class Pruner:
     def _prune(self, at: Callable[[float], float]) -> bool:
         """Makes all masks, then takes them; False when no further weight has to go."""
         total = self._budget.total(at)
-        changed = total > sum(int(pruned.sum()) for pruned in self._pruned.values())
+        changed = total > sum(int(pruned.sum()) for pruned in self._keeper.pruned.values())
         if self._pattern.sparsity is not None:
             # As many may be gone already, though not in the right places: the shape is complete only at the end.
             changed = total > 0
         if changed:
             gradients = None if self._gatherer is None else self._gatherer.means()
             scores = score(self._importance, self._weights, gradients)
-            for name, pruned in self._pruned.items():
+            for name, pruned in self._keeper.pruned.items():
                 # What is pruned stays pruned; the masks may not have followed a model that has moved.
                 scores[name] = scores[name].masked_fill(pruned.to(scores[name].device), -math.inf)
             check_scores(scores)
@@ -246,17 +230,17 @@ class Pruner:
             for name, gone in self._budget.choose(units, at).items():
                 masks[name] = new_whole(self._weights[name], torch.bool)  # in the weight's memory format
                 masks[name].copy_(units[name].mask(gone, scores[name].shape))
-                if name in self._pruned:
+                if name in self._keeper.pruned:
                     # A schedule may ask for less in one layer while it asks for more in all.
-                    masks[name] &= self._masks[name].to(masks[name].device)
-            emptied = [name for name in masks if self._masks[name].any() and not masks[name].any()]
+                    masks[name] &= self._keeper.masks[name].to(masks[name].device)
+            emptied = [name for name in masks if self._keeper.masks[name].any() and not masks[name].any()]
             if emptied:
                 warnings.warn(
                     f"Expected each layer to keep some weights, got none left in {', '.join(emptied)}: lower the "
                     'sparsity, name these in ignored_layers, or take budget="uniform"',
                     stacklevel=3,
                 )
-            self._take(masks)
+            self._keeper.take(masks)
         if self._gatherer is not None:
             self._gatherer.forget()
         return changed
@@ -290,8 +274,8 @@ class Pruner:
         gradients = score(lambda name, weight, gradient: gradient, self._weights, self._gatherer.means())
         masks, regrown = {}, 0
         for name, weight in self._weights.items():
-            masks[name] = self._masks[name].to(gradients[name].device)
-            if name not in self._pruned:
+            masks[name] = self._keeper.masks[name].to(gradients[name].device)
+            if name not in self._keeper.pruned:
                 continue
             mask, size = masks[name], whole(weight.detach()).abs().float()
             small, steep = self._units(name, size), self._units(name, gradients[name])
@@ -303,7 +287,7 @@ class Pruner:
             masks[name].copy_(small.mask(~((kept & ~dropped) | grown), weight.shape))
             regrown += int((masks[name] & ~mask).sum())
         self._gatherer.forget()
-        self._take(masks)
+        self._keeper.take(masks)
         self._regrown += regrown
         return True
 
@@ -319,55 +303,12 @@ class Pruner:
             state = self._model.state_dict()
             for name, value in self._snapshot.items():
                 state[name].copy_(value)
-            for optimizer in self._optimizers:
-                for parameter in self._model.parameters():
-                    optimizer.state.pop(parameter, None)
-            self._hold(self._optimizers)
+            self._keeper.drop_state(self._model.parameters())
+            self._keeper.hold()
         if self._steps == self._schedule.rewind_step:
             self._keep_snapshot()
         if self._finished:
             self._snapshot = None
-
-    def _moved_by(self, optimizers: Iterable[Optimizer]) -> set[str]:
-        """Names of the prunable weights that these optimizers hold."""
-        theirs = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
-        return {name for name, weight in self._weights.items() if id(weight) in theirs}
-
-    def _meet(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer moves prunable weights; from now on it is one of those that do."""
-        if optimizer in self._optimizers:
-            return True
-        moved = self._moved_by([optimizer])
-        if moved:
-            self._optimizers.add(optimizer)
-        if isinstance(optimizer, LBFGS):
-            # It evaluates the loss many times in a step. Without gradients at pruned weights all of that happens where
-            # they are 0; else it would find a minimum elsewhere, that the mask then spoils.
-            for name in moved:
-                if self._weights[name].requires_grad:
-                    hook = _mask_gradient(weakref.ref(self), name)
-                    self._hooks.append(self._weights[name].register_post_accumulate_grad_hook(hook))
-        return bool(moved)
-
-    def _take(self, masks: dict[str, Tensor]) -> None:
-        self._masks = masks
-        self._pruned = {name: ~mask for name, mask in masks.items() if not mask.all()}
-        self._parts = {name: part_like(pruned, self._weights[name]) for name, pruned in self._pruned.items()}
-
-    @torch.no_grad()
-    def _hold(self, optimizers: Iterable[Optimizer]) -> None:
-        """Zero at each pruned weight, and in the state that the optimizers keep for it."""
-        for name, pruned in self._parts.items():
-            weight = local(self._weights[name])
-            if pruned.device != weight.device:  # the model has moved
-                pruned = self._parts[name] = pruned.to(weight.device)
-                self._pruned[name] = self._pruned[name].to(weight.device)
-                self._masks[name] = self._masks[name].to(weight.device)
-            # Filled, not multiplied: NaN times 0 is NaN, and a negative number times 0 is -0.
-            weight.masked_fill_(pruned, 0)
-            for optimizer in optimizers:
-                for value in entries_of(optimizer, self._weights[name]):
-                    value.masked_fill_(pruned.to(value.device), 0)
 
     @torch.no_grad()
     def apply_masks(self, model: nn.Module | None = None) -> None:
@@ -381,15 +322,15 @@ class Pruner:
         self._check_in_use("apply_masks")
         if model is None:
             self._check_weights()
-            return self._hold(self._optimizers)
+            return self._keeper.hold()
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
         weights = dict(unwrap(model).named_parameters(remove_duplicate=False))
-        for name, mask in self._masks.items():
+        for name, mask in self._keeper.masks.items():
             got = tuple(weights[name].shape) if name in weights else "none"
             if got != tuple(mask.shape):
                 raise ValueError(f"Expected a model with a parameter {name} of shape {tuple(mask.shape)}, got {got}")
-        for name, pruned in self._pruned.items():
+        for name, pruned in self._keeper.pruned.items():
             weight = weights[name]
             local(weight).masked_fill_(part_like(pruned.to(local(weight).device), weight), 0)
 
@@ -402,13 +343,11 @@ class Pruner:
         if self._squashed:
             return
         self._check_weights()
-        self._hold(self._optimizers)
+        self._keeper.hold()
         if self._gatherer is not None:
             self._gatherer.detach()
-        for hook in self._hooks:
-            hook.remove()
-        _PRUNERS.discard(self)
-        self._masks, self._pruned, self._parts, self._squashed = {}, {}, {}, True
+        self._keeper.release()
+        self._squashed = True
 
     def state_dict(self) -> dict:
         """All that a bit-exact continuation needs, beside the state_dict of the model and of the optimiser.
@@ -419,7 +358,7 @@ class Pruner:
         self._check_in_use("state_dict")
         return {
             "settings": dict(self._settings),
-            "masks": {name: mask.clone() for name, mask in self._masks.items()},
+            "masks": {name: mask.clone() for name, mask in self._keeper.masks.items()},
             "steps": self._steps,
             "finished": self._finished,
             "gathered": None if self._gatherer is None else self._gatherer.state_dict(),
@@ -437,6 +376,24 @@ class Pruner:
         """
         self._check_in_use("load_state_dict")
         self._check_weights()
+        permutations = self._check_state(state)
+        if self._gatherer is not None:
+            self._gatherer.load_state_dict(state["gathered"])
+            if state["finished"]:
+                self._gatherer.detach()
+            else:
+                self._gatherer.attach()
+        self._keeper.take(
+            {name: torch.empty_like(m).copy_(state["masks"][name]) for name, m in self._keeper.masks.items()}
+        )
+        self._steps, self._finished, self._regrown = state["steps"], state["finished"], state["regrown"]
+        self._permutations = permutations
+        snapshot = state["snapshot"]
+        self._snapshot = None if snapshot is None else {name: value.clone() for name, value in snapshot.items()}
+        self._keeper.hold()
+
+    def _check_state(self, state: Mapping) -> dict[str, Permutation]:
+        """Raises unless the state is of a Pruner with the same settings; its permutations."""
         if not isinstance(state, Mapping):
             raise TypeError(f"Expected state to be a dict of Pruner.state_dict(), got {type(state).__name__}")
         parts = ("settings", "masks", "steps", "finished", "gathered", "permutations", "regrown", "snapshot")
@@ -450,10 +407,20 @@ class Pruner:
             check_like(f"the mask of {name}", state["masks"][name], weight, (torch.bool,))
         check_count("steps", state["steps"])
         check_count("regrown", state["regrown"])
+        check_keys("permutations", state["permutations"], self._weights if state["permutations"] else ())
+        permutations = {}
         for name, made in state["permutations"].items():
-            expected = torch.arange(len(made["order"]), device=made["order"].device)
-            if name not in self._weights or not torch.equal(made["order"].sort().values, expected):
-                raise ValueError(f"Expected permutations of output channels of prunable layers, got another for {name}")
+            check_keys(f"the permutation of {name}", made, [field.name for field in fields(Permutation)])
+            order = made["order"]
+            channels = self._layouts[name].rows(torch.empty(self._weights[name].shape, device="meta")).shape[0]
+            if not isinstance(order, Tensor) or not torch.equal(order.cpu().sort().values, torch.arange(channels)):
+                raise ValueError(f"Expected an order of the {channels} output channels of {name}, got another")
+            permutations[name] = Permutation(**made)
+        if state["snapshot"] is not None:
+            own = self._model.state_dict()
+            check_keys("the snapshot", state["snapshot"], own)
+            for name, value in own.items():
+                check_like(f"the snapshot of {name}", state["snapshot"][name], value, (value.dtype,))
         if not isinstance(state["finished"], bool):
             raise ValueError(f"Expected finished to be a bool, got {state['finished']!r}")
         last = self._importance_steps if self._schedule is None else self._schedule.end
@@ -461,17 +428,7 @@ class Pruner:
             raise ValueError(f"Expected finished from step {last} on, got {state['finished']} at step {state['steps']}")
         if self._gatherer is not None:
             self._gatherer.check_state(state["gathered"])
-            self._gatherer.load_state_dict(state["gathered"])
-            if state["finished"]:
-                self._gatherer.detach()
-            else:
-                self._gatherer.attach()
-        self._take({name: torch.empty_like(m).copy_(state["masks"][name]) for name, m in self._masks.items()})
-        self._steps, self._finished, self._regrown = state["steps"], state["finished"], state["regrown"]
-        self._permutations = {name: Permutation(**made) for name, made in state["permutations"].items()}
-        snapshot = state["snapshot"]
-        self._snapshot = None if snapshot is None else {name: value.clone() for name, value in snapshot.items()}
-        self._hold(self._optimizers)
+        return permutations
 
     def _check_in_use(self, method: str) -> None:
         if self._squashed:
@@ -505,25 +462,3 @@ def _plain(caps: object) -> object:
     if isinstance(caps, Mapping):
         return {glob: float(value) for glob, value in caps.items()}
     return caps if caps is None or isinstance(caps, str) else float(caps)
-
-
-@functools.cache  # once; a hook per Pruner, that goes with it, could go while an optimizer iterates over them
-def _watch_all_optimizers() -> None:
-    def hold(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        for pruner in list(_PRUNERS):
-            # The Pruner's own optimizer has a hook for it, which needs nobody else to keep the Pruner.
-            if optimizer is not pruner._optimizer and pruner._meet(optimizer):
-                pruner._hold([optimizer])
-
-    register_optimizer_step_post_hook(hold)
-
-
-def _mask_gradient(pruner: weakref.ref, name: str) -> Callable[[Tensor], None]:
-    @torch.no_grad()
-    def mask(parameter: Tensor) -> None:
-        owner = pruner()
-        if owner is not None and name in owner._pruned and parameter.grad is not None:
-            gradient = local(parameter.grad)
-            gradient.masked_fill_(owner._parts[name].to(gradient.device), 0)
-
-    return mask
