@@ -26,7 +26,7 @@ test-all: $(BUILT) ## every test
 
 # In a copy, so that the build in use stays as it is. The sanitizers' runtimes have to be in the process before all else;
 # leaks are not looked for, as Python itself leaks by design.
-SANITIZED := $(addprefix ../../tests/test_,$(addsuffix .py,conv2d conv2d_fused linear kd_loss))
+SANITIZED := $(addprefix ../../,$(wildcard tests/test_conv2d*.py tests/test_linear*.py tests/test_kd_loss*.py))
 sanitize: $(BUILT) ## the tests of the operators under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r sparsekd build/sanitize/
 	rm -f build/sanitize/sparsekd/_C*
