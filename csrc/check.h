@@ -35,4 +35,13 @@ inline void check_floating(const at::Tensor& t, const char* name) {
                    name, " of dtype Float, Double, Half or BFloat16, got ", type);
 }
 
+// The packed weight's values: [n_vectors, V], one row for each column index.
+inline void check_values(const at::Tensor& values, const at::Tensor& like, const char* like_name,
+                         const at::Tensor& col_indices) {
+  check_dim(values, "values", 2);
+  check_same(values, "values", like, like_name);
+  check_dim(col_indices, "col_indices", 1);
+  check_size(values, "values", 0, col_indices.size(0), "the number of col_indices");
+}
+
 }  // namespace sparsekd

@@ -22,13 +22,6 @@ at::Tensor empty(at::IntArrayRef size, const at::Tensor& like, bool last) {
   return at::empty(size, like.options().memory_format(last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous));
 }
 
-void check_values(const at::Tensor& values, const at::Tensor& like, const char* like_name,
-                  const at::Tensor& col_indices) {
-  check_dim(values, "values", 2);
-  check_same(values, "values", like, like_name);
-  check_size(values, "values", 0, col_indices.size(0), "the number of col_indices");
-}
-
 // The channels' scale or shift, if any, in the dtype of the sums.
 at::Tensor checked_channels(const OptionalTensor& tensor, const char* name, const at::Tensor& input, int64_t channels) {
   if (!tensor) return {};
@@ -50,7 +43,6 @@ at::Tensor run_conv2d(const at::Tensor& input, const at::Tensor& values, const a
   check_floating(input, "input");
   const Conv2dShape shape = checked_shape(input.sizes(), out_channels, geometry.kernel_size, geometry.stride,
                                           geometry.padding, geometry.dilation, geometry.groups);
-  check_dim(col_indices, "col_indices", 1);
   check_values(values, input, "input", col_indices);
   Finish finish{checked_channels(scale, "scale", input, out_channels),
                 checked_channels(shift, shift_name, input, out_channels), {}, activation};
@@ -99,7 +91,6 @@ at::Tensor conv2d_input_grad_cpu(const at::Tensor& grad_output, const at::Tensor
                         at::IntArrayRef({shape.batch, out_channels, shape.output[0], shape.output[1]}),
                     "Expected grad_output of shape [", shape.batch, ", ", out_channels, ", ", shape.output[0], ", ",
                     shape.output[1], "], got ", grad_output.sizes());
-  check_dim(col_indices, "col_indices", 1);
   check_values(values, grad_output, "grad_output", col_indices);
   const at::Tensor plan = transpose ? *transpose
                                     : transpose_pattern(crow_indices, col_indices, row_indices, values.size(1),

@@ -27,14 +27,6 @@ void check_index_range(int64_t features) {
   TORCH_CHECK_VALUE(features <= std::numeric_limits<int32_t>::max(), "Expected fewer than 2^31 features, got ", features);
 }
 
-void check_values(const at::Tensor& values, const at::Tensor& like, const char* like_name,
-                  const at::Tensor& col_indices) {
-  check_dim(values, "values", 2);
-  check_same(values, "values", like, like_name);
-  check_dim(col_indices, "col_indices", 1);
-  check_size(values, "values", 0, col_indices.size(0), "the number of col_indices");
-}
-
 // What the product with single rows needs of a packed matrix: the weight in the forward, its transposed pattern in the
 // input gradient.
 template <class T>

@@ -34,8 +34,8 @@ class Scratch {
     return data;
   }
   void give(void* data, size_t bytes) {
-    while (!free.empty() && kept + bytes > kKept) drop();
     if (bytes > kKept) return ::operator delete(data, kAlignment);
+    while (!free.empty() && kept + bytes > kKept) drop();
     free.push_back({data, bytes});
     kept += bytes;
   }

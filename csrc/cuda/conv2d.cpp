@@ -229,12 +229,6 @@ int64_t checked_row_groups(const at::Tensor& crow, const at::Tensor& col, const 
   return row_groups;
 }
 
-void check_values(const at::Tensor& values, const at::Tensor& like, const char* like_name, const at::Tensor& col) {
-  check_dim(values, "values", 2);
-  check_same(values, "values", like, like_name);
-  check_size(values, "values", 0, col.size(0), "the number of col_indices");
-}
-
 at::Tensor checked_channels(const OptionalTensor& t, const char* name, const at::Tensor& input, int64_t channels) {
   if (!t) return {};
   check_dim(*t, name, 1);
@@ -263,7 +257,6 @@ at::Tensor run_conv2d(const at::Tensor& input, const at::Tensor& values, const a
   check_device(input, "input");
   check_type(input, "input");
   const Conv2dShape shape = checked_shape(input.sizes(), out_channels, kernel_size, stride, padding, dilation, groups);
-  check_dim(col, "col_indices", 1);
   check_values(values, input, "input", col);
   const int64_t vector = values.size(1);
   const int64_t row_groups = checked_row_groups(crow, col, rows, input, out_channels, groups, vector);
