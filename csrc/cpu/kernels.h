@@ -48,10 +48,15 @@ struct SpmmTile {
   const T* init;         // [groups * vector], the bias by row, or null for zero
   const T* partial;      // of the first row of this call; lines * width vectors per row, side by side
   int64_t partial_pitch;
-  T* output;             // as partial, and may be the same; but lines of positions may lie apart
+  T* output;             // as partial, and may be the same
   int64_t output_pitch;
-  int64_t output_line;   // elements from one line to the next
-  bool fetch;            // whether the output is so far from the cache that it is fetched ahead
+  // Where the vectors of a row go if these are finished results: elements from the row's output on, rising. What a vector
+  // reaches beyond its own pixels is overwritten by those that follow. Null: side by side.
+  const int32_t* places;  // [lines * width]
+  int tail;               // elements of the last one that may be stored, or 0 for all
+  const T* residual;      // added to finished results; lies as the output does; or null
+  bool clamped;           // whether finished results are held between `low` and `high`
+  T low, high;
 };
 
 template <class T>
@@ -73,9 +78,10 @@ struct SddmmTile {
   T* grad_values;        // [n_vectors, vector], added to
 };
 
-// out = act(scale * out + shift + residual); see epilogue.inc.
+// out = act(scale * from + shift + residual); see epilogue.inc.
 template <class T>
 struct EpilogueLine {
+  const T* from;      // may be `out`
   T* out;
   const T* residual;  // as out, or null
   int64_t count;

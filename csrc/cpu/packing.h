@@ -96,19 +96,23 @@ struct Epilogue {
   const T* residual = nullptr;  // where and as the result
   Activation activation = Activation::none;
   bool any() const { return scale || shift || residual || activation != Activation::none; }
+  // Whether it is an addition and bounds at most, which the spmm kernel does where it stores.
+  bool clamps() const {
+    return !scale && !shift && activation != Activation::silu && activation != Activation::hardswish;
+  }
 
   // `count` pixels of one channel, side by side.
-  void of_channel(const Batch<T>& result, T* out, int64_t channel, int64_t count) const {
-    run(result, out, channel, count, false);
+  void of_channel(const Batch<T>& result, const T* from, T* out, int64_t channel, int64_t count) const {
+    run(result, from, out, channel, count, false);
   }
   // `count` channels of one pixel, side by side.
   void of_pixel(const Batch<T>& result, T* out, int64_t channel, int64_t count) const {
-    run(result, out, channel, count, true);
+    run(result, out, out, channel, count, true);
   }
 
  private:
-  void run(const Batch<T>& result, T* out, int64_t channel, int64_t count, bool by_element) const {
-    type_kernels<T>().epilogue({out, residual ? residual + (out - result.data) : nullptr, count,
+  void run(const Batch<T>& result, const T* from, T* out, int64_t channel, int64_t count, bool by_element) const {
+    type_kernels<T>().epilogue({from, out, residual ? residual + (out - result.data) : nullptr, count,
                                 scale ? scale + channel : nullptr, shift ? shift + channel : nullptr, by_element,
                                 activation});
   }

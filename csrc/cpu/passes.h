@@ -3,8 +3,7 @@
 #include <vector>
 
 #include "direct.h"
-#include "packing.h"
-#include "spmm.h"
+#include "run_store.h"
 
 namespace sparsekd::cpu {
 
@@ -84,55 +83,9 @@ SpmmTile<T> tile_of(const Grid& grid, const std::vector<int32_t>& table, int64_t
   SpmmTile<T> tile{};
   tile.lines = static_cast<int>(grid.count(0, ty));
   tile.width = static_cast<int>(grid.count(1, tx));
-  tile.output_line = tile.width * grid.lanes;
   tile.table = table.data();
   tile.init = init;
   return tile;
-}
-
-// Stores pixels of some rows: `count` from `pixel` on of an image without gaps.
-template <class T>
-void store_pixels(const Rows<T>& rows, const T* from, int64_t pitch, const int64_t* row_of, int64_t made,
-                  const Batch<T>& result, int64_t n, int64_t pixel, int64_t count) {
-  T* image = result.image(n);
-  if (result.last && rows.in_order) {
-    while (made > 0 && row_of[made - 1] < 0) --made;  // padding ends a convolution group
-    T* out = image + pixel * result.channels + row_of[0];
-    return type_kernels<T>().transpose(from, made, count, pitch, out, result.channels);
-  }
-  const int64_t plane = result.size[0] * result.size[1];
-  for (int64_t r = 0; r < made; ++r, from += pitch) {
-    if (row_of[r] < 0) continue;
-    if (!result.last) {
-      copy_line(from, count, image + row_of[r] * plane + pixel);
-    } else {
-      for (int64_t i = 0; i < count; ++i) image[(pixel + i) * result.channels + row_of[r]] = from[i];
-    }
-  }
-}
-
-// The epilogue of the same, where they are stored.
-template <class T>
-void finish_rows(const Rows<T>& rows, const int64_t* row_of, int64_t made, const Epilogue<T>& epilogue,
-                 const Batch<T>& result, int64_t n, int64_t pixel, int64_t count) {
-  if (result.last && rows.in_order) {
-    while (made > 0 && row_of[made - 1] < 0) --made;
-    if (made == 0) return;
-    T* out = result.image(n) + pixel * result.channels + row_of[0];
-    for (int64_t i = 0; i < count; ++i) epilogue.of_pixel(result, out + i * result.channels, row_of[0], made);
-    return;
-  }
-  const int64_t plane = result.size[0] * result.size[1];
-  for (int64_t r = 0; r < made; ++r) {
-    const int64_t row = row_of[r];
-    if (row < 0) continue;
-    if (!result.last) {
-      epilogue.of_channel(result, result.image(n) + row * plane + pixel, row, count);
-    } else {
-      T* out = result.image(n) + pixel * result.channels + row;
-      for (int64_t i = 0; i < count; ++i) epilogue.of_pixel(result, out + i * result.channels, row, 1);
-    }
-  }
 }
 
 // All passes over strips of the source. `planes_for(positions, passes)` gives the planes of so many pixels, and the passes
@@ -205,68 +158,46 @@ void over_runs(const Grid& grid, int64_t bands, const Batch<const T>& source, co
         pack_planes(source, planes, layout, unit / bands, band_begin(unit % bands), from, to, pitch, packed);
       },
       [&](const Pass<T>& pass, int64_t unit, const T* packed, int64_t from, int64_t to) {
-        struct Segment {
-          int64_t source, target, count;
-        };
         const Rows<T>& rows = pass.rows;
         const int64_t n = unit / bands, above = band_begin(unit % bands), below = band_begin(unit % bands + 1);
         Target target = pass.target;  // its lines in this band
         target.size[0] = std::min(target.size[0], below) - above;
         target.origin[0] += above * target.step[0];
         if (target.size[0] <= 0) return;
-        const int64_t plane = result.size[0] * result.size[1], step = target.step[1];
         const int64_t positions = (target.size[0] - 1) * line + target.size[1];
-        std::vector<Segment> segments;
+        const int64_t limit = target.origin[0] * result.size[1] + target.size[0] * result.size[1];
+        const bool spills = target.step[0] == 1 && target.size[1] == result.size[1];
+        RunStore<T> store(rows, result, epilogue, target.step[1]);
         std::vector<int32_t> cursor;
         Buffer<T> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * widest);
         for_chunks(rows, widest, from, to, [&](int64_t group, int64_t begin, int64_t end) {
           const T* input = packed + group * rows.channels_per_group * pitch;
-          const int64_t* row_of = rows.row_of + begin * rows.vector;
-          const int64_t made = (end - begin) * rows.vector;
-          for (int64_t ty = 0; ty < grid.tiles[0]; ++ty) {
-            for (int64_t tx = 0; tx < grid.tiles[1]; ++tx) {
-              SpmmTile<T> tile = tile_of(grid, pass.table, ty, tx, init);
-              const int64_t y = grid.begin(0, ty), x = grid.begin(1, tx) * grid.lanes, first = y * line + x;
-              const int64_t run = tile.width * grid.lanes;
-              // The pixels of this tile that exist, line by line; the same for every row.
-              segments.clear();
-              for (int h = 0; h < tile.lines; ++h) {
-                const int64_t from_here = first + h * line, last = std::min(from_here + run, positions);
-                for (int64_t y = from_here / line; y * line < last; ++y) {
-                  const int64_t start = std::max(from_here, y * line), stop = std::min(last, y * line + target.size[1]);
-                  if (start >= stop) continue;
-                  segments.push_back({h * run + start - from_here,
-                                      (target.origin[0] + y * target.step[0]) * result.size[1] + target.origin[1] +
-                                          (start - y * line) * step,
-                                      stop - start});
-                }
-              }
-              if (segments.empty()) continue;
-              tile.input = input + first;
-              tile.line = line;
-              // Straight to the result, if lines and rows lie there as they are here.
-              const bool direct = step == 1 && rows.in_order && row_of[made - 1] >= 0 &&
-                                  static_cast<int>(segments.size()) == tile.lines &&
-                                  std::all_of(segments.begin(), segments.end(), [&](const Segment& s) { return s.count == run; });
-              tile.output = direct ? result.image(n) + row_of[0] * plane + segments[0].target : scratch.get();
-              tile.output_pitch = direct ? plane : tile.lines * run;
-              if (direct) tile.output_line = target.step[0] * result.size[1];
-              multiply_tile(rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
-              for (int64_t position = 0; position < made && (!direct || epilogue.any()); ++position) {
-                const int64_t row = row_of[position];
-                if (row < 0) continue;
-                const T* from_here = scratch.get() + position * tile.output_pitch;
-                T* out = result.image(n) + row * plane;
-                for (const Segment& s : segments) {
-                  if (step == 1) {
-                    if (!direct) copy_line(from_here + s.source, s.count, out + s.target);
-                    if (epilogue.any()) epilogue.of_channel(result, out + s.target, row, s.count);
-                  } else {
-                    for (int64_t x = 0; x < s.count; ++x) out[s.target + x * step] = from_here[s.source + x];
-                  }
-                }
+          for (int64_t tile_index = 0; tile_index < grid.tiles[0] * grid.tiles[1]; ++tile_index) {
+            // A vector at the end of a line spills into the next one, which then has to be stored later.
+            const int64_t ty = tile_index / grid.tiles[1], across = tile_index % grid.tiles[1];
+            const int64_t tx = grid.strip[0] > 1 ? grid.tiles[1] - 1 - across : across;
+            SpmmTile<T> tile = tile_of(grid, pass.table, ty, tx, init);
+            const int64_t first = grid.begin(0, ty) * line + grid.begin(1, tx) * grid.lanes;
+            const int64_t run = tile.width * grid.lanes;
+            // The pixels of this tile that exist, line by line; the same for every row.
+            store.clear();
+            for (int h = 0; h < tile.lines; ++h) {
+              const int64_t from_here = first + h * line, last = std::min(from_here + run, positions);
+              for (int64_t y = from_here / line; y * line < last; ++y) {
+                const int64_t start = std::max(from_here, y * line), stop = std::min(last, y * line + target.size[1]);
+                if (start >= stop) continue;
+                store.add(h * run + start - from_here, n,
+                          (target.origin[0] + y * target.step[0]) * result.size[1] + target.origin[1] +
+                              (start - y * line) * target.step[1],
+                          stop - start);
               }
             }
+            if (store.empty()) continue;
+            tile.input = input + first;
+            tile.line = line;
+            store.aim(tile, scratch.get(), begin, end, grid.lanes, limit, spills);
+            multiply_tile(rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
+            store.store(tile, begin, end);
           }
         });
       });
@@ -322,38 +253,25 @@ void over_pixels(const Batch<const T>& source, const Pair& stride, const Pair& p
       },
       [&](const Pass<T>&, int64_t unit, const T* packed, int64_t from, int64_t to) {
         const int64_t n = unit / bands, band = unit % bands;
+        RunStore<T> store(rows, result, epilogue, 1);
         std::vector<int32_t> cursor;
         Buffer<T> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * widest);
         for_chunks(rows, widest, from, to, [&](int64_t group, int64_t begin, int64_t end) {
           const int64_t channels = group * rows.channels_per_group * pitch;
           const T* input = in_place ? source.image(n) + channels : packed + channels;
-          const int64_t* row_of = rows.row_of + begin * rows.vector;
           for (int64_t t = band * tiles_in_band; t < std::min((band + 1) * tiles_in_band, grid.tiles[1]); ++t) {
             SpmmTile<T> tile = tile_of(grid, pass.table, 0, t, init);
-            const int64_t first = grid.begin(1, t) * lanes, elements = tile.width * lanes;
-            const int64_t valid = std::min(elements, all - first);
-            int64_t image = n + first / count, pixel = first % count;
+            const int64_t first = grid.begin(1, t) * lanes, valid = std::min(tile.width * lanes, all - first);
             tile.input = input + first - (in_place ? 0 : band_begin(band));
-            // Straight to the result, if the rows lie there as they are here.
-            const bool direct = !result.last && valid == elements && pixel + elements <= count && rows.in_order &&
-                                row_of[(end - begin) * rows.vector - 1] >= 0;
-            tile.output = direct ? result.image(image) + row_of[0] * count + pixel : scratch.get();
-            tile.output_pitch = direct ? count : elements;
+            store.clear();
+            for (int64_t done = 0, run; done < valid; done += run) {
+              const int64_t image = (first + done) / count, pixel = (first + done) % count;
+              run = std::min(valid - done, count - pixel);
+              store.add(done, n + image, pixel, run);
+            }
+            store.aim(tile, scratch.get(), begin, end, lanes, count, false);
             multiply_tile(rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
-            if (direct) {
-              if (epilogue.any()) {
-                finish_rows(rows, row_of, (end - begin) * rows.vector, epilogue, result, image, pixel, elements);
-              }
-              continue;
-            }
-            for (int64_t done = 0; done < valid; ++image, pixel = 0) {
-              const int64_t run = std::min(valid - done, count - pixel);
-              store_pixels(rows, scratch.get() + done, elements, row_of, (end - begin) * rows.vector, result, image, pixel, run);
-              if (epilogue.any()) {
-                finish_rows(rows, row_of, (end - begin) * rows.vector, epilogue, result, image, pixel, run);
-              }
-              done += run;
-            }
+            store.store(tile, begin, end);
           }
         });
       });

@@ -65,7 +65,7 @@ void check_cursors(const Rows<T>& rows, const int32_t* cursor, int64_t begin, in
 }
 
 // Row groups begin .. end - 1, which lie in one convolution group, on one tile. Partial sums lie in `scratch`, where a
-// row takes the tile's vectors side by side; results go to `output`, which may be the same.
+// row takes the tile's vectors side by side; results go where the tile says, which may be the same.
 template <class T>
 void multiply_tile(const Rows<T>& rows, int blocks, SpmmTile<T> tile, int64_t begin, int64_t end, T* scratch,
                    std::vector<int32_t>& cursor) {
@@ -76,19 +76,18 @@ void multiply_tile(const Rows<T>& rows, int blocks, SpmmTile<T> tile, int64_t be
   tile.vector = rows.vector;
   tile.cursor = cursor.data();
   tile.init = tile.init ? tile.init + begin * rows.vector : nullptr;
-  T* const output = tile.output;
-  const int64_t output_pitch = tile.output_pitch, output_line = tile.output_line;
-  const int64_t line = static_cast<int64_t>(tile.width) * type_kernels<T>().tile_shape(1).lanes;
-  tile.partial = scratch;
-  tile.partial_pitch = tile.lines * line;
+  const SpmmTile<T> finished = tile;
+  tile.partial = tile.output = scratch;
+  tile.partial_pitch = tile.output_pitch = int64_t{tile.lines} * tile.width * type_kernels<T>().tile_shape(1).lanes;
+  tile.places = nullptr;
   for (int block = 0; block < blocks; ++block) {
-    const bool last = block + 1 == blocks;
     tile.first = block == 0;
     tile.limit = block_limit(rows, block, blocks);
-    tile.output = last ? output : scratch;
-    tile.output_pitch = last ? output_pitch : tile.partial_pitch;
-    tile.output_line = last ? output_line : line;
-    tile.fetch = last && output != scratch;
+    if (block + 1 == blocks) {
+      tile.output = finished.output;
+      tile.output_pitch = finished.output_pitch;
+      tile.places = finished.places;
+    }
     type_kernels<T>().spmm(tile, 0, end - begin);
   }
   check_cursors(rows, cursor.data(), begin, end);
