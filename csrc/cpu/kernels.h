@@ -55,6 +55,10 @@ struct SpmmTile {
   const int32_t* places;  // [lines * width]
   int tail;               // elements of the last one that may be stored, or 0 for all
   const T* residual;      // added to finished results; lies as the output does; or null
+  // What the next tile reads, fetched while this one is computed: `ahead_lines` lines of a cache in each of so many channels.
+  const T* ahead;
+  int64_t ahead_pitch, ahead_channels;
+  int ahead_lines;
   bool clamped;           // whether finished results are held between `low` and `high`
   T low, high;
 };

@@ -269,6 +269,12 @@ void over_pixels(const Batch<const T>& source, const Pair& stride, const Pair& p
               run = std::min(valid - done, count - pixel);
               store.add(done, n + image, pixel, run);
             }
+            if (in_place && t + 1 < grid.tiles[1]) {
+              // Channels lie far apart in memory, so that nothing foresees where the next tile reads.
+              tile.ahead = tile.input + tile.width * lanes;
+              tile.ahead_pitch = pitch;
+              tile.ahead_lines = static_cast<int>(ceil_div(grid.count(1, t + 1) * bytes, 64));
+            }
             store.aim(tile, scratch.get(), begin, end, lanes, count, false);
             multiply_tile(rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
             store.store(tile, begin, end);

@@ -83,6 +83,9 @@ void multiply_tile(const Rows<T>& rows, int blocks, SpmmTile<T> tile, int64_t be
   for (int block = 0; block < blocks; ++block) {
     tile.first = block == 0;
     tile.limit = block_limit(rows, block, blocks);
+    const int64_t channel = rows.channels_per_group * block / blocks;
+    tile.ahead_channels = rows.channels_per_group * (block + 1) / blocks - channel;
+    if (finished.ahead) tile.ahead = finished.ahead + channel * finished.ahead_pitch;
     if (block + 1 == blocks) {
       tile.output = finished.output;
       tile.output_pitch = finished.output_pitch;
