@@ -153,7 +153,8 @@ void pack_strips(const Batch<const T>& batch, const Planes& planes, const Planes
   }
   for (int64_t c = begin; c < end; ++c) {
     for (int64_t i = 0; i < std::min(grid.images, batch.count - first); ++i) {
-      fill_planes<T>(batch.image(first + i) + c * batch.size[0] * batch.size[1], batch.size, whole, layout, 0, padded.get() + i * image);
+      fill_planes<T>(batch.image(first + i) + c * batch.size[0] * batch.size[1], batch.size, whole, layout, 0,
+                     c + 1 < end, padded.get() + i * image);
     }
     T* to = out + c * pitch;
     for (size_t p = 0; p < planes.phases.size(); ++p) {
@@ -177,18 +178,20 @@ void pack_flat(const Batch<const T>& batch, const Pair& stride, const Pair& pixe
   const bool every = stride[0] == 1 && stride[1] == 1;  // then the lines are one
   const int64_t width = every ? pixels[0] * pixels[1] : pixels[1];
   const int64_t lines = every ? 1 : pixels[0];
-  for (int64_t done = 0; done < count;) {
-    const int64_t line = (first + done) / width, x = (first + done) % width;
-    const int64_t run = std::min(count - done, width - x);
-    const T* image = batch.image(line / lines);
-    const int64_t at = every ? x : line % lines * stride[0] * batch.size[1] + x * stride[1];
-    if (batch.last) {
-      type_kernels<T>().transpose(image + at * batch.channels + begin, run, end - begin, stride[1] * batch.channels,
-                                  out + begin * pitch + done, pitch);
-    } else {
-      for (int64_t c = begin; c < end; ++c) {
+  // A channel at a time: its lines follow each other in memory.
+  for (int64_t c = begin; c < end; c += batch.last ? end - begin : 1) {
+    for (int64_t done = 0; done < count;) {
+      const int64_t line = (first + done) / width, x = (first + done) % width;
+      const int64_t run = std::min(count - done, width - x);
+      const T* image = batch.image(line / lines);
+      const int64_t at = every ? x : line % lines * stride[0] * batch.size[1] + x * stride[1];
+      T* to = out + c * pitch + done;
+      if (batch.last) {
+        type_kernels<T>().transpose(image + at * batch.channels + begin, run, end - begin, stride[1] * batch.channels, to,
+                                    pitch);
+      } else {
         const T* from = image + c * batch.size[0] * batch.size[1] + at;
-        T* to = out + c * pitch + done;
+        if (c + 1 < end) fetch_line(from + batch.size[0] * batch.size[1], (run - 1) * stride[1] + 1);
         if (stride[1] == 1) {
           copy_line(from, run, to);
         } else if (stride[1] == 2) {
@@ -197,8 +200,8 @@ void pack_flat(const Batch<const T>& batch, const Pair& stride, const Pair& pixe
           for (int64_t i = 0; i < run; ++i) to[i] = from[i * stride[1]];
         }
       }
+      done += run;
     }
-    done += run;
   }
   for (int64_t c = begin; count < pitch && c < end; ++c) std::fill(out + c * pitch + count, out + (c + 1) * pitch, T(0));
 }
@@ -208,7 +211,8 @@ template <class T>
 void pack_planes(const Batch<const T>& batch, const Planes& planes, const Layout& layout, int64_t n, int64_t first,
                  int64_t begin, int64_t end, int64_t pitch, T* out) {
   for (int64_t c = begin; c < end; ++c) {
-    fill_planes<T>(batch.image(n) + c * batch.size[0] * batch.size[1], batch.size, planes, layout, first, out + c * pitch);
+    fill_planes<T>(batch.image(n) + c * batch.size[0] * batch.size[1], batch.size, planes, layout, first,
+                   c + 1 < end, out + c * pitch);
     std::fill(out + c * pitch + layout.channel(), out + (c + 1) * pitch, T(0));
   }
 }
