@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import copy
-import platform
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .measure.machine import clock, processor
 from .measure.report import LayerReport, NetworkReport, Report
 from .measure.timing import compare, speedup
 from .sparse import ops
 from .sparse.convert import choices, to_dense
-from .sparse.dispatch import Choice, clock, evaluating, from_dense, measure_layer, sparsity_of
+from .sparse.dispatch import Choice, evaluating, from_dense, measure_layer, sparsity_of
 from .sparse.packed_module import SparseModule
 from .sparse.surgery import call, record_inputs
 
 
 def machine() -> dict[str, str]:
     """Where figures come from: processor, instruction set, threads, torch."""
-    processor = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return {
-        "processor": processor,
+        "processor": processor(),
         "kernels": ops.cpu_isa(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,

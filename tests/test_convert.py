@@ -114,7 +114,7 @@ def test_never_slower_dense_is_kept_when_it_wins(net, x, monkeypatch):
     def dense_wins(name, dense, sparse, inputs, rounds=7):
         return Choice(name, "Conv2d", "dense", "dense wins", sparsity=sparse.sparsity, sparse_ms=2.0, dense_ms=1.0)
 
-    monkeypatch.setattr(convert_module, "measure_layer", dense_wins)
+    monkeypatch.setattr(convert_module, "choose", dense_wins)
     with pytest.warns(UserWarning, match="3 of 4 layers are pruned and stay dense"):
         fast = sparsekd.convert(net, x)
     assert not any(isinstance(m, sparsekd.SparseConv2d) for m in fast.modules())
@@ -126,14 +126,15 @@ def test_the_whole_network_goes_back_when_it_is_slower(net, x, monkeypatch):
     """Layers may win alone and lose together: the network is timed too."""
 
     def sparse_wins(name, dense, sparse, inputs, rounds=7):
-        return Choice(name, "Conv2d", "sparse", "wins", sparsity=sparse.sparsity, sparse_ms=1.0, dense_ms=2.0)
+        times = {"sparse_ms": 1.0, "dense_ms": 2.0, "speedup": 2.0}
+        return Choice(name, "Conv2d", "sparse", "wins", sparsity=sparse.sparsity, **times)
 
     class Timed:
         def __init__(self, seconds):
             self.min = seconds
 
     seconds = {("dense", False): 3.0, ("dense", True): 1.0, ("sparse", False): 2.0, ("sparse", True): 4.0}
-    monkeypatch.setattr(convert_module, "measure_layer", sparse_wins)
+    monkeypatch.setattr(convert_module, "choose", sparse_wins)
     monkeypatch.setattr(convert_module, "compare", lambda engines, **_: {key: Timed(seconds[key]) for key in engines})
     with pytest.warns(UserWarning, match=r"took 2e\+03 ms with sparse layers and 1e\+03 ms dense \(channels_last\)"):
         fast = sparsekd.convert(net, x)

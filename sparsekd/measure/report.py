@@ -31,6 +31,8 @@ class LayerReport:
     speedup_high: float = 0.0
     dense_bytes: int = 0
     sparse_bytes: int = 0
+    source: str = ""  # of the times: "measured", "kept" (measured before) or "predicted"
+    error: float = 0.0  # of a predicted speed-up, typically
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..measure import tuned
+from ..measure.machine import clock, identity
 from ..measure.timing import compare
-from .dispatch import KINDS, MIN_SPARSITY, Choice, clock, evaluating, from_dense, kind_of, measure_layer, sparsity_of
+from .dispatch import KINDS, MIN_SPARSITY, Choice, choose, evaluating, from_dense, kind_of, sparsity_of
 from .packed_module import DTYPES, SparseModule
+from .shapes import Shapes
 from .surgery import bare, call, carry_hooks, copied, put_in_place, record_inputs, unhooked
 
 SETTINGS = {"kernel": ("auto", "sparse", "dense"), "vector": None}
@@ -91,9 +94,10 @@ def convert(
     """Swaps pruned ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Linear`` for sparse ones where that is measured to be faster.
 
     Each candidate (exact type, sparsity of at least 0.3) is timed on the inputs that ``example_inputs`` bring to it,
-    dense against sparse; then the whole network is, and goes back to dense when that is faster. Where it helps, dense
-    convolutions that are left are stored in channels_last, so that they answer in it. The choices, with reasons, are in
-    ``choices(model)``.
+    dense against sparse, unless such a layer was before (``SPARSEKD_TUNE``, see ``measure/tuned.py``); then the whole
+    network is, and goes back to dense when that is faster. Where it helps, dense convolutions that are left are stored
+    in channels_last, so that they answer in it. The choices, with reasons, are in ``choices(model)``; what swapped
+    layers do at other shapes in ``choices_by_shape(model)``. ``SPARSEKD_TUNE=off`` measures nothing, nor the network.
 
     Args:
         example_inputs: a tensor, or a tuple of positional, or a dict of named arguments of the forward.
@@ -146,13 +150,17 @@ def convert(
             for x in seen[module]:
                 _check_equal(plain(x), twin(x), name)
             if settings["kernel"] == "auto":
-                choice = measure_layer(name, plain, twin, seen[module])
+                choice = choose(name, plain, twin, seen[module])
             else:
                 choice = replace(kept, kernel="sparse", reason="asked for by mapping", vector=twin.vector)
         made[name] = choice
         if choice.kernel == "sparse":
             sparse[name] = carry_hooks(module, twin)
+            if settings["kernel"] == "auto":
+                twin._shapes = Shapes(choice, twin, seen[module])
     del seen
+    if tuned.mode() != "off":
+        tuned.of(identity()).flush()
     channels_last = False
     if sparse:
         made, channels_last = _check_whole(model, example_inputs, sparse, made)
@@ -199,7 +207,8 @@ def _check_whole(
         for network in networks.values():
             stack.enter_context(evaluating(network))
         _check_outputs(model, swapped, example_inputs)
-        if all(made[name].sparse_ms == 0.0 for name in sparse):  # asked for, so time decides nothing
+        # Where layers were asked for, or nothing is to be measured, time decides nothing.
+        if tuned.mode() == "off" or all(made[name].sparse_ms == 0.0 for name in sparse):
             return made, False
         engines = {key: partial(call, network, example_inputs) for key, network in networks.items()}
         timings = compare(engines, rounds=7, min_time=0.005, warmup=2, clock=clock())
