@@ -1,13 +1,15 @@
-"""Predicted against measured: how well the cost model knows what a layer takes, dense and sparse, on this machine.
+"""Predicted against measured: how well it is known what a layer takes, dense and sparse, before it is pruned.
 
-    python benchmarks/cost_model.py collect --out rows.json      # measure layers of networks and random ones
-    python benchmarks/cost_model.py fit --rows rows.json         # write sparsekd/sparse/cost_model.json
-    python benchmarks/cost_model.py check --json FILE            # networks that the fit has not seen
+    python benchmarks/cost_model.py check --json FILE            # networks that the laws were not fitted to
+    python benchmarks/cost_model.py collect --out rows.json      # measure layers of other networks and random ones
+    python benchmarks/cost_model.py fit --rows rows.json ...     # write sparsekd/sparse/cost_model.safetensors
 
-Layers are those that flow through networks of torchvision, timm and this package, with random weights at random places.
-All ways to run one take turns within one run: on one thread by process CPU time, minimum over rounds. `check` says the
-median error of the predicted times, and in how many of layer x sparsity cases the prediction is on the right side of
-break-even.
+`check` asks for each layer what `would_it_be_faster` says (three densities with positions at random, measured here) and
+what the fitted laws say (nothing measured here), and then measures it with masks that leave channels unlike each other.
+It prints the median errors, and in how many of layer x sparsity cases a prediction is on the right side of break-even.
+Exit code 1: an error above 15%, or fewer than 95% on the right side, of what `would_it_be_faster` says.
+
+All ways to run a layer take turns within one run: on one thread by process CPU time, minimum over rounds.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import random
 import sys
+import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +35,10 @@ from torch import nn
 from sparsekd.cli import model_of
 from sparsekd.measure.machine import clock
 from sparsekd.measure.timing import compare, peak_flops, threads
-from sparsekd.reporting import machine, random_mask
-from sparsekd.sparse.cost_model import FILE, WAYS, Law, covariance, fitted, kind, terms, traits
+from sparsekd.reporting import machine
+from sparsekd.sparse import anchors
+from sparsekd.sparse.anchors import random_mask
+from sparsekd.sparse.cost_model import FILE, WAYS, Law, covariance, fitted, kind, predict, terms, traits
 from sparsekd.sparse.cost_model import KINDS as KINDS_OF_LAW
 from sparsekd.sparse.dispatch import KINDS, dense_engines, evaluating, from_dense
 from sparsekd.sparse.problem import Problem
@@ -80,8 +87,11 @@ def random_layers(count: int, seed: int = 0) -> dict[Problem, tuple[nn.Module, t
             c, k = (8 * -(-n // 8) if draw.random() < 0.8 else n for n in (c, k))
             dilation = 2 if kernel > 1 and draw.random() < 0.1 else 1
             padding = dilation * (kernel // 2)
-            layer = nn.Conv2d(c, k, kernel, stride, padding, dilation)
-            x = torch.randn(batch, c, size(4, 96), size(4, 96))
+            groups = draw.choice([1] * 8 + [c] + [n for n in (2, 4, 8, 32) if c % n == k % n == 0])
+            layer = nn.Conv2d(c, c if groups == c else k, kernel, stride, padding, dilation, groups)
+            point = draw.random() < 0.15
+            x = torch.randn(batch, c, *((1, 1) if point else (size(4, 96), size(4, 96))))
+            layer = nn.Conv2d(c, k, 1) if point else layer
             if draw.random() < 0.15:
                 x = x.contiguous(memory_format=torch.channels_last)
         problem = Problem.of(layer, x)
@@ -90,12 +100,19 @@ def random_layers(count: int, seed: int = 0) -> dict[Problem, tuple[nn.Module, t
     return found
 
 
-def measured(problem: Problem, layer: nn.Module, x: torch.Tensor, cases: list[tuple[int, float]], rounds: int) -> dict:
+def measured(
+    problem: Problem,
+    layer: nn.Module,
+    x: torch.Tensor,
+    cases: list[tuple[int, float]],
+    rounds: int,
+    mask_of: Callable = random_mask,
+) -> dict:
     """Milliseconds of the dense layer and of its sparse twins of each (V, sparsity)."""
     a = torch.ones(192, 192)
     engines, twins = {**dense_engines(layer, [x]), "reference": lambda: a @ a}, {}
     for vector, sparsity in cases:
-        mask = random_mask(layer.weight, sparsity, vector, problem.groups)
+        mask = mask_of(layer.weight, sparsity, vector, problem.groups)
         if mask.any():
             twins[vector, sparsity] = from_dense(layer, mask, vector)
             engines[vector, sparsity] = lambda twin=twins[vector, sparsity]: twin(x)
@@ -238,21 +255,70 @@ def fit(args) -> int:
     return 0
 
 
+def skewed_mask(weight: torch.Tensor, sparsity: float, vector: int, groups: int) -> torch.Tensor:
+    """As magnitude leaves it where channels differ in size: some keep much more than others."""
+    if groups > 1 or weight.shape[0] % vector:
+        return random_mask(weight, sparsity, vector, groups, seed=1)
+    rows = weight.shape[0] // vector
+    score = torch.rand(rows, weight[0].numel()) * torch.rand(rows, 1).mul(2).exp()
+    least = score.flatten().kthvalue(max(round(sparsity * score.numel()), 1)).values
+    return (score > least).repeat_interleave(vector, 0).view(weight.shape)
+
+
+def checked(networks: dict[str, int], args) -> dict[str, list[dict]]:
+    """For each network and case: measured, and predicted before by densities measured here and by the laws."""
+    draw, found = random.Random(args.seed), {}
+    for name, batch in ((name, batch) for name in networks for batch in args.batch):
+        for problem, (layer, x) in layers_of(name, networks[name], batch).items():
+            for vector in args.vector:
+                sparsities = draw.sample(args.sparsity, min(args.cases, len(args.sparsity)))
+                foretold = {s: anchors.predict(layer, [x], vector, 1 - s)[0] for s in sparsities}
+                laws = {s: predict([problem], vector, 1 - s) for s in sparsities}
+                row = measured(problem, layer, x, [(vector, s) for s in sparsities], args.rounds, skewed_mask)
+                for case, (_, density, ms) in zip(sparsities, row["sparse"], strict=True):
+                    found.setdefault(f"{name}, batch {batch}", []).append(
+                        {
+                            "layer": str(list(problem.as_row().values())[:11]),
+                            "vector": vector,
+                            "density": density,
+                            "measured": [row["dense_ms"], ms],
+                            "foretold": [foretold[case].dense_ms, foretold[case].sparse_ms],
+                            "laws": [laws[case].dense_ms, laws[case].sparse_ms],
+                        }
+                    )
+        print(f"{name}, batch {batch}: {summary(found[f'{name}, batch {batch}'])}", flush=True)
+    return found
+
+
+def summary(cases: list[dict]) -> dict:
+    """Median relative errors, and how often the prediction was on the right side of break-even."""
+    result = {"cases": len(cases)}
+    for way in ("foretold", "laws"):
+        predicted, measured = (np.array([case[key] for case in cases]) for key in (way, "measured"))
+        off = np.abs(predicted / measured - 1)
+        gains = [array[:, 0] / array[:, 1] for array in (predicted, measured)]
+        result[way] = {
+            "dense_ms": round(float(np.median(off[:, 0])), 4),
+            "sparse_ms": round(float(np.median(off[:, 1])), 4),
+            "speedup": round(float(np.median(np.abs(gains[0] / gains[1] - 1))), 4),
+            "right_side": round(float(np.mean((gains[0] > 1) == (gains[1] > 1))), 4),
+        }
+    return result
+
+
 def check(args) -> int:
-    rows, where, peak = read(args.rows)
-    laws, facts = fitted()
-    by: dict[str, list] = {}
-    for problem, row in rows:
-        by.setdefault(row["network"], []).append((problem, row))
-    found = {"machine": where, "peak_gflops": peak, "fit": facts, "all": errors(rows, laws)}
-    found["networks"] = {name: errors(of, laws) for name, of in by.items()}
-    for name, result in {**found["networks"], "all": found["all"]}.items():
-        off = ", ".join(f"{way} {value:.1%}" for way, value in result["median_error"].items())
-        print(f"{name:24} {result['cases']:5} cases: median error {off}; right side {result['right_side']:.1%}")
+    with tempfile.TemporaryDirectory() as folder:  # nothing that was measured before is known
+        os.environ |= {"SPARSEKD_CACHE_DIR": folder, "SPARSEKD_TUNE": "cached"}
+        found = checked(CHECK if args.networks is None else args.networks, args)
+    every = summary([case for cases in found.values() for case in cases])
+    print(f"all: {every}")
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
-    every = found["all"]
-    return int(max(every["median_error"].values()) > 0.15 or every["right_side"] < 0.95)
+        content = {"machine": machine(), "fit": fitted()[1], "all": every}
+        content["networks"] = {name: summary(cases) for name, cases in found.items()}
+        content["cases"] = found
+        Path(args.json).write_text(json.dumps(content) + "\n")
+    told = every["foretold"]
+    return int(max(told["dense_ms"], told["sparse_ms"], told["speedup"]) > 0.15 or told["right_side"] < 0.95)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -272,7 +338,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--rows", nargs="+", required=True, metavar="FILE")
     command = commands.add_parser("check")
     command.set_defaults(function=check)
-    command.add_argument("--rows", nargs="+", required=True, metavar="FILE", help="measured by collect")
+    command.add_argument("--networks", type=json.loads, help='{"name": size}')
+    command.add_argument("--batch", type=int, nargs="+", default=[1])
+    command.add_argument("--vector", type=int, nargs="+", default=[1, 4])
+    command.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
+    command.add_argument("--cases", type=int, default=3, help="sparsities for each layer, drawn from these")
+    command.add_argument("--rounds", type=int, default=7)
+    command.add_argument("--seed", type=int, default=1)
     command.add_argument("--json", metavar="FILE")
     return made
 

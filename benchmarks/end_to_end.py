@@ -24,7 +24,8 @@ from torch.fx.experimental.optimization import fuse
 
 import sparsekd
 from sparsekd.measure.timing import compare, peak_flops, speedup, threads
-from sparsekd.reporting import machine, random_mask
+from sparsekd.reporting import machine
+from sparsekd.sparse.anchors import random_mask
 from sparsekd.sparse.dispatch import KINDS
 
 # Name: (how it is made, height and width of its input).

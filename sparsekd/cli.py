@@ -169,7 +169,8 @@ def bench(args) -> None:
     import torch
 
     from .measure.timing import threads
-    from .reporting import random_mask, report
+    from .reporting import report
+    from .sparse.anchors import random_mask
     from .sparse.convert import convert as convert_model
 
     if not 0 <= args.sparsity < 1:

@@ -235,7 +235,7 @@ def test_retraining_after_the_swap_keeps_the_holes(net, x):
     assert optimizer.state[fast.conv1.values]["momentum_buffer"].shape == fast.conv1.values.shape
 
 
-def test_would_it_be_faster_measures_and_leaves_the_model_alone():
+def test_would_it_be_faster_tells_and_leaves_the_model_alone():
     conv = nn.Conv2d(16, 16, 3, padding=1)
     weight = conv.weight.clone()
     found = sparsekd.would_it_be_faster(conv, 0.9, (1, 16, 14, 14))

@@ -13,6 +13,8 @@ from sparsekd.measure import tuned
 from sparsekd.sparse import dispatch
 from sparsekd.sparse.shapes import Shapes
 
+pytestmark = pytest.mark.filterwarnings("ignore:a sparse layer runs dense:UserWarning")
+
 
 def figures(speedup):
     sparse = {"dense_ms": speedup, "dense_as": "as it is", "sparse_ms": 1.0}

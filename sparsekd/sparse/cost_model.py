@@ -24,7 +24,7 @@ from safetensors import safe_open
 from .problem import Problem
 
 FILE = Path(__file__).with_name("cost_model.safetensors")
-KINDS = ("conv2d", "depthwise", "linear")
+KINDS = ("conv2d", "point", "depthwise", "linear")
 WAYS = ("dense", "sparse")
 
 
@@ -46,7 +46,17 @@ def kind(problem: Problem) -> str:
     """Which of the fitted laws a layer follows."""
     if problem.kind == "linear":
         return "linear"
-    return "depthwise" if problem.groups > 1 and problem.groups == problem.in_channels else "conv2d"
+    if problem.groups > 1 and problem.groups == problem.in_channels:
+        return "depthwise"
+    return "point" if problem.output == (1, 1) else "conv2d"
+
+
+def native(problem: Problem) -> bool:
+    """Whether torch runs a dense convolution by its own loops, not by oneDNN (so decides its Convolution.cpp)."""
+    plain = math.prod(problem.stride) * math.prod(problem.dilation) == 1 and problem.batch < 16
+    elements = problem.batch * problem.in_channels * math.prod(problem.size)
+    small = problem.groups == 1 and min(problem.kernel) <= 3 and problem.batch == 1 and elements <= 20480
+    return (plain and math.prod(problem.kernel) == 1) or small
 
 
 def terms(problem: Problem, way: str, vector: int = 1, density: float = 1.0) -> np.ndarray:
@@ -56,9 +66,15 @@ def terms(problem: Problem, way: str, vector: int = 1, density: float = 1.0) -> 
     read = problem.batch * problem.in_channels * math.prod(problem.size) / 1e4
     written = pixels * problem.out_channels / 1e4
     kept = problem.weights * density / 1e4
-    found = [1.0, work, read, written, kept]
+    one = problem.kind == "linear" and problem.batch == 1  # a product with a vector has kernels of its own
+    far = max(problem.weights * density - 1e6, 0) / 1e4  # beyond a cache of 4 MB
+    found = [1.0, work * (not one), read, written, kept * one, kept * (not one), far]
+    if way == "dense" and problem.kind == "conv2d":
+        own = native(problem)
+        found += [own, work * own, read * math.prod(problem.kernel) * own, kept * own]
     if way == "sparse":
-        found += [work / vector, problem.out_channels / vector * pixels / 1e4, problem.out_channels / vector / 1e2]
+        rows = problem.out_channels / vector
+        found += [work / vector * (not one), rows * pixels / 1e4 * (not one), rows / 1e2]
     return np.array(found)
 
 
@@ -81,6 +97,8 @@ def traits(problem: Problem, way: str, vector: int = 1, density: float = 1.0) ->
         (problem.in_channels // problem.groups) % 8 != 0 or (problem.out_channels // problem.groups) % 8 != 0,
         width % 8 / 8,
     ]
+    if way == "dense":
+        flags.append(problem.kind == "conv2d" and native(problem))
     if way == "sparse":
         logs += [density, vector, max(density * problem.columns, 0.1)]
     return np.array([*np.log(logs), *map(float, flags)])
