@@ -32,9 +32,9 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
-from sparsekd.cli import model_of
 from sparsekd.measure.machine import clock
 from sparsekd.measure.timing import compare, peak_flops, threads
+from sparsekd.model_names import model_of
 from sparsekd.reporting import machine
 from sparsekd.sparse import anchors
 from sparsekd.sparse.anchors import random_mask

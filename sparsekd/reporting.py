@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from .measure import tuned
 from .measure.machine import clock, identity, processor
-from .measure.report import LayerReport, NetworkReport, Report
-from .measure.timing import compare, speedup
+from .measure.progress import track
+from .measure.report import AccuracyPoint, LayerReport, NetworkReport, Report
+from .measure.timing import compare, peak_flops, speedup
+from .measure.timing import threads as using_threads
 from .sparse import anchors, ops
 from .sparse.convert import choices, to_dense
 from .sparse.cost_model import Prediction
 from .sparse.dispatch import KINDS, MIN_SPARSITY, Choice, evaluating, measure_layer, sparsity_of
 from .sparse.packed_module import SparseModule
+from .sparse.problem import Problem
 from .sparse.surgery import call, record_inputs
 
 
@@ -76,42 +80,67 @@ def compare_networks(dense: nn.Module, sparse: nn.Module, example_inputs: object
     )
 
 
-def report(model: nn.Module, example_inputs: object, batch_sizes: Sequence[int] | None = None) -> Report:
+def report(
+    model: nn.Module,
+    example_inputs: object,
+    batch_sizes: Sequence[int] | None = None,
+    threads: Sequence[int] | None = None,
+    accuracy: Mapping[str, tuple[float, float]] | None = None,
+    progress: bool = False,
+) -> Report:
     """Dense and sparse times of a converted model, layer by layer and as a whole, with the reasons of each choice.
 
     Args:
         example_inputs: a tensor, or a tuple of positional, or a dict of named arguments of the forward.
         batch_sizes: also time the whole network on the inputs repeated to these batch sizes; None: as given.
+        threads: time the whole network on so many threads, one after the other; None: as many as torch uses now.
+        accuracy: name to (accuracy, milliseconds), points to be drawn beside each other.
+        progress: show a bar on a terminal.
 
     Returns:
         A :class:`sparsekd.measure.report.Report`: ``print`` it, ``.layers``, ``.network``, ``.to_json()``,
-        ``.to_markdown()``, ``.save_html(path)``, ``.save_png(path)``.
+        ``.to_markdown()``, ``.to_csv()``, ``.save_html(path)``, ``.save_csv(path)``, ``.save_png(path)``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a torch.nn.Module, got {type(model).__name__}")
     seen = record_inputs(model, example_inputs)
     made: dict[str, Choice] = choices(model)
-    found = Report(machine())
-    for name, module in model.named_modules():
+    peak = peak_flops() / 1e6  # per millisecond
+    points = [AccuracyPoint(name, float(value), float(ms)) for name, (value, ms) in (accuracy or {}).items()]
+    found = Report({**machine(), "FMA peak": f"{peak / 1e3:.0f} GFLOP/s"}, accuracy=points)
+    for name, module in track(list(model.named_modules()), "timing layers", progress):
         if isinstance(module, SparseModule) and module in seen:
             dense = module.to_dense()
             with evaluating(dense), evaluating(module):
                 choice = measure_layer(name, dense, module, seen[module])
             reason = made[name].reason if name in made else choice.reason
-            choice = Choice(**{**vars(choice), "kernel": "sparse", "reason": reason})
+            choice = replace(choice, kernel="sparse", reason=reason)
         elif name in made:
             choice = made[name]
-        elif type(module) in (nn.Conv2d, nn.Linear):
+        elif type(module) in KINDS:
             sparsity = sparsity_of(module.weight.detach())
             choice = Choice(name, type(module).__name__, "dense", "not converted", sparsity=sparsity)
         else:
             continue
-        found.layers.append(LayerReport(**vars(choice)))
+        found.layers.append(LayerReport(**vars(choice), **_shares(module, choice, seen.get(module, ()), peak)))
     dense = to_dense(model)
-    for batch in batch_sizes or [None]:
-        inputs = example_inputs if batch is None else _resized(example_inputs, batch)
-        found.network.append(compare_networks(dense, model, inputs))
+    for count in threads or [torch.get_num_threads()]:
+        with using_threads(count):
+            for batch in batch_sizes or [None]:
+                inputs = example_inputs if batch is None else _resized(example_inputs, batch)
+                found.network.append(compare_networks(dense, model, inputs))
     return found
+
+
+def _shares(module: nn.Module, choice: Choice, inputs: Sequence[Tensor], peak: float) -> dict[str, float]:
+    """What part of the FMA peak the useful work of a layer's ways reaches."""
+    if not inputs or not choice.sparse_ms:
+        return {}
+    work = 2 * sum(Problem.of(module, x).multiplications for x in inputs)
+    return {
+        "dense_share": work / choice.dense_ms / peak,
+        "sparse_share": work * (1 - choice.sparsity) / choice.sparse_ms / peak,
+    }
 
 
 def would_it_be_faster(

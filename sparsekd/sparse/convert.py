@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from ..measure import tuned
 from ..measure.machine import clock, identity
+from ..measure.progress import track
 from ..measure.timing import compare
 from .dispatch import KINDS, MIN_SPARSITY, Choice, choose, evaluating, from_dense, kind_of, sparsity_of
 from .packed_module import DTYPES, SparseModule
@@ -90,6 +91,7 @@ def convert(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     mapping: Mapping[str, Mapping] | None = None,
     strict: bool = False,
+    progress: bool = False,
 ) -> nn.Module:
     """Swaps pruned ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Linear`` for sparse ones where that is measured to be faster.
 
@@ -105,6 +107,7 @@ def convert(
         filter_fn: ``(module, name) -> bool``; layers for which it is False are left alone.
         mapping: name glob to ``{"kernel": "auto" | "sparse" | "dense", "vector": int | "auto"}``; later globs win.
         strict: raise when a pruned layer stays dense.
+        progress: show a bar on a terminal.
 
     Returns:
         The converted model. The given one is unchanged (unless ``inplace``) also when an error is raised.
@@ -130,7 +133,7 @@ def convert(
             parents.setdefault(child, []).append(parent)
     made: dict[str, Choice] = _scripted(model)
     sparse: dict[str, SparseModule] = {}
-    for name, module in model.named_modules():
+    for name, module in track(list(model.named_modules()), "measuring layers", progress):
         if not isinstance(module, KINDS) or (filter_fn is not None and not filter_fn(module, name)):
             continue
         settings = _settings(name, mapping)
