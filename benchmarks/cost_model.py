@@ -4,7 +4,7 @@
     python benchmarks/cost_model.py collect --out rows.json      # measure layers of other networks and random ones
     python benchmarks/cost_model.py fit --rows rows.json ...     # write sparsekd/sparse/cost_model.safetensors
 
-`check` asks for each layer what `would_it_be_faster` says (three densities with positions at random, measured here) and
+`check` asks for each layer what `would_it_be_faster` says (four densities with positions at random, measured here) and
 what the fitted laws say (nothing measured here), and then measures it with masks that leave channels unlike each other.
 It prints the median errors, and in how many of layer x sparsity cases a prediction is on the right side of break-even.
 Exit code 1: an error above 15%, or fewer than 95% on the right side, of what `would_it_be_faster` says.
@@ -100,6 +100,16 @@ def random_layers(count: int, seed: int = 0) -> dict[Problem, tuple[nn.Module, t
     return found
 
 
+def product() -> torch.Tensor:
+    """What the machine's speed of the moment is read off."""
+    a = torch.ones(192, 192)
+    return a @ a
+
+
+def reference() -> float:
+    return compare({"reference": product}, rounds=9, min_time=0.002, clock=clock())["reference"].min
+
+
 def measured(
     problem: Problem,
     layer: nn.Module,
@@ -109,8 +119,7 @@ def measured(
     mask_of: Callable = random_mask,
 ) -> dict:
     """Milliseconds of the dense layer and of its sparse twins of each (V, sparsity)."""
-    a = torch.ones(192, 192)
-    engines, twins = {**dense_engines(layer, [x]), "reference": lambda: a @ a}, {}
+    engines, twins = {**dense_engines(layer, [x]), "reference": product}, {}
     for vector, sparsity in cases:
         mask = mask_of(layer.weight, sparsity, vector, problem.groups)
         if mask.any():
@@ -272,18 +281,21 @@ def checked(networks: dict[str, int], args) -> dict[str, list[dict]]:
         for problem, (layer, x) in layers_of(name, networks[name], batch).items():
             for vector in args.vector:
                 sparsities = draw.sample(args.sparsity, min(args.cases, len(args.sparsity)))
+                before = reference()
                 foretold = {s: anchors.predict(layer, [x], vector, 1 - s)[0] for s in sparsities}
                 laws = {s: predict([problem], vector, 1 - s) for s in sparsities}
                 row = measured(problem, layer, x, [(vector, s) for s in sparsities], args.rounds, skewed_mask)
+                slower = row["reference_ms"] / 1e3 / before  # than when it was foretold, for its neighbours
+                nominal = before / (2 * 192**3 / fitted()[1]["peak_gflops"] / 1e9)  # slower than when it was fitted
                 for case, (_, density, ms) in zip(sparsities, row["sparse"], strict=True):
                     found.setdefault(f"{name}, batch {batch}", []).append(
                         {
                             "layer": str(list(problem.as_row().values())[:11]),
                             "vector": vector,
                             "density": density,
-                            "measured": [row["dense_ms"], ms],
+                            "measured": [row["dense_ms"] / slower, ms / slower],
                             "foretold": [foretold[case].dense_ms, foretold[case].sparse_ms],
-                            "laws": [laws[case].dense_ms, laws[case].sparse_ms],
+                            "laws": [laws[case].dense_ms * nominal, laws[case].sparse_ms * nominal],
                         }
                     )
         print(f"{name}, batch {batch}: {summary(found[f'{name}, batch {batch}'])}", flush=True)

@@ -148,7 +148,7 @@ def would_it_be_faster(
 ) -> dict[str, Choice]:
     """What each Conv1d, Conv2d and Linear would gain at a sparsity, told before pruning.
 
-    From times of this machine: the first question about a layer's size measures the dense layer and three densities
+    From times of this machine: the first question about a layer's size measures the dense layer and four densities
     with positions at random, which are kept on disk, and every sparsity is read off them. Under ``SPARSEKD_TUNE=off``
     nothing is measured, and the cost model (``sparse/cost_model.py``) answers.
 

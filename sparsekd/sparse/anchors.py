@@ -1,6 +1,6 @@
 """How fast a layer would be at any sparsity, from a few densities that were measured on this machine.
 
-A layer's sparse time grows with its density, nearly on a line, so that three densities with positions at random tell
+A layer's sparse time grows with its density, nearly on a line, so that four densities with positions at random tell
 all others. They are measured together with the dense layer, once for each size and V, and kept (``measure/tuned.py``).
 """
 
@@ -22,7 +22,7 @@ from .cost_model import Prediction
 from .dispatch import dense_engines, evaluating, from_dense
 from .problem import Problem
 
-DENSITIES = (0.02, 0.1, 0.4)
+DENSITIES = (0.02, 0.1, 0.2, 0.4)
 # Half of the layers in benchmarks/results/cost_model-avx2.json were off by less, in their speed-up.
 ERROR = 0.05
 
@@ -68,7 +68,7 @@ def _measured(layer: nn.Module, inputs: Sequence[Tensor], vector: int) -> tuned.
     for name, twin in twins.items():
         engines[name] = lambda twin=twin: [twin(x) for x in inputs]
     with evaluating(dense):
-        timings = compare(engines, rounds=7, min_time=0.002, warmup=2, clock=clock())
+        timings = compare(engines, rounds=9, min_time=0.002, warmup=2, clock=clock())
     ms = {name: timing.min * 1e3 for name, timing in timings.items()}
     return {"dense_ms": min(ms[name] for name in ms if name not in twins), **{name: ms[name] for name in twins}}
 
