@@ -6,6 +6,7 @@
 
 `check` asks for each layer what `would_it_be_faster` says (four densities with positions at random, measured here) and
 what the fitted laws say (nothing measured here), and then measures it with masks that leave channels unlike each other.
+It does so twice: how far the second time is from the first is what the machine's noise alone makes of a true prediction.
 It prints the median errors, and in how many of layer x sparsity cases a prediction is on the right side of break-even.
 Exit code 1: an error above 15%, or fewer than 95% on the right side, of what `would_it_be_faster` says.
 
@@ -18,10 +19,8 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import random
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -104,10 +103,6 @@ def product() -> torch.Tensor:
     """What the machine's speed of the moment is read off."""
     a = torch.ones(192, 192)
     return a @ a
-
-
-def reference() -> float:
-    return compare({"reference": product}, rounds=9, min_time=0.002, clock=clock())["reference"].min
 
 
 def measured(
@@ -281,13 +276,16 @@ def checked(networks: dict[str, int], args) -> dict[str, list[dict]]:
         for problem, (layer, x) in layers_of(name, networks[name], batch).items():
             for vector in args.vector:
                 sparsities = draw.sample(args.sparsity, min(args.cases, len(args.sparsity)))
-                before = reference()
-                foretold = {s: anchors.predict(layer, [x], vector, 1 - s)[0] for s in sparsities}
+                figures = anchors.measured(layer, [x], vector, {"reference": product})
+                before = figures.pop("reference")
+                foretold = {s: anchors.read_off(figures, 1 - s) for s in sparsities}
                 laws = {s: predict([problem], vector, 1 - s) for s in sparsities}
                 row = measured(problem, layer, x, [(vector, s) for s in sparsities], args.rounds, skewed_mask)
-                slower = row["reference_ms"] / 1e3 / before  # than when it was foretold, for its neighbours
-                nominal = before / (2 * 192**3 / fitted()[1]["peak_gflops"] / 1e9)  # slower than when it was fitted
-                for case, (_, density, ms) in zip(sparsities, row["sparse"], strict=True):
+                slower = row["reference_ms"] / before  # than when it was foretold, for its neighbours
+                nominal = before / (2 * 192**3 / fitted()[1]["peak_gflops"] / 1e6)  # slower than when it was fitted
+                again = measured(problem, layer, x, [(vector, s) for s in sparsities], args.rounds, skewed_mask)
+                later = row["reference_ms"] / again["reference_ms"]
+                for at, (case, (_, density, ms)) in enumerate(zip(sparsities, row["sparse"], strict=True)):
                     found.setdefault(f"{name}, batch {batch}", []).append(
                         {
                             "layer": str(list(problem.as_row().values())[:11]),
@@ -295,6 +293,7 @@ def checked(networks: dict[str, int], args) -> dict[str, list[dict]]:
                             "density": density,
                             "measured": [row["dense_ms"] / slower, ms / slower],
                             "foretold": [foretold[case].dense_ms, foretold[case].sparse_ms],
+                            "again": [ms / slower * later for ms in (again["dense_ms"], again["sparse"][at][2])],
                             "laws": [laws[case].dense_ms * nominal, laws[case].sparse_ms * nominal],
                         }
                     )
@@ -305,7 +304,7 @@ def checked(networks: dict[str, int], args) -> dict[str, list[dict]]:
 def summary(cases: list[dict]) -> dict:
     """Median relative errors, and how often the prediction was on the right side of break-even."""
     result = {"cases": len(cases)}
-    for way in ("foretold", "laws"):
+    for way in ("foretold", "laws", "again"):
         predicted, measured = (np.array([case[key] for case in cases]) for key in (way, "measured"))
         off = np.abs(predicted / measured - 1)
         gains = [array[:, 0] / array[:, 1] for array in (predicted, measured)]
@@ -319,9 +318,7 @@ def summary(cases: list[dict]) -> dict:
 
 
 def check(args) -> int:
-    with tempfile.TemporaryDirectory() as folder:  # nothing that was measured before is known
-        os.environ |= {"SPARSEKD_CACHE_DIR": folder, "SPARSEKD_TUNE": "cached"}
-        found = checked(CHECK if args.networks is None else args.networks, args)
+    found = checked(CHECK if args.networks is None else args.networks, args)
     every = summary([case for cases in found.values() for case in cases])
     print(f"all: {every}")
     if args.json:

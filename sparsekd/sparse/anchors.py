@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -50,14 +50,21 @@ def predict(layer: nn.Module, inputs: Sequence[Tensor], vector: int, density: fl
     known, key = tuned.of(identity()), f"{json.dumps([list(p.as_row().values()) for p in problems])} V={vector} anchors"
     figures = known.get(key)
     if figures is None or "dense_ms" not in figures:
-        figures = _measured(layer, inputs, vector)
+        figures = measured(layer, inputs, vector)
         known.put(key, figures)
+    return read_off(figures, density), "measured"
+
+
+def read_off(figures: tuned.Figures, density: float) -> Prediction:
+    """What figures of :func:`measured` say of a density."""
     points = sorted((float(name), ms) for name, ms in figures.items() if name != "dense_ms")
-    return Prediction(figures["dense_ms"], _between(points, density), ERROR), "measured"
+    return Prediction(figures["dense_ms"], _between(points, density), ERROR)
 
 
-def _measured(layer: nn.Module, inputs: Sequence[Tensor], vector: int) -> tuned.Figures:
-    """Milliseconds of the dense layer, and of sparse ones by their densities."""
+def measured(
+    layer: nn.Module, inputs: Sequence[Tensor], vector: int, beside: Mapping[str, Callable] | None = None
+) -> tuned.Figures:
+    """Milliseconds of the dense layer, and of sparse ones by their densities; and of what takes turns with them."""
     dense = copy.deepcopy(layer).eval()
     engines, twins = dense_engines(dense, inputs), {}
     for density in DENSITIES:
@@ -68,9 +75,10 @@ def _measured(layer: nn.Module, inputs: Sequence[Tensor], vector: int) -> tuned.
     for name, twin in twins.items():
         engines[name] = lambda twin=twin: [twin(x) for x in inputs]
     with evaluating(dense):
-        timings = compare(engines, rounds=9, min_time=0.002, warmup=2, clock=clock())
+        timings = compare({**engines, **(beside or {})}, rounds=9, min_time=0.002, warmup=2, clock=clock())
     ms = {name: timing.min * 1e3 for name, timing in timings.items()}
-    return {"dense_ms": min(ms[name] for name in ms if name not in twins), **{name: ms[name] for name in twins}}
+    dense_ms = min(ms[name] for name in engines if name not in twins)
+    return {"dense_ms": dense_ms, **{name: ms[name] for name in (*twins, *(beside or {}))}}
 
 
 def _between(points: list[tuple[float, float]], density: float) -> float:
