@@ -6,7 +6,7 @@
 
 `check` asks for each layer what `would_it_be_faster` says (four densities with positions at random, measured here) and
 what the fitted laws say (nothing measured here), and then measures it with masks that leave channels unlike each other.
-It does so twice: how far the second time is from the first is what the machine's noise alone makes of a true prediction.
+It does so twice: how far the second time is from the first is what noise alone makes of a true prediction.
 It prints the median errors, and in how many of layer x sparsity cases a prediction is on the right side of break-even.
 Exit code 1: an error above 15%, or fewer than 95% on the right side, of what `would_it_be_faster` says.
 

@@ -1,5 +1,9 @@
 """What a layer takes, told before it is pruned: sizes, fitted laws, and densities that were measured here."""
 
+import importlib.util
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +15,8 @@ from sparsekd.reporting import vector_of
 from sparsekd.sparse import anchors, cost_model
 from sparsekd.sparse.cost_model import Law, covariance, fitted, predict
 from sparsekd.sparse.problem import Problem
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -139,3 +145,51 @@ def test_names_of_patterns():
     for name in ("4x2", "x1", "v", "v0", "0x1", "2:4", "v4x1", "-4x1"):
         with pytest.raises(ValueError, match="Expected pattern to be"):
             vector_of(name)
+
+
+# ---- the scripts ----
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_collect_fit_and_check(tmp_path, monkeypatch):
+    made = script("cost_model")
+    rows, file = tmp_path / "rows.json", tmp_path / "laws.safetensors"
+    small = ["--networks", '{"mobilenet_v3_small": 64, "reference_student": 32}', "--batch", "1", "--cases", "2"]
+    assert made.main(["collect", *small, "--random", "20", "--rounds", "1", "--out", str(rows)]) == 0
+    monkeypatch.setattr(made, "FILE", file)
+    assert made.main(["fit", "--rows", str(rows)]) == 0
+    monkeypatch.setattr(cost_model, "FILE", file)
+    fitted.cache_clear()
+    try:
+        assert predict([SIZES[0]], 1, 0.1).sparse_ms > 0
+        found = tmp_path / "found.json"
+        small = ["--networks", '{"reference_student": 32}', "--rounds", "1", "--cases", "1"]
+        assert made.main(["check", *small, "--json", str(found)]) in (0, 1)  # as the machine's noise has it
+        assert set(json.loads(found.read_text())["all"]) == {"cases", "foretold", "laws", "again"}
+    finally:
+        fitted.cache_clear()
+
+
+def test_masks_that_leave_channels_unlike():
+    weight = torch.zeros(64, 32, 3, 3)
+    mask = script("cost_model").skewed_mask(weight, 0.9, 4, 1)
+    assert mask.shape == weight.shape and float(mask.float().mean()) == pytest.approx(0.1, abs=2e-3)
+    kept = mask.view(64, -1).sum(1)
+    assert int(kept.max()) > 3 * int(kept.min()) and torch.equal(mask[0], mask[3])
+
+
+@pytest.mark.slow
+def test_never_slower_tells(tmp_path, capsys):
+    made = script("never_slower")
+    found = tmp_path / "found.json"
+    code = made.main(["--model", "cifar_resnet20x4", "--sparsity", "0.9", "--rounds", "3", "--json", str(found)])
+    (row,) = json.loads(found.read_text())["rows"]
+    assert code == (row["ratio"] > made.BAR) and row["sparse_layers"] > 10 and row["error"] < 1e-4
+    assert "worst ratio" in capsys.readouterr().out
