@@ -10,7 +10,8 @@ from torch import nn
 
 import sparsekd
 from sparsekd.measure import tuned
-from sparsekd.sparse import dispatch
+from sparsekd.sparse import dispatch, fusion
+from sparsekd.sparse.fused_modules import FusedConv2d
 from sparsekd.sparse.shapes import Shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:a sparse layer runs dense:UserWarning")
@@ -238,6 +239,34 @@ def test_copies_state_and_compilers(dense_at_five):
     exported = torch.export.export(fast, (x,)).module()
     assert torch.allclose(exported(x), layer(x), atol=1e-5)
     assert any("sparsekd" in str(node.target) for node in exported.graph.nodes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["Conv1d", "Conv2d", "channels_last", "fused"])
+def test_convolutions_choose_too(measured, monkeypatch, kind):
+    torch.manual_seed(0)
+    flat = kind == "Conv1d"
+    layer = (nn.Conv1d if flat else nn.Conv2d)(4, 6, 3, padding=1).eval()
+    layer.weight[torch.rand_like(layer.weight) < 0.8] = 0
+    plain = nn.Sequential(layer, nn.ReLU()) if kind == "fused" else layer
+    shape = (3, 4, 9) if flat else (3, 4, 9, 9)
+    x, other = torch.randn(shape), torch.randn(5, *shape[1:])
+    if kind == "channels_last":
+        plain, x, other = (t.to(memory_format=torch.channels_last) for t in (plain, x, other))
+    if kind == "fused":
+        monkeypatch.setattr("sparsekd.sparse.fusion._fastest", lambda model, inputs: fusion._fused(model, False, False))
+        fast = sparsekd.optimize_for_inference(plain, x)
+        assert any(isinstance(module, FusedConv2d) for module in fast.modules())
+    else:
+        fast = sparsekd.convert(plain, x)
+    monkeypatch.setenv("SPARSEKD_TUNE", "full")
+    measured.speedups = {5: 0.5}
+    for images in (x, other, other[:2]):
+        got = fast(images)
+        torch.testing.assert_close(got, plain(images))
+        assert got.stride() == plain(images).stride()
+    (made,) = sparsekd.choices_by_shape(fast).values()
+    assert [choice.kernel for choice in made] == ["sparse", "dense", "sparse"]
 
 
 @torch.no_grad()
