@@ -318,14 +318,17 @@ def summary(cases: list[dict]) -> dict:
 
 
 def check(args) -> int:
-    found = checked(CHECK if args.networks is None else args.networks, args)
-    every = summary([case for cases in found.values() for case in cases])
+    found: dict[str, list[dict]] = {}
+    networks = CHECK if args.networks is None else args.networks
+    for name, size in networks.items():
+        found |= checked({name: size}, args)
+        every = summary([case for cases in found.values() for case in cases])
+        if args.json:
+            content = {"machine": machine(), "fit": fitted()[1], "all": every}
+            content["networks"] = {network: summary(cases) for network, cases in found.items()}
+            content["cases"] = found
+            Path(args.json).write_text(json.dumps(content) + "\n")
     print(f"all: {every}")
-    if args.json:
-        content = {"machine": machine(), "fit": fitted()[1], "all": every}
-        content["networks"] = {name: summary(cases) for name, cases in found.items()}
-        content["cases"] = found
-        Path(args.json).write_text(json.dumps(content) + "\n")
     told = every["foretold"]
     return int(max(told["dense_ms"], told["sparse_ms"], told["speedup"]) > 0.15 or told["right_side"] < 0.95)
 

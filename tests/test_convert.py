@@ -149,6 +149,27 @@ def test_the_whole_network_goes_back_when_it_is_slower(net, x, monkeypatch):
     assert torch.allclose(fast(x), net(x), rtol=1e-4, atol=1e-5)
 
 
+def test_dense_in_channels_last_where_that_is_fastest(net, x, monkeypatch):
+    """And back: to_dense gives each weight as it was stored."""
+
+    def dense_wins(name, dense, sparse, inputs, rounds=7):
+        times = {"sparse_ms": 2.0, "dense_ms": 1.0, "speedup": 0.5}
+        return Choice(name, "Conv2d", "dense", "dense wins", sparsity=sparse.sparsity, **times)
+
+    class Timed:
+        def __init__(self, key):
+            self.min = 1.0 if key == ("dense", True) else 2.0
+
+    monkeypatch.setattr(convert_module, "choose", dense_wins)
+    monkeypatch.setattr(convert_module, "compare", lambda engines, **_: {key: Timed(key) for key in engines})
+    fast = convert(net, x)
+    assert _channels_last(fast.conv2.weight) and not _channels_last(net.conv2.weight)
+    assert "2 dense ones are stored in channels_last" in sparsekd.choices(fast).summary()
+    torch.testing.assert_close(fast.eval()(x), net.eval()(x))
+    dense = sparsekd.to_dense(fast)
+    assert not _channels_last(dense.conv2.weight) and torch.equal(dense(x), net(x))
+
+
 def _channels_last(weight):
     return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
