@@ -197,7 +197,7 @@ def _check_whole(
 ) -> tuple[dict[str, Choice], bool]:
     """Compares results and time of the whole network, dense and swapped, each as it is and in channels_last.
 
-    Returns the choices, all dense where a dense network is the fastest, and whether the convolutions that are dense then
+    Returns the choices, all dense where a dense network is the fastest, and whether convolutions that are dense then
     are to be in channels_last.
     """
     swapped = copied(model)
