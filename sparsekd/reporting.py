@@ -105,9 +105,9 @@ def report(
         raise TypeError(f"Expected a torch.nn.Module, got {type(model).__name__}")
     seen = record_inputs(model, example_inputs)
     made: dict[str, Choice] = choices(model)
-    peak = peak_flops() / 1e6  # per millisecond
+    peak = peak_flops()
     points = [AccuracyPoint(name, float(value), float(ms)) for name, (value, ms) in (accuracy or {}).items()]
-    found = Report({**machine(), "FMA peak": f"{peak / 1e3:.0f} GFLOP/s"}, accuracy=points)
+    found = Report({**machine(), "FMA peak": f"{peak / 1e9:.0f} GFLOP/s"}, accuracy=points)
     for name, module in track(list(model.named_modules()), "timing layers", progress):
         if isinstance(module, SparseModule) and module in seen:
             dense = module.to_dense()
@@ -136,10 +136,10 @@ def _shares(module: nn.Module, choice: Choice, inputs: Sequence[Tensor], peak: f
     """What part of the FMA peak the useful work of a layer's ways reaches."""
     if not inputs or not choice.sparse_ms:
         return {}
-    work = 2 * sum(Problem.of(module, x).multiplications for x in inputs)
+    seconds = 2 * sum(Problem.of(module, x).multiplications for x in inputs) / peak  # at the peak
     return {
-        "dense_share": work / choice.dense_ms / peak,
-        "sparse_share": work * (1 - choice.sparsity) / choice.sparse_ms / peak,
+        "dense_share": seconds / (choice.dense_ms / 1e3),
+        "sparse_share": seconds * (1 - choice.sparsity) / (choice.sparse_ms / 1e3),
     }
 
 
