@@ -10,6 +10,7 @@ from .sparse.checkpoint import load, save
 from .sparse.convert import choices, convert, dense_state_dict, to_dense
 from .sparse.fusion import optimize_for_inference
 from .sparse.modules import SparseConv1d, SparseConv2d, SparseLinear
+from .sparse.shapes import choices_by_shape
 
 try:
     __version__ = version("sparsekd")
@@ -30,6 +31,7 @@ __all__ = [
     "SparseLinear",
     "TeacherCache",
     "choices",
+    "choices_by_shape",
     "compress",
     "convert",
     "dense_state_dict",

@@ -1,230 +1,93 @@
-"""The command line: sparsekd demo | train | distill | prune | convert | bench | doctor."""
+"""The command line: sparsekd demo | train | distill | prune | convert | report | bench | doctor | completion."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import math
+import contextlib
+import json
 import sys
-from pathlib import Path
+
+from .commands import bench, completion, convert, demo, distill, doctor, prune, report, train
 
 DATA = ("digits", "shapes", "cifar10")
+AGAINST = (
+    "eager",
+    "channels_last",
+    "inductor",
+    "onnxruntime",
+    "openvino",
+)  # of measure/engines.py
+SHELLS = ("bash", "zsh", "tcsh")
 
 
-def model_of(name: str, num_classes: int):
-    """A model by name: of this package, torchvision, ``timm:name`` or ``package.module:factory``."""
-    from torch import nn
-
-    from . import reference_models
-
-    package, _, factory = name.rpartition(":")
-    if package == "timm":
-        return _imported("timm").create_model(factory, pretrained=False, num_classes=num_classes)
-    if package:
-        make = getattr(_imported(package), factory, None)
-        if not callable(make):
-            raise ValueError(f"Expected a function {factory} in {package} that makes the model, got none")
-        model = make()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"Expected {name} to make a torch.nn.Module, got {type(model).__name__}")
-        return model
-    ours = {
-        "reference_teacher": reference_models.reference_teacher,
-        "reference_student": reference_models.reference_student,
-        "cifar_resnet20": reference_models.cifar_resnet20,
-        "cifar_resnet20x4": lambda num_classes: reference_models.cifar_resnet20(width=64, num_classes=num_classes),
-    }
-    if name in ours:
-        return ours[name](num_classes=num_classes)
-    import torchvision
-
-    if name not in torchvision.models.list_models():
-        raise ValueError(
-            f"Expected a model out of {', '.join(ours)}, torchvision's, timm:NAME or package.module:factory, "
-            f"got {name!r}"
-        )
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+EXAMPLES = {
+    "demo": "sparsekd demo\nsparsekd demo --data shapes --seeds 1",
+    "train": "sparsekd train --model reference_teacher --out teacher.safetensors",
+    "distill": "sparsekd distill --teacher teacher.safetensors --out distilled.safetensors",
+    "prune": (
+        "sparsekd prune --weights distilled.safetensors --teacher teacher.safetensors --out both.safetensors\n"
+        "sparsekd prune --weights alone.safetensors --sparsity 0.95 --pattern 4x1 --gradual --out pruned.safetensors"
+    ),
+    "convert": (
+        "sparsekd convert --weights both.safetensors --html report.html\n"
+        "sparsekd convert --model my_package.nets:make --weights pruned.safetensors --size 224 --out fast.safetensors"
+    ),
+    "report": (
+        "sparsekd report --model resnet50 --sparsity 0.9 --batch 1 8 --threads 1 2 --html report.html\n"
+        "sparsekd report --weights both.safetensors --accuracy dense=97.8,0.55 --accuracy sparse=97.6,0.45 --json -"
+    ),
+    "bench": (
+        "sparsekd bench --model torchvision:resnet50 --sparsity 0.9\n"
+        "sparsekd bench --model timm:resnet18 --pattern v4 --batch 1 8 --threads 2 --against eager inductor\n"
+        "sparsekd bench --model my_package.nets:make --checkpoint pruned.safetensors --size 64"
+    ),
+    "doctor": "sparsekd doctor\nsparsekd doctor --json -",
+    "completion": (
+        "sparsekd completion bash > ~/.local/share/bash-completion/completions/sparsekd\n"
+        'sparsekd completion zsh > "${fpath[1]}/_sparsekd"'
+    ),
+}
+EXIT_CODES = """\
+exit codes: 0 success; 1 an error, told in one sentence (--debug shows where), or an engine of bench that failed;
+2 words that are not understood; 130 interrupted"""
 
 
-def _imported(package: str):
-    # As `python -m` does: a file in the folder where one stands can be named.
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"Expected the package {package} to be importable, got: {error}") from error
-
-
-def _data(args):
-    from . import data
-
-    loaded = data.load(args.data, root=args.root, download=args.download)
-    return loaded, *data.loaders(loaded, batch_size=args.batch_size, seed=args.seed)
-
-
-def _model(args, name: str, weights: str | None, num_classes: int):
-    import torch
-
-    from .sparse.checkpoint import load
-
-    torch.manual_seed(args.seed)
-    model = model_of(name, num_classes)
-    return load(model, weights) if weights else model
-
-
-def _fit(args, model, teacher, train, test, sparsity: float | None = None) -> None:
-    """Trains by the one loop, prunes on the way when asked, saves, says the accuracy."""
-    import torch
-
-    from .distillation import Distiller, KDLoss, evaluate
-    from .distillation.training_state import put_aside
-    from .pruning import CubicSL, Pruner
-    from .sparse.checkpoint import save
-
-    for name, value in (("lr", args.lr), ("momentum", args.momentum)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"Expected --{name} of at least 0 and finite, got {value}")
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)
-    pruner = None
-    if sparsity is not None:
-        steps = len(train) * args.epochs
-        schedule = None
-        if args.gradual:
-            schedule = CubicSL(start=0, end=max(steps // 2, 1), update_frequency=max(steps // 40, 1))
-        pruner = Pruner(
-            model, sparsity, args.importance, args.pattern, args.budget, schedule=schedule, optimizer=optimizer,
-            importance_steps=min(32, len(train)),
-        )  # fmt: skip
-    settings = {"penalty": args.penalty, "penalty_weight": args.penalty_weight} if args.penalty else {}
-    if teacher is not None:
-        settings["loss"] = KDLoss(args.temperature, args.alpha)
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = out.with_name(f"{out.name}.checkpoint")
-    if not args.resume:
-        put_aside(checkpoint)
-    Distiller(model, teacher, **settings).fit(
-        train, args.epochs, optimizer, pruner=pruner, val_loader=test, checkpoint=checkpoint, progress=True
-    )
-    if pruner is not None:
-        pruner.squash_mask()
-    save(model, out)
-    checkpoint.unlink(missing_ok=True)
-    print(f"accuracy {evaluate(model, test):.4f} on {args.data}, {out} of {out.stat().st_size} bytes")
-
-
-def train(args) -> None:
-    loaded, training, test = _data(args)
-    _fit(args, _model(args, args.model, None, loaded.classes), None, training, test)
-
-
-def distill(args) -> None:
-    loaded, training, test = _data(args)
-    teacher = _model(args, args.teacher_model, args.teacher, loaded.classes)
-    _fit(args, _model(args, args.model, args.weights, loaded.classes), teacher, training, test)
-
-
-def prune(args) -> None:
-    loaded, training, test = _data(args)
-    teacher = _model(args, args.teacher_model, args.teacher, loaded.classes) if args.teacher else None
-    model = _model(args, args.model, args.weights, loaded.classes)
-    _fit(args, model, teacher, training, test, sparsity=args.sparsity)
-
-
-def _example(args, model):
-    """Random images that the model has taken once."""
-    import torch
-
-    from .sparse.dispatch import evaluating
-
-    for name in ("batch", "size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"Expected --{name} of at least 1, got {getattr(args, name)}")
-    images = torch.randn(args.batch, 3, args.size, args.size)
-    try:
-        with evaluating(model):
-            model(images)
-    except RuntimeError as error:
-        raise ValueError(f"Expected a model that takes images {list(images.shape)} (--size), got: {error}") from error
-    return images
-
-
-def convert(args) -> None:
-    from .measure.timing import threads
-    from .reporting import report
-    from .sparse.checkpoint import save
-    from .sparse.convert import convert as convert_model
-
-    model = _model(args, args.model, args.weights, args.num_classes).eval()
-    with threads(args.threads):
-        images = _example(args, model)
-        converted = convert_model(model, images)
-        _show(report(converted, images), args)
-    if args.out:
-        save(converted, args.out)
-
-
-def bench(args) -> None:
-    import torch
-
-    from .measure.timing import threads
-    from .reporting import random_mask, report
-    from .sparse.convert import convert as convert_model
-
-    if not 0 <= args.sparsity < 1:
-        raise ValueError(f"Expected sparsity in [0, 1), got {args.sparsity}")
-    if args.vector < 1:
-        raise ValueError(f"Expected --vector of at least 1, got {args.vector}")
-    model = _model(args, args.model, None, args.num_classes).eval()
-    layers = [m for m in model.modules() if type(m) in (torch.nn.Conv2d, torch.nn.Linear)]
-    with torch.no_grad():
-        for layer in layers[1:]:
-            layer.weight.mul_(random_mask(layer.weight, args.sparsity, args.vector, getattr(layer, "groups", 1)))
-    print(f"random weights at random places, every layer but the first at sparsity {args.sparsity}")
-    with threads(args.threads):
-        images = _example(args, model)
-        _show(report(convert_model(model, images), images), args)
-
-
-def _show(made, args) -> None:
-    print(made)
-    if args.json:
-        from .measure.report import write_text
-
-        write_text(args.json, made.to_json())
-    if args.html:
-        made.save_html(args.html)
-
-
-def doctor(args) -> None:
-    from .measure.doctor import print_report
-
-    print_report()
-
-
-def demo(args) -> None:
-    from .demo import run
-
-    run(args)
-
-
-def _shown(size: int, num_classes: int) -> argparse.ArgumentParser:
-    """Options of the commands that end in a report of times."""
+def _shown(size: int, num_classes: int, several: bool) -> argparse.ArgumentParser:
+    """Options of the commands that end in times."""
     made = argparse.ArgumentParser(add_help=False)
+    count = {"nargs": "+", "default": [1]} if several else {"default": 1}
     made.add_argument("--num-classes", type=int, default=num_classes)
-    made.add_argument("--batch", type=int, default=1)
+    made.add_argument("--batch", type=int, help="images at once", **count)
+    made.add_argument("--threads", type=int, help="threads that torch uses", **count)
     made.add_argument("--size", type=int, default=size, help="height and width of the input")
-    made.add_argument("--threads", type=int, default=1)
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--json", metavar="FILE")
-    made.add_argument("--html", metavar="FILE")
+    return made
+
+
+def _reported() -> argparse.ArgumentParser:
+    """Options of the commands that end in a report by layer."""
+    made = argparse.ArgumentParser(add_help=False)
+    for name, said in (("html", "a page to write"), ("csv", "a table to write"), ("png", "a picture to write")):
+        made.add_argument(f"--{name}", metavar="FILE", help=said)
+    return made
+
+
+def _random() -> argparse.ArgumentParser:
+    """Options of the commands that take weights or make random ones."""
+    made = argparse.ArgumentParser(add_help=False)
+    made.add_argument("--model", default="resnet18", help="torchvision's name, timm:NAME or package.module:factory")
+    made.add_argument(
+        "--weights", "--checkpoint", metavar="FILE", help="a pruned model (sparsekd prune --out); default: random ones"
+    )
+    made.add_argument("--sparsity", type=float, default=0.9, help="of random weights: fraction removed")
+    made.add_argument("--pattern", default="unstructured", help="of random weights: unstructured, v4 (or 4x1), v8, ...")
     return made
 
 
 def parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    shared.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output, alone there")
     data = argparse.ArgumentParser(add_help=False)
     data.add_argument("--data", choices=DATA, default="digits", help="images (default: digits; shapes is synthetic)")
     data.add_argument("--root", help="folder of CIFAR-10")
@@ -243,11 +106,24 @@ def parser() -> argparse.ArgumentParser:
     taught.add_argument("--teacher-model", default="reference_teacher")
     taught.add_argument("--temperature", type=float, default=4.0)
     taught.add_argument("--alpha", type=float, default=0.5, help="weight of the teacher's term")
-    top = argparse.ArgumentParser(prog="sparsekd", description="Distil, prune, swap layers for sparse ones, measure.")
+    top = argparse.ArgumentParser(
+        prog="sparsekd",
+        description="Distil, prune, swap layers for sparse ones, measure.",
+        epilog=f"sparsekd COMMAND --help shows options and examples\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(function, said: str, *parents):
-        made = commands.add_parser(function.__name__, help=said, description=said, parents=[shared, *parents])
+        examples = "\n".join(f"  {line}" for line in EXAMPLES[function.__name__].splitlines())
+        made = commands.add_parser(
+            function.__name__,
+            help=said,
+            description=said,
+            parents=[shared, *parents],
+            epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         made.set_defaults(function=function)
         return made
 
@@ -273,15 +149,26 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--pattern", default="unstructured", help="unstructured, 4x1, 4x1-permuted, 2:4, ...")
     made.add_argument("--budget", default="global", choices=("global", "uniform", "erk"))
     made.add_argument("--gradual", action="store_true", help="on a cubic schedule instead of once")
-    made = command(convert, "swap pruned layers for sparse ones and report what that bought", _shown(32, 10))
+    made = command(
+        convert, "swap pruned layers for sparse ones and report what that bought", _shown(32, 10, False), _reported()
+    )
     made.add_argument("--model", default="reference_student")
     made.add_argument("--weights", required=True, metavar="FILE")
     made.add_argument("--out", metavar="FILE", help="packed safetensors to write")
-    made = command(bench, "dense against sparse on a network with random weights", _shown(224, 1000))
-    made.add_argument("--model", default="resnet18")
-    made.add_argument("--sparsity", type=float, default=0.9)
-    made.add_argument("--vector", type=int, default=1)
+    made = command(
+        report, "dense against sparse layer by layer, with reasons", _random(), _shown(224, 1000, True), _reported()
+    )
+    made.add_argument(
+        "--accuracy", action="append", default=[], metavar="NAME=ACCURACY,MS", help="a point of accuracy over latency"
+    )
+    made = command(bench, "a whole network against the dense engines at hand", _random(), _shown(224, 1000, True))
+    made.add_argument("--against", nargs="+", choices=AGAINST, default=["eager", "channels_last"], metavar="ENGINE",
+                      help=f"out of {', '.join(AGAINST)} (default: eager channels_last)")  # fmt: skip
+    made.add_argument("--rounds", type=int, default=9, help="visits of each engine; the fastest counts")
     command(doctor, "what is built, what is missing, what to do about it")
+    made = command(completion, "print a script that completes this command in a shell (needs shtab)")
+    made.add_argument("shell", choices=SHELLS)
+    made.set_defaults(top=top)
     return top
 
 
@@ -289,7 +176,17 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 when it succeeds, 1 after one sentence about an error, 130 when interrupted."""
     args = parser().parse_args(argv)
     try:
-        args.function(args)
+        # JSON for standard output has it to itself.
+        aside = contextlib.redirect_stdout(sys.stderr) if args.json == "-" else contextlib.nullcontext()
+        with aside:
+            result = args.function(args) or {}
+        code = result.pop("exit", 0)
+        if args.json == "-":
+            print(json.dumps(result, indent=1))
+        elif args.json:
+            from .measure.report import write_text
+
+            write_text(args.json, json.dumps(result, indent=1) + "\n")
     except KeyboardInterrupt:
         resumable = "; the same command with --resume goes on" if hasattr(args, "resume") else ""
         print(f"interrupted{resumable}", file=sys.stderr)
@@ -302,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         print(f"sparsekd: {said}", file=sys.stderr)
         return 1
-    return 0
+    return code
 
 
 if __name__ == "__main__":

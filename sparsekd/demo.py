@@ -323,6 +323,8 @@ class Demo:
         return rows
 
 
-def run(args: Namespace) -> None:
-    """``sparsekd demo``."""
-    Demo(args).run()
+def run(args: Namespace) -> Path:
+    """``sparsekd demo``; the folder that it wrote to."""
+    made = Demo(args)
+    made.run()
+    return made.folder

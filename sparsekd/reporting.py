@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import copy
-import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from .measure.report import LayerReport, NetworkReport, Report
-from .measure.timing import compare, speedup
-from .sparse import ops
+from .measure import tuned
+from .measure.machine import clock, identity, processor
+from .measure.progress import track
+from .measure.report import AccuracyPoint, LayerReport, NetworkReport, Report
+from .measure.timing import compare, peak_flops, speedup
+from .measure.timing import threads as using_threads
+from .sparse import anchors, ops
 from .sparse.convert import choices, to_dense
-from .sparse.dispatch import Choice, clock, evaluating, from_dense, measure_layer, sparsity_of
+from .sparse.cost_model import Prediction
+from .sparse.dispatch import KINDS, MIN_SPARSITY, Choice, evaluating, measure_layer, sparsity_of
 from .sparse.packed_module import SparseModule
+from .sparse.problem import Problem
 from .sparse.surgery import call, record_inputs
 
 
 def machine() -> dict[str, str]:
     """Where figures come from: processor, instruction set, threads, torch."""
-    processor = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return {
-        "processor": processor,
+        "processor": processor(),
         "kernels": ops.cpu_isa(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
@@ -80,48 +80,77 @@ def compare_networks(dense: nn.Module, sparse: nn.Module, example_inputs: object
     )
 
 
-def report(model: nn.Module, example_inputs: object, batch_sizes: Sequence[int] | None = None) -> Report:
+def report(
+    model: nn.Module,
+    example_inputs: object,
+    batch_sizes: Sequence[int] | None = None,
+    threads: Sequence[int] | None = None,
+    accuracy: Mapping[str, tuple[float, float]] | None = None,
+    progress: bool = False,
+) -> Report:
     """Dense and sparse times of a converted model, layer by layer and as a whole, with the reasons of each choice.
 
     Args:
         example_inputs: a tensor, or a tuple of positional, or a dict of named arguments of the forward.
         batch_sizes: also time the whole network on the inputs repeated to these batch sizes; None: as given.
+        threads: time the whole network on so many threads, one after the other; None: as many as torch uses now.
+        accuracy: name to (accuracy, milliseconds), points to be drawn beside each other.
+        progress: show a bar on a terminal.
 
     Returns:
         A :class:`sparsekd.measure.report.Report`: ``print`` it, ``.layers``, ``.network``, ``.to_json()``,
-        ``.to_markdown()``, ``.save_html(path)``, ``.save_png(path)``.
+        ``.to_markdown()``, ``.to_csv()``, ``.save_html(path)``, ``.save_csv(path)``, ``.save_png(path)``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a torch.nn.Module, got {type(model).__name__}")
     seen = record_inputs(model, example_inputs)
     made: dict[str, Choice] = choices(model)
-    found = Report(machine())
-    for name, module in model.named_modules():
+    peak = peak_flops()
+    points = [AccuracyPoint(name, float(value), float(ms)) for name, (value, ms) in (accuracy or {}).items()]
+    found = Report({**machine(), "FMA peak": f"{peak / 1e9:.0f} GFLOP/s"}, accuracy=points)
+    for name, module in track(list(model.named_modules()), "timing layers", progress):
         if isinstance(module, SparseModule) and module in seen:
             dense = module.to_dense()
             with evaluating(dense), evaluating(module):
                 choice = measure_layer(name, dense, module, seen[module])
             reason = made[name].reason if name in made else choice.reason
-            choice = Choice(**{**vars(choice), "kernel": "sparse", "reason": reason})
+            choice = replace(choice, kernel="sparse", reason=reason)
         elif name in made:
             choice = made[name]
-        elif type(module) in (nn.Conv2d, nn.Linear):
+        elif type(module) in KINDS:
             sparsity = sparsity_of(module.weight.detach())
             choice = Choice(name, type(module).__name__, "dense", "not converted", sparsity=sparsity)
         else:
             continue
-        found.layers.append(LayerReport(**vars(choice)))
+        found.layers.append(LayerReport(**vars(choice), **_shares(module, choice, seen.get(module, ()), peak)))
     dense = to_dense(model)
-    for batch in batch_sizes or [None]:
-        inputs = example_inputs if batch is None else _resized(example_inputs, batch)
-        found.network.append(compare_networks(dense, model, inputs))
+    for count in threads or [torch.get_num_threads()]:
+        with using_threads(count):
+            for batch in batch_sizes or [None]:
+                inputs = example_inputs if batch is None else _resized(example_inputs, batch)
+                found.network.append(compare_networks(dense, model, inputs))
     return found
+
+
+def _shares(module: nn.Module, choice: Choice, inputs: Sequence[Tensor], peak: float) -> dict[str, float]:
+    """What part of the FMA peak the useful work of a layer's ways reaches."""
+    if not inputs or not choice.sparse_ms:
+        return {}
+    seconds = 2 * sum(Problem.of(module, x).multiplications for x in inputs) / peak  # at the peak
+    return {
+        "dense_share": seconds / (choice.dense_ms / 1e3),
+        "sparse_share": seconds * (1 - choice.sparsity) / (choice.sparse_ms / 1e3),
+    }
 
 
 def would_it_be_faster(
     layer_or_model: nn.Module, sparsity: float, input_shape: Sequence[int], pattern: str = "unstructured"
 ) -> dict[str, Choice]:
-    """Measures, before pruning, what each Conv2d and Linear would gain at a sparsity with random positions.
+    """What each Conv1d, Conv2d and Linear would gain at a sparsity, told before pruning.
+
+    From times of this machine: the first question about a layer's size measures the dense layer and four densities
+    with positions at random, which are kept on disk, and every sparsity is read off them. Under ``SPARSEKD_TUNE=off``
+    nothing is measured, and the cost model (``sparse/cost_model.py``) answers.
 
     Args:
         layer_or_model: a plain layer or network; left as it is.
@@ -130,40 +159,58 @@ def would_it_be_faster(
         pattern: "unstructured", or "Vx1" (such as "4x1"): V output channels share their columns.
 
     Returns:
-        Name (``""`` for a layer given directly) to the measured choice: ``.kernel``, ``.speedup``, ``.reason``.
+        Name (``""`` for a layer given directly) to the choice: ``.kernel``, ``.speedup``, ``.dense_ms``,
+        ``.sparse_ms``, ``.reason``. ``.error``: in half of the layers that ``benchmarks/cost_model.py`` checked, the
+        speed-up was off by less, relatively.
+
+    Raises:
+        ValueError: a sparsity or pattern out of these.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"Expected sparsity in [0, 1), got {sparsity}")
-    vector = 1
-    if pattern != "unstructured":
-        number, _, one = pattern.partition("x")
-        if one != "1" or not number.isdecimal() or int(number) < 1:
-            raise ValueError(f'Expected pattern to be "unstructured" or "Vx1" such as "4x1", got {pattern!r}')
-        vector = int(number)
+    vector = vector_of(pattern)
     parameter = next(layer_or_model.parameters(), torch.empty(0))
     example = torch.randn(*input_shape, device=parameter.device, dtype=parameter.dtype)
+    names = {module: name for name, module in reversed(list(layer_or_model.named_modules()))}
     found = {}
     for module, inputs in record_inputs(layer_or_model, example).items():
-        if type(module) not in (nn.Conv2d, nn.Linear):
-            continue
-        name = next(name for name, other in layer_or_model.named_modules() if other is module)
-        mask = random_mask(module.weight, sparsity, vector, getattr(module, "groups", 1))
-        dense = copy.deepcopy(module)
-        with torch.no_grad():
-            dense.weight.mul_(mask)
-        twin = from_dense(dense, mask, vector)
-        with evaluating(dense), evaluating(twin):
-            found[name] = measure_layer(name, dense, twin, inputs)
+        if type(module) in KINDS:
+            predicted, source = anchors.predict(module, inputs, vector, 1 - sparsity)
+            found[names[module]] = _foretold(names[module], module, inputs, sparsity, vector, predicted, source)
+    if tuned.mode() != "off":
+        tuned.of(identity()).flush()
     return found
 
 
-def random_mask(weight: Tensor, sparsity: float, vector: int, groups: int) -> Tensor:
-    """bool, the weight's shape: V x 1 vectors kept at random, exactly round(density * vectors) of them."""
-    per_group = weight.shape[0] // groups
-    packed = -(-per_group // vector)
-    columns = weight[0].numel()
-    keep = torch.zeros(groups * packed * columns, dtype=torch.bool)
-    generator = torch.Generator().manual_seed(0)
-    keep[torch.randperm(keep.numel(), generator=generator)[: round((1 - sparsity) * keep.numel())]] = True
-    rows = keep.view(groups, packed, 1, columns).expand(-1, -1, vector, -1).reshape(groups, packed * vector, columns)
-    return rows[:, :per_group].reshape(weight.shape).to(weight.device)
+def _foretold(
+    name: str, layer: nn.Module, inputs: Sequence[Tensor], sparsity: float, vector: int, of: Prediction, source: str
+) -> Choice:
+    faster = of.speedup > 1 and sparsity >= MIN_SPARSITY
+    known = "from densities measured here" if source == "measured" else "by the cost model"
+    return Choice(
+        name=name,
+        kind=type(layer).__name__,
+        kernel="sparse" if faster else "dense",
+        reason=f"sparse {of.sparse_ms:.3g} ms, dense {of.dense_ms:.3g} ms, {known} (typically {of.error:.0%} off)",
+        shape=tuple(inputs[0].shape),
+        sparsity=sparsity,
+        vector=vector,
+        dense_ms=of.dense_ms,
+        dense_as="best",
+        sparse_ms=of.sparse_ms,
+        speedup=of.speedup,
+        speedup_low=of.speedup / (1 + of.error),
+        speedup_high=of.speedup * (1 + of.error),
+        source="predicted",
+        error=of.error,
+    )
+
+
+def vector_of(pattern: str) -> int:
+    """V of "unstructured", "4x1" or, in short, "v4"."""
+    if pattern == "unstructured":
+        return 1
+    number = pattern[1:] if pattern[:1] == "v" else pattern.removesuffix("x1") if pattern.endswith("x1") else ""
+    if not (number.isascii() and number.isdecimal()) or int(number) < 1:
+        raise ValueError(f'Expected pattern to be "unstructured" or "Vx1" such as "4x1", got {pattern!r}')
+    return int(number)

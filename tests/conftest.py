@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,13 @@ def assert_near(got, want, dtype=None, what="result"):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_figures_of_before(tmp_path_factory, monkeypatch):
+    """Nothing that was measured on this machine before, or in another test, is known."""
+    monkeypatch.setenv("SPARSEKD_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "no-cache" / uuid.uuid4().hex))
+    monkeypatch.delenv("SPARSEKD_TUNE", raising=False)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The command line: what each command leaves behind, and one sentence for everything that is wrong."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 
 from sparsekd import SparseConv2d, SparseLinear, data, evaluate, load
-from sparsekd.cli import main, model_of
+from sparsekd.cli import main, parser
 from sparsekd.distillation import Distiller
+from sparsekd.measure import engines
+from sparsekd.model_names import model_of
 from sparsekd.reference_models import ReferenceNet, reference_student
 from sparsekd.sparse.checkpoint import save
 
@@ -41,6 +44,7 @@ def run(*words):
     return main([str(word) for word in words])
 
 
+COMMANDS = ("demo", "train", "distill", "prune", "convert", "report", "bench", "doctor", "completion")
 TINY = ("--model", "test_cli:tiny")
 
 
@@ -123,22 +127,83 @@ def test_convert_reports_and_saves(trained, capsys):
     assert torch.allclose(model.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-4)
 
 
-def test_bench(capsys):
-    assert run("bench", *TINY, "--size", 32, "--sparsity", 0.9, "--vector", 4, "--json", "bench.json") == 0
-    assert "random weights" in capsys.readouterr().out
-    sparsities = {layer["name"]: layer["sparsity"] for layer in json.loads(Path("bench.json").read_text())["layers"]}
+def test_report(capsys):
+    words = ("--size", 32, "--sparsity", 0.9, "--pattern", "v4", "--batch", 1, 2, "--threads", 1, 2)
+    files = ("--json", "r.json", "--csv", "r.csv", "--html", "r.html", "--accuracy", "dense=97.5,0.5")
+    assert run("report", *TINY, *words, *files) == 0
+    said, found = capsys.readouterr().out, json.loads(Path("r.json").read_text())
+    assert "random weights" in said and "dense: accuracy 97.5 in 0.500 ms" in said
+    sparsities = {layer["name"]: layer["sparsity"] for layer in found["layers"]}
     assert sparsities["conv1"] == 0 and sparsities["fc1"] == pytest.approx(0.9, abs=1e-3)
+    assert [(row["threads"], row["batch"]) for row in found["network"]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert Path("r.csv").read_text().startswith("name,kind,kernel") and "<svg" in Path("r.html").read_text()
+
+
+def test_bench(capsys):
+    words = ("--size", 32, "--pattern", "4x1", "--batch", 1, 3, "--rounds", 2, "--against", "eager")
+    assert run("bench", *TINY, *words, "--json", "-") == 0
+    out, err = capsys.readouterr()
+    assert "optimize_for_inference" in err and "random weights" in err
+    rows = json.loads(out)["rows"]
+    assert [row["batch"] for row in rows] == [1, 3] and rows[0]["best_dense"] == "eager" and rows[0]["clock"] == "cpu"
+    assert set(rows[0]["ms"]) == {"eager", "convert", "optimize_for_inference"}
+
+
+def test_bench_of_a_checkpoint(trained, capsys):
+    words = ("--size", 32, "--checkpoint", trained, "--num-classes", 10, "--rounds", 2, "--against", "eager")
+    assert run("bench", *TINY, *words) == 0
+    assert "random weights" not in capsys.readouterr().out
+
+
+def test_bench_with_an_engine_that_fails(monkeypatch, capsys):
+    monkeypatch.setitem(engines.DENSE, "channels_last", lambda model, x, threads: lambda: model(x) + 1)
+    assert run("bench", *TINY, "--size", 32, "--rounds", 2) == 1
+    assert "off float64" in capsys.readouterr().out
 
 
 def test_doctor(capsys):
     assert run("doctor") == 0
     assert "torch" in capsys.readouterr().out
+    assert run("doctor", "--json", "-") == 0
+    assert "torch" in {finding["topic"] for finding in json.loads(capsys.readouterr().out)["findings"]}
+
+
+def test_results_as_json(few_images):
+    assert run(*TRAINED, "--out", "alone.safetensors", "--json", "result.json") == 0
+    found = json.loads(Path("result.json").read_text())
+    assert found["bytes"] == Path("alone.safetensors").stat().st_size and 0.2 < found["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_that_are_understood(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(name, "--help")
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "exit codes: 0 success" in said
+    examples = [line.strip() for line in said.splitlines() if line.startswith(f"  sparsekd {name}")]
+    assert examples
+    for example in examples:
+        words = shlex.split(example.partition(" > ")[0])[1:]
+        assert parser().parse_args(words).command == name
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(shell, capsys):
+    assert run("completion", shell) == 0
+    said = capsys.readouterr().out
+    assert "sparsekd" in said and "--against" in said and "onnxruntime" in said
+
+
+def test_completion_without_shtab(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert run("completion", "bash") == 1
+    assert capsys.readouterr().err.startswith("sparsekd: Expected shtab to be installed (pip install shtab), got")
 
 
 def test_as_a_program():
     made = subprocess.run([sys.executable, "-m", "sparsekd.cli", "--help"], capture_output=True, text=True)
     assert made.returncode == 0
-    assert all(name in made.stdout for name in ("demo", "train", "distill", "prune", "convert", "bench", "doctor"))
+    assert all(name in made.stdout for name in COMMANDS)
 
 
 # --- models by name --------------------------------------------------------------------------------------------------
@@ -245,7 +310,11 @@ ERRORS = {
     "no images": (("bench", *TINY, "--size", 32, "--batch", 0), "Expected --batch of at least 1, got 0"),
     "no size": (("bench", *TINY, "--size", -3), "Expected --size of at least 1, got -3"),
     "a size that does not fit": (("bench", *TINY, "--size", 64), "Expected a model that takes images [1, 3, 64, 64]"),
-    "no vector": (("bench", *TINY, "--size", 32, "--vector", 0), "Expected --vector of at least 1, got 0"),
+    "no pattern": (("bench", *TINY, "--size", 32, "--pattern", "v0"), "Expected pattern to be"),
+    "no rounds": (("bench", *TINY, "--size", 32, "--rounds", 0), "Expected --rounds of at least 1, got 0"),
+    "no accuracy": (
+        ("report", *TINY, "--size", 32, "--accuracy", "dense=97"), "Expected --accuracy NAME=ACCURACY,MILLISECONDS, got"
+    ),
     "no seeds": (("demo", "--seeds", 0), "Expected at least 1 seed, got 0"),
     "demo sparsity": (("demo", "--sparsity", 1.5), "Expected sparsity in (0, 1), got 1.5"),
     "demo without epochs": (("demo", "--epochs", 0), "Expected at least 1 epoch, got 0"),

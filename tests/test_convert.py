@@ -114,7 +114,7 @@ def test_never_slower_dense_is_kept_when_it_wins(net, x, monkeypatch):
     def dense_wins(name, dense, sparse, inputs, rounds=7):
         return Choice(name, "Conv2d", "dense", "dense wins", sparsity=sparse.sparsity, sparse_ms=2.0, dense_ms=1.0)
 
-    monkeypatch.setattr(convert_module, "measure_layer", dense_wins)
+    monkeypatch.setattr(convert_module, "choose", dense_wins)
     with pytest.warns(UserWarning, match="3 of 4 layers are pruned and stay dense"):
         fast = sparsekd.convert(net, x)
     assert not any(isinstance(m, sparsekd.SparseConv2d) for m in fast.modules())
@@ -126,14 +126,15 @@ def test_the_whole_network_goes_back_when_it_is_slower(net, x, monkeypatch):
     """Layers may win alone and lose together: the network is timed too."""
 
     def sparse_wins(name, dense, sparse, inputs, rounds=7):
-        return Choice(name, "Conv2d", "sparse", "wins", sparsity=sparse.sparsity, sparse_ms=1.0, dense_ms=2.0)
+        times = {"sparse_ms": 1.0, "dense_ms": 2.0, "speedup": 2.0}
+        return Choice(name, "Conv2d", "sparse", "wins", sparsity=sparse.sparsity, **times)
 
     class Timed:
         def __init__(self, seconds):
             self.min = seconds
 
     seconds = {("dense", False): 3.0, ("dense", True): 1.0, ("sparse", False): 2.0, ("sparse", True): 4.0}
-    monkeypatch.setattr(convert_module, "measure_layer", sparse_wins)
+    monkeypatch.setattr(convert_module, "choose", sparse_wins)
     monkeypatch.setattr(convert_module, "compare", lambda engines, **_: {key: Timed(seconds[key]) for key in engines})
     with pytest.warns(UserWarning, match=r"took 2e\+03 ms with sparse layers and 1e\+03 ms dense \(channels_last\)"):
         fast = sparsekd.convert(net, x)
@@ -146,6 +147,27 @@ def test_the_whole_network_goes_back_when_it_is_slower(net, x, monkeypatch):
     assert any(isinstance(m, sparsekd.SparseConv2d) for m in fast.modules())
     assert not any(_channels_last(m.weight) for m in net.modules() if type(m) is nn.Conv2d and m.kernel_size != (1, 1))
     assert torch.allclose(fast(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_dense_in_channels_last_where_that_is_fastest(net, x, monkeypatch):
+    """And back: to_dense gives each weight as it was stored."""
+
+    def dense_wins(name, dense, sparse, inputs, rounds=7):
+        times = {"sparse_ms": 2.0, "dense_ms": 1.0, "speedup": 0.5}
+        return Choice(name, "Conv2d", "dense", "dense wins", sparsity=sparse.sparsity, **times)
+
+    class Timed:
+        def __init__(self, key):
+            self.min = 1.0 if key == ("dense", True) else 2.0
+
+    monkeypatch.setattr(convert_module, "choose", dense_wins)
+    monkeypatch.setattr(convert_module, "compare", lambda engines, **_: {key: Timed(key) for key in engines})
+    fast = convert(net, x)
+    assert _channels_last(fast.conv2.weight) and not _channels_last(net.conv2.weight)
+    assert "2 dense ones are stored in channels_last" in sparsekd.choices(fast).summary()
+    torch.testing.assert_close(fast.eval()(x), net.eval()(x))
+    dense = sparsekd.to_dense(fast)
+    assert not _channels_last(dense.conv2.weight) and torch.equal(dense(x), net(x))
 
 
 def _channels_last(weight):
@@ -234,7 +256,7 @@ def test_retraining_after_the_swap_keeps_the_holes(net, x):
     assert optimizer.state[fast.conv1.values]["momentum_buffer"].shape == fast.conv1.values.shape
 
 
-def test_would_it_be_faster_measures_and_leaves_the_model_alone():
+def test_would_it_be_faster_tells_and_leaves_the_model_alone():
     conv = nn.Conv2d(16, 16, 3, padding=1)
     weight = conv.weight.clone()
     found = sparsekd.would_it_be_faster(conv, 0.9, (1, 16, 14, 14))

@@ -6,7 +6,6 @@ found, and, where something is wrong or missing, one sentence of advice.
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
@@ -21,6 +20,9 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import torch
+
+from . import tuned
+from .machine import extension_file, loaded_isa
 
 __all__ = ["Finding", "print_report", "report"]
 
@@ -71,20 +73,6 @@ def versions() -> list[Finding]:
 # ---- our own library ----
 
 
-def extension_file() -> Path | None:
-    """Where `sparsekd._C` lies, found without importing anything."""
-    package = Path(__file__).resolve().parent.parent
-    found = importlib.machinery.PathFinder.find_spec("_C", [str(package)])
-    return Path(found.origin) if found and found.origin else None
-
-
-def loaded_isa() -> str | None:
-    """The instruction set that the kernels chose, or None when the extension is not loaded."""
-    if not hasattr(torch.ops.sparsekd, "cpu_isa"):
-        return None
-    return str(torch.ops.sparsekd.cpu_isa())
-
-
 def extension(file: Path | None, isa: str | None) -> list[Finding]:
     processor = torch.backends.cpu.get_cpu_capability()
     if isa is not None:
@@ -119,6 +107,22 @@ def threads(used: int, cores: int) -> list[Finding]:
     if used > cores:
         advice = f"More threads than cores slow each other down: torch.set_num_threads({cores}) or OMP_NUM_THREADS."
     return [Finding("threads", f"torch uses {used}, {cores} cores may be used", advice)]
+
+
+def tuned_figures(environ: Mapping[str, str]) -> list[Finding]:
+    """What is kept of measurements, and where."""
+    try:
+        mode, advice = tuned.mode(environ), ""
+    except ValueError as error:
+        mode, advice = "none", f"{error}."
+    folder, count, files = tuned.folder(environ), 0, sorted(tuned.folder(environ).glob("tuned-*.json"))
+    for file in files:
+        try:
+            count += len(tuned.read(file))
+        except (ValueError, OSError) as error:
+            advice += f" {file.name} is broken ({error}); it is measured anew when it is next used."
+    value = f"SPARSEKD_TUNE={mode}; {count} in {len(files)} file(s) of {folder}"
+    return [Finding("tuned figures", value, advice.strip())]
 
 
 # ---- what a build needs ----
@@ -246,6 +250,7 @@ def report(environ: Mapping[str, str] | None = None) -> list[Finding]:
         *extension(extension_file(), loaded_isa()),
         *environment(environ),
         *threads(torch.get_num_threads(), cores),
+        *tuned_figures(environ),
         *compiler(environ),
         *toolkit(nvcc, release, torch.version.cuda),
         *architectures(arch_list, [int(arch) for arch in known], release),

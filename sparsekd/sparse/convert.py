@@ -7,18 +7,23 @@ import logging
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.nn.utils import parametrize
 
+from ..measure import tuned
+from ..measure.machine import clock, identity
+from ..measure.progress import track
 from ..measure.timing import compare
-from .dispatch import KINDS, MIN_SPARSITY, Choice, clock, evaluating, from_dense, kind_of, measure_layer, sparsity_of
+from .dispatch import KINDS, MIN_SPARSITY, Choice, choose, evaluating, from_dense, kind_of, sparsity_of
 from .packed_module import DTYPES, SparseModule
+from .shapes import Shapes
 from .surgery import bare, call, carry_hooks, copied, put_in_place, record_inputs, unhooked
 
 SETTINGS = {"kernel": ("auto", "sparse", "dense"), "vector": None}
@@ -87,13 +92,16 @@ def convert(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     mapping: Mapping[str, Mapping] | None = None,
     strict: bool = False,
+    progress: bool = False,
 ) -> nn.Module:
     """Swaps pruned ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Linear`` for sparse ones where that is measured to be faster.
 
     Each candidate (exact type, sparsity of at least 0.3) is timed on the inputs that ``example_inputs`` bring to it,
-    dense against sparse; then the whole network is, and goes back to dense when that is faster. Where it helps, dense
-    convolutions that are left are stored in channels_last, so that they answer in it. The choices, with reasons, are in
-    ``choices(model)``.
+    dense against sparse, unless such a layer was before (``SPARSEKD_TUNE``, see ``measure/tuned.py``); then the whole
+    network is, and goes back to dense when that is faster. Where pruned layers were timed and it helps, convolutions
+    that stay dense are stored in channels_last, so that they answer in it. The choices, with reasons, are in
+    ``choices(model)``; what swapped layers do at other shapes in ``choices_by_shape(model)``. ``SPARSEKD_TUNE=off``
+    measures nothing, nor the network.
 
     Args:
         example_inputs: a tensor, or a tuple of positional, or a dict of named arguments of the forward.
@@ -101,6 +109,7 @@ def convert(
         filter_fn: ``(module, name) -> bool``; layers for which it is False are left alone.
         mapping: name glob to ``{"kernel": "auto" | "sparse" | "dense", "vector": int | "auto"}``; later globs win.
         strict: raise when a pruned layer stays dense.
+        progress: show a bar on a terminal.
 
     Returns:
         The converted model. The given one is unchanged (unless ``inplace``) also when an error is raised.
@@ -126,7 +135,7 @@ def convert(
             parents.setdefault(child, []).append(parent)
     made: dict[str, Choice] = _scripted(model)
     sparse: dict[str, SparseModule] = {}
-    for name, module in model.named_modules():
+    for name, module in track(list(model.named_modules()), "measuring layers", progress):
         if not isinstance(module, KINDS) or (filter_fn is not None and not filter_fn(module, name)):
             continue
         settings = _settings(name, mapping)
@@ -146,15 +155,19 @@ def convert(
             for x in seen[module]:
                 _check_equal(plain(x), twin(x), name)
             if settings["kernel"] == "auto":
-                choice = measure_layer(name, plain, twin, seen[module])
+                choice = choose(name, plain, twin, seen[module])
             else:
                 choice = replace(kept, kernel="sparse", reason="asked for by mapping", vector=twin.vector)
         made[name] = choice
         if choice.kernel == "sparse":
             sparse[name] = carry_hooks(module, twin)
+            if settings["kernel"] == "auto":
+                twin._shapes = Shapes(choice, twin, seen[module])
     del seen
+    if tuned.mode() != "off":
+        tuned.of(identity()).flush()
     channels_last = False
-    if sparse:
+    if sparse or any(choice.sparse_ms for choice in made.values()):
         made, channels_last = _check_whole(model, example_inputs, sparse, made)
     dense_left = [c for c in made.values() if c.kernel == "dense" and c.sparsity >= MIN_SPARSITY]
     if dense_left:
@@ -167,9 +180,8 @@ def convert(
     names = {name: target.get_submodule(name) for name, choice in made.items() if choice.kernel == "sparse"}
     # Hooks of the copy, which may be bound to what was copied with it.
     target = put_in_place(target, {old: carry_hooks(old, unhooked(sparse[name])) for name, old in names.items()})
-    if channels_last:
-        _to_channels_last(target)
-    target._sparsekd_choices = Choices(made, time.perf_counter() - began)
+    turned = _to_channels_last(target) if channels_last else []
+    target._sparsekd_choices = Choices(made, time.perf_counter() - began, turned)
     logging.getLogger("sparsekd").info("%s", target._sparsekd_choices.summary())
     return target
 
@@ -185,8 +197,8 @@ def _check_whole(
 ) -> tuple[dict[str, Choice], bool]:
     """Compares results and time of the whole network, dense and swapped, each as it is and in channels_last.
 
-    Returns the choices, all dense where a dense network is the fastest, and whether the dense convolutions left are to
-    be in channels_last.
+    Returns the choices, all dense where a dense network is the fastest, and whether convolutions that are dense then
+    are to be in channels_last.
     """
     swapped = copied(model)
     swapped = put_in_place(swapped, {swapped.get_submodule(name): twin for name, twin in sparse.items()})
@@ -199,33 +211,47 @@ def _check_whole(
         for network in networks.values():
             stack.enter_context(evaluating(network))
         _check_outputs(model, swapped, example_inputs)
-        if all(made[name].sparse_ms == 0.0 for name in sparse):  # asked for, so time decides nothing
+        # Where layers were asked for, or nothing is to be measured, time decides nothing.
+        if tuned.mode() == "off" or not any(choice.sparse_ms for choice in made.values()):
             return made, False
+        if not sparse:
+            networks = {key: network for key, network in networks.items() if key[0] == "dense"}
         engines = {key: partial(call, network, example_inputs) for key, network in networks.items()}
         timings = compare(engines, rounds=7, min_time=0.005, warmup=2, clock=clock())
     best = {
         kind: min((key for key in timings if key[0] == kind), key=lambda key: timings[key].min)
-        for kind in ("dense", "sparse")
+        for kind in ("dense", "sparse")[: 2 if sparse else 1]
     }
+    lost = [name for name in sparse if made[name].sparse_ms > 0.0]  # layers that mapping asks for stay
     ms = {kind: timings[key].min * 1e3 for kind, key in best.items()}
-    if ms["sparse"] < ms["dense"]:
-        return made, best["sparse"][1]
+    if not lost or ms["sparse"] < ms["dense"]:
+        return made, best["sparse" if sparse else "dense"][1]
     layout = " (channels_last)" if best["dense"][1] else ""
     said = f"the whole network took {ms['sparse']:.3g} ms with sparse layers and {ms['dense']:.3g} ms dense{layout}"
-    lost = [name for name in sparse if made[name].sparse_ms > 0.0]  # layers that mapping asks for stay
-    return {name: choice.kept_dense(said) if name in lost else choice for name, choice in made.items()}, False
+    return {name: choice.kept_dense(said) if name in lost else choice for name, choice in made.items()}, best["dense"][
+        1
+    ]
 
 
 def _in_channels_last(model: nn.Module) -> nn.Module:
     """A copy whose plain convolutions are stored, and hence answer, in channels_last, whatever their input is in."""
-    return _to_channels_last(copied(model))
-
-
-def _to_channels_last(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if type(module) is nn.Conv2d:
-            module.to(memory_format=torch.channels_last)
+    model = copied(model)
+    _to_channels_last(model)
     return model
+
+
+def _to_channels_last(model: nn.Module) -> list[str]:
+    """Stores plain convolutions in channels_last; the names of those that were not."""
+    turned = []
+    for name, module in model.named_modules():
+        if type(module) is nn.Conv2d and not _last(module.weight):
+            module.to(memory_format=torch.channels_last)
+            turned.append(name)
+    return turned
+
+
+def _last(weight: Tensor) -> bool:
+    return suggest_memory_format(weight) == torch.channels_last
 
 
 def _check_outputs(model: nn.Module, swapped: nn.Module, example_inputs: object) -> None:
@@ -288,15 +314,19 @@ def _check_equal(expected: object, got: object, what: str) -> None:
 
 
 class Choices(dict[str, Choice]):
-    """What was chosen for each layer, by name, and what finding out cost in seconds of wall time."""
+    """What was chosen for each layer, by name, and what finding out cost in seconds of wall time.
 
-    def __init__(self, choices: Mapping[str, Choice] = (), seconds: float = 0.0) -> None:
+    ``turned`` names the convolutions that stayed dense and were stored in channels_last.
+    """
+
+    def __init__(self, choices: Mapping[str, Choice] = (), seconds: float = 0.0, turned: Sequence[str] = ()) -> None:
         super().__init__(choices)
-        self.seconds = seconds
+        self.seconds, self.turned = seconds, list(turned)
 
     def summary(self) -> str:
         sparse = sum(choice.kernel == "sparse" for choice in self.values())
-        return f"{sparse} of {len(self)} layers are sparse; measuring and swapping took {self.seconds:.1f} s"
+        turned = f", {len(self.turned)} dense ones are stored in channels_last" if self.turned else ""
+        return f"{sparse} of {len(self)} layers are sparse{turned}; measuring and swapping took {self.seconds:.1f} s"
 
 
 def choices(model: nn.Module) -> Choices:
@@ -305,11 +335,14 @@ def choices(model: nn.Module) -> Choices:
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """A copy of the model with plain modules (zeros where pruned) in the place of sparse ones."""
+    """A copy of the model with plain modules (zeros where pruned) in the place of sparse ones, stored as before."""
     target = copied(model)
     sparse = [module for module in target.modules() if isinstance(module, SparseModule)]
     swaps = {module: carry_hooks(module, module.to_dense()) for module in sparse}
     target = put_in_place(target, swaps)
+    made = choices(target)
+    for name in made.turned:
+        target.get_submodule(name).to(memory_format=torch.contiguous_format)
     if hasattr(target, "_sparsekd_choices"):
         del target._sparsekd_choices
     return target

@@ -1,21 +1,28 @@
 """Which kernel for which layer: measured on the shapes that flow through it, with the reason.
 
 Dense as the model runs it, dense in channels_last (layout changes counted in), and sparse take turns in one run. Sparse
-is chosen when it beats both.
+is chosen when it beats both. What was measured is kept on disk (``measure/tuned.py``) under the layer's sizes, V and
+density to two digits. Where nothing may be measured, the cost model decides (``cost_model.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ..measure import tuned
+from ..measure.machine import clock, identity
 from ..measure.timing import compare, speedup
+from . import cost_model
 from .modules import SparseConv1d, SparseConv2d, SparseLinear
 from .packed_module import SparseModule
+from .problem import Problem
 
 # No kernel here has beaten dense below this sparsity; measuring would only take time.
 MIN_SPARSITY = 0.3
@@ -26,7 +33,7 @@ KINDS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for one layer, and why. Times are milliseconds per forward, 0.0 where nothing was measured."""
+    """What was chosen for one layer, and why. Times are milliseconds per forward, 0.0 where none is known."""
 
     name: str
     kind: str  # "Conv1d", "Conv2d" or "Linear"
@@ -43,14 +50,11 @@ class Choice:
     speedup_high: float = 0.0
     dense_bytes: int = 0
     sparse_bytes: int = 0
+    source: str = ""  # of the times: "measured", "kept" (measured before, from disk) or "predicted"
+    error: float = 0.0  # of a predicted speed-up: in half of the layers it is less off than this, relatively
 
     def kept_dense(self, reason: str) -> Choice:
         return replace(self, kernel="dense", reason=reason)
-
-
-def clock() -> str:
-    """CPU time does not see the neighbours, but it adds up over threads."""
-    return "cpu" if torch.get_num_threads() == 1 else "wall"
 
 
 def sparsity_of(weight: Tensor) -> float:
@@ -88,13 +92,14 @@ def _bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in module.state_dict().values())
 
 
-def measure_layer(
-    name: str, dense: nn.Module, sparse: SparseModule, inputs: Sequence[Tensor], rounds: int = 7
-) -> Choice:
-    """Times one layer on the inputs that it meets (all of them in each call) and chooses."""
-    if dense.training or sparse.training:
-        raise ValueError(f"Expected layers in eval mode to be timed, got {name} in training mode")
-    engines = {"as it is": lambda: [dense(x) for x in inputs], "sparse": lambda: [sparse(x) for x in inputs]}
+def _dense_bytes(sparse: SparseModule) -> int:
+    bias = 0 if sparse.bias is None else sparse.bias.numel()
+    return (math.prod(sparse.weight_shape) + bias) * sparse.values.element_size()
+
+
+def dense_engines(dense: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
+    """The dense ways to run one layer on its inputs, by name: as it is, and in channels_last."""
+    engines = {"as it is": lambda: [dense(x) for x in inputs]}
     if isinstance(dense, nn.Conv2d) and any(x.dim() == 4 and not _channels_last(x) for x in inputs):
         turned = _copy_channels_last(dense)
 
@@ -103,33 +108,98 @@ def measure_layer(
                 turned(x.contiguous(memory_format=torch.channels_last)).contiguous()
 
         engines["channels_last"] = channels_last
+    return engines
+
+
+def measure_layer(
+    name: str, dense: nn.Module, sparse: SparseModule, inputs: Sequence[Tensor], rounds: int = 7
+) -> Choice:
+    """Times one layer on the inputs that it meets (all of them in each call) and chooses."""
+    return _choice(name, sparse, inputs, _measured(name, dense, sparse, inputs, rounds), "measured")
+
+
+def choose(name: str, dense: nn.Module, sparse: SparseModule, inputs: Sequence[Tensor]) -> Choice:
+    """The same by what SPARSEKD_TUNE allows: times kept on disk, or measured and kept, or predicted ones."""
+    if tuned.mode() == "off":
+        return predict_layer(name, sparse, inputs)
+    known, key = tuned.of(identity()), _key(dense, sparse, inputs)
+    figures = known.get(key)
+    if figures is not None and figures.keys() >= FIGURES:
+        return _choice(name, sparse, inputs, figures, "kept")
+    figures = _measured(name, dense, sparse, inputs)
+    known.put(key, figures)
+    return _choice(name, sparse, inputs, figures, "measured")
+
+
+def predict_layer(name: str, sparse: SparseModule, inputs: Sequence[Tensor]) -> Choice:
+    """The same without measuring, by the cost model."""
+    problems = [Problem.of(sparse, x) for x in inputs]
+    found = cost_model.predict(problems, sparse.vector, sparse.density)
+    figures = {
+        "dense_ms": found.dense_ms,
+        "dense_as": "best",
+        "sparse_ms": found.sparse_ms,
+        **dict.fromkeys(("speedup", "median"), found.speedup),
+        "low": found.speedup / (1 + found.error),
+        "high": found.speedup * (1 + found.error),
+    }
+    return replace(_choice(name, sparse, inputs, figures, "predicted"), error=found.error)
+
+
+FIGURES = {"dense_ms", "dense_as", "sparse_ms", "speedup", "median", "low", "high"}
+
+
+def _key(dense: nn.Module, sparse: SparseModule, inputs: Sequence[Tensor]) -> str:
+    permuted = "" if sparse.row_indices is None else ", permuted"
+    calls = [list(Problem.of(dense, x).as_row().values()) for x in inputs]
+    return f"{json.dumps(calls)} V={sparse.vector} density={sparse.density:.2g}{permuted}"
+
+
+def _measured(
+    name: str, dense: nn.Module, sparse: SparseModule, inputs: Sequence[Tensor], rounds: int = 7
+) -> tuned.Figures:
+    if dense.training or sparse.training:
+        raise ValueError(f"Expected layers in eval mode to be timed, got {name} in training mode")
+    engines = {**dense_engines(dense, inputs), "sparse": lambda: [sparse(x) for x in inputs]}
     with torch.no_grad():
         timings = compare(engines, rounds=rounds, min_time=0.002, warmup=2, clock=clock())
     best = min((key for key in timings if key != "sparse"), key=lambda key: timings[key].min)
     gain = speedup(timings[best], timings["sparse"])
-    faster = gain.value > 1 and gain.median > 1
-    choice = Choice(
+    return {
+        "dense_ms": timings[best].min * 1e3,
+        "dense_as": best,
+        "sparse_ms": timings["sparse"].min * 1e3,
+        "speedup": gain.value,
+        "median": gain.median,
+        "low": gain.low,
+        "high": gain.high,
+    }
+
+
+def _choice(name: str, sparse: SparseModule, inputs: Sequence[Tensor], figures: tuned.Figures, source: str) -> Choice:
+    faster = figures["speedup"] > 1 and figures["median"] > 1
+    said = (
+        f"sparse {figures['sparse_ms']:.3g} ms {'beats' if faster else 'does not beat'} dense "
+        f"{figures['dense_ms']:.3g} ms ({figures['dense_as']}) at sparsity {sparse.sparsity:.2f}"
+    )
+    return Choice(
         name=name,
-        kind=kind_of(dense).__name__,
+        kind=type(sparse).__name__.removeprefix("Sparse"),
         kernel="sparse" if faster else "dense",
-        reason="",
+        reason=said if source == "measured" else f"{said}, {'measured before' if source == 'kept' else source}",
         shape=tuple(inputs[0].shape),
         sparsity=sparse.sparsity,
         vector=sparse.vector,
-        dense_ms=timings[best].min * 1e3,
-        dense_as=best,
-        sparse_ms=timings["sparse"].min * 1e3,
-        speedup=gain.value,
-        speedup_low=gain.low,
-        speedup_high=gain.high,
-        dense_bytes=_bytes(dense),
+        dense_ms=figures["dense_ms"],
+        dense_as=figures["dense_as"],
+        sparse_ms=figures["sparse_ms"],
+        speedup=figures["speedup"],
+        speedup_low=figures["low"],
+        speedup_high=figures["high"],
+        dense_bytes=_dense_bytes(sparse),
         sparse_bytes=_bytes(sparse),
+        source=source,
     )
-    said = (
-        f"sparse {choice.sparse_ms:.3g} ms {'beats' if faster else 'does not beat'} dense {choice.dense_ms:.3g} ms "
-        f"({best}) at sparsity {choice.sparsity:.2f}"
-    )
-    return replace(choice, reason=said)
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -38,6 +38,7 @@ class FusedConv2d(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | float | None = None) -> Tensor:
         conv = self.conv
         fits = isinstance(conv, SparseConv2d) and conv.padding_mode == "zeros" and not conv.channels_last
+        fits = fits and not conv.runs_dense(input)
         if not fits or (residual is not None and not self._as_the_result(input, residual)):
             output = conv(input)
             return ACTIVATIONS[self.activation](output if residual is None else output + residual)

@@ -25,9 +25,9 @@ from torch.nn.utils import fusion as folding
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..measure.machine import clock
 from ..measure.timing import compare
 from .convert import Choices, choices, convert, to_dense
-from .dispatch import clock
 from .fused_modules import FusedConv2d, MaxPool2d
 from .modules import SparseConv2d
 from .packed_module import SparseModule

@@ -180,6 +180,8 @@ class SparseConv2d(_SparseConv):
                 f"Expected an input of shape [N, {self.in_channels}, H, W] or [{self.in_channels}, H, W], "
                 f"got {list(input.shape)}"
             )
+        if self.runs_dense(input):
+            return self._shapes.dense(self)(input)
         input, padding = self._padded(input)
         output = ops.conv2d(
             input,
@@ -221,6 +223,8 @@ class SparseConv1d(_SparseConv):
                 f"Expected an input of shape [N, {self.in_channels}, L] or [{self.in_channels}, L], "
                 f"got {list(input.shape)}"
             )
+        if self.runs_dense(input):
+            return self._shapes.dense(self)(input)
         input, padding = self._padded(input)
         return ops.conv2d(
             input.unsqueeze(-2),
@@ -295,6 +299,8 @@ class SparseLinear(SparseModule):
         self._check_input(input)
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(f"Expected an input of shape [..., {self.in_features}], got {list(input.shape)}")
+        if self.runs_dense(input):
+            return self._shapes.dense(self)(input)
         return ops.linear(
             input,
             self.values,

@@ -31,6 +31,7 @@ class SparseModule(nn.Module):
     row_indices: Tensor | None
     transpose: Tensor | None  # the plan of `ops.transpose_pattern`, while training
     _planned: Tensor | None  # the col_indices that it is of
+    _shapes = None  # a `shapes.Shapes`, where `convert` measured the layer
     groups: int
 
     # Subclasses say these two.
@@ -181,6 +182,12 @@ class SparseModule(nn.Module):
     def _pattern_repr(self) -> str:
         known = "" if self.values.is_meta else f"sparsity={self.sparsity:.4g}, "
         return f"{known}vector={self.vector}"
+
+    def runs_dense(self, input: Tensor) -> bool:
+        """Whether inference on an input of this shape is left to the dense layer, which is faster there."""
+        if self._shapes is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
+            return False
+        return input.is_cpu and input.numel() > 0 and self._shapes.prefers_dense(self, input)
 
     @staticmethod
     def _check_input(input: Tensor) -> None:

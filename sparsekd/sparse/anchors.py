@@ -1,0 +1,91 @@
+"""How fast a layer would be at any sparsity, from a few densities that were measured on this machine.
+
+A layer's sparse time grows with its density, nearly on a line, so that four densities with positions at random tell
+all others. They are measured together with the dense layer, once for each size and V, and kept (``measure/tuned.py``).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..measure import tuned
+from ..measure.machine import clock, identity
+from ..measure.timing import compare
+from . import cost_model
+from .cost_model import Prediction
+from .dispatch import dense_engines, evaluating, from_dense
+from .problem import Problem
+
+DENSITIES = (0.02, 0.1, 0.2, 0.4)
+# Half of the layers in benchmarks/results/cost_model-avx2.json were off by less, in their speed-up.
+ERROR = 0.05
+
+
+def random_mask(weight: Tensor, sparsity: float, vector: int, groups: int, seed: int = 0) -> Tensor:
+    """bool, the weight's shape: V x 1 vectors kept at random, exactly round(density * vectors) of them."""
+    per_group = weight.shape[0] // groups
+    packed = -(-per_group // vector)
+    columns = weight[0].numel()
+    keep = torch.zeros(groups * packed * columns, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    keep[torch.randperm(keep.numel(), generator=generator)[: round((1 - sparsity) * keep.numel())]] = True
+    rows = keep.view(groups, packed, 1, columns).expand(-1, -1, vector, -1).reshape(groups, packed * vector, columns)
+    return rows[:, :per_group].reshape(weight.shape).to(weight.device)
+
+
+def predict(layer: nn.Module, inputs: Sequence[Tensor], vector: int, density: float) -> tuple[Prediction, str]:
+    """What the layer takes on its inputs, dense and at a density in vectors of V, and how that is known.
+
+    From densities that were measured, now or before; from the cost model where SPARSEKD_TUNE=off.
+    """
+    problems = [Problem.of(layer, x) for x in inputs]
+    if tuned.mode() == "off":
+        return cost_model.predict(problems, vector, density), "predicted"
+    known, key = tuned.of(identity()), f"{json.dumps([list(p.as_row().values()) for p in problems])} V={vector} anchors"
+    figures = known.get(key)
+    if figures is None or "dense_ms" not in figures:
+        figures = measured(layer, inputs, vector)
+        known.put(key, figures)
+    return read_off(figures, density), "measured"
+
+
+def read_off(figures: tuned.Figures, density: float) -> Prediction:
+    """What figures of :func:`measured` say of a density."""
+    points = sorted((float(name), ms) for name, ms in figures.items() if name != "dense_ms")
+    return Prediction(figures["dense_ms"], _between(points, density), ERROR)
+
+
+def measured(
+    layer: nn.Module, inputs: Sequence[Tensor], vector: int, beside: Mapping[str, Callable] | None = None
+) -> tuned.Figures:
+    """Milliseconds of the dense layer, and of sparse ones by their densities; and of what takes turns with them."""
+    dense = copy.deepcopy(layer).eval()
+    engines, twins = dense_engines(dense, inputs), {}
+    for density in DENSITIES:
+        mask = random_mask(dense.weight, 1 - density, vector, getattr(dense, "groups", 1))
+        if mask.any():
+            twin = from_dense(dense, mask, vector).eval()
+            twins[str(twin.density)] = twin
+    for name, twin in twins.items():
+        engines[name] = lambda twin=twin: [twin(x) for x in inputs]
+    with evaluating(dense):
+        timings = compare({**engines, **(beside or {})}, rounds=9, min_time=0.002, warmup=2, clock=clock())
+    ms = {name: timing.min * 1e3 for name, timing in timings.items()}
+    dense_ms = min(ms[name] for name in engines if name not in twins)
+    return {"dense_ms": dense_ms, **{name: ms[name] for name in (*twins, *(beside or {}))}}
+
+
+def _between(points: list[tuple[float, float]], density: float) -> float:
+    """On the line through the two neighbours, beyond the ends on that through the last two."""
+    if len(points) == 1:
+        return points[0][1]
+    densities, ms = np.array(points).T
+    at = int(np.clip(np.searchsorted(densities, density), 1, len(points) - 1))
+    slope = (ms[at] - ms[at - 1]) / (densities[at] - densities[at - 1])
+    return max(float(ms[at - 1] + slope * (density - densities[at - 1])), float(ms[0]) / 2)
