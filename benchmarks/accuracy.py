@@ -174,7 +174,7 @@ class Bench:
             self.write("teacher", {"accuracy": evaluate(model, self.test), "seconds": time.process_time() - began})
             _save(model, file)
         model.load_state_dict(torch.load(file, weights_only=True))
-        return TeacherCache(model.eval()).eval()
+        return TeacherCache(model.eval(), folder=self.runs / "answers").eval()
 
     def student(self, seed: int) -> nn.Module:
         """The dense one, before it is pruned."""
