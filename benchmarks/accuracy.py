@@ -37,6 +37,7 @@ from sparsekd.measure.report import write_text
 RESULTS = Path(__file__).parent / "results" / "accuracy"
 GRID = ("unstructured", "4x1", "4x1-permuted", "8x1-permuted")
 LASSO = 1e-4  # weight of the group penalty
+LONG = 3
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,16 @@ class Cell:
     budget: str = "erk"
     schedule: str = "cubic"  # "once": all weights go before the first step
     lasso: bool = False  # a group lasso over consecutive 4 x 1 vectors on the way
+    long: bool = False  # LONG times the epochs
 
     @property
     def name(self) -> str:
-        if self.pattern == "dense":
-            return "dense-distilled" if self.distilled else "dense"
-        parts = [self.pattern.replace(":", "."), f"{100 * self.sparsity:g}", self.importance]
+        parts = [self.pattern.replace(":", ".")]
+        parts += [] if self.pattern == "dense" else [f"{100 * self.sparsity:g}", self.importance]
         parts += [self.budget] if self.budget != Cell.budget else []
         parts += [self.schedule] if self.schedule != Cell.schedule else []
         parts += ["lasso"] if self.lasso else []
+        parts += ["long"] if self.long else []
         parts += ["distilled"] if self.distilled else []
         return "-".join(parts)
 
@@ -102,6 +104,11 @@ def cells(name: str) -> list[Cell]:
     }
     if name != "shapes":
         return dense + grid[0.9]
+    # One thing at a time is changed first.
+    first = [Cell(pattern) for pattern in GRID]
+    first += [Cell(importance="gradient"), Cell("4x1-permuted", importance="gradient")]
+    first += [Cell(distilled=False), Cell("4x1-permuted", distilled=False)]
+    long = [Cell("dense", 0.0, "none", long=True), Cell(long=True), Cell("4x1-permuted", long=True)]
     fixed = [("2:4", 0.5), ("4:2:10", 0.8), ("4:2:20", 0.9)]
     hardware = [
         Cell(pattern, sparsity, importance, taught)
@@ -118,7 +125,8 @@ def cells(name: str) -> list[Cell]:
     wide = [Cell(pattern, distilled=taught) for taught in (True, False) for pattern in ("16x1", "16x1-permuted")]
     ways = [replace(cell, lasso=True) for cell in (Cell("4x1"), Cell("4x1", distilled=False))]
     ways += [Cell(pattern, importance=i, schedule="once") for i in ("magnitude", "gradient") for pattern in GRID[:2]]
-    return dense + grid[0.9] + budgets + more + wide + ways + grid[0.95] + hardware + grid[0.8]
+    ordered = dense + first + long + budgets + grid[0.9] + more + wide + ways + grid[0.95] + hardware + grid[0.8]
+    return list(dict.fromkeys(ordered))
 
 
 def network(width: int, classes: int) -> nn.Module:
@@ -194,7 +202,8 @@ class Bench:
     def run(self, cell: Cell, seed: int, teacher: nn.Module) -> None:
         s, model = self.settings, self.student(seed)
         train = self.loader(seed + 100)  # another order than the dense student's
-        steps, began = s.epochs * len(train), time.process_time()
+        epochs, began = s.epochs * (LONG if cell.long else 1), time.process_time()
+        steps = epochs * len(train)
         optimizer = self.optimizer(model, s.lr, steps)
         torch.manual_seed(seed)
         pruner, result = None, {}
@@ -209,7 +218,7 @@ class Bench:
         if cell.lasso:
             loss |= {"penalty": group_lasso(4), "penalty_weight": LASSO}
         distiller = Distiller(model, teacher if cell.distilled else None, **loss)
-        distiller.fit(train, s.epochs, optimizer, pruner=pruner, progress=False)
+        distiller.fit(train, epochs, optimizer, pruner=pruner, progress=False)
         if pruner is not None:
             result["sparsity"] = pruner.sparsity()
             result["layers"] = {name: 1 - float(mask.float().mean()) for name, mask in pruner.masks.items()}
@@ -343,12 +352,13 @@ def section(name: str, folder: Path) -> list[str]:
         rows.append([f"{sparsity:.0%} {pattern}", *(said(found.get(cell.name)) for cell in made)])
     lines += _table(head, rows)
     shown = {Cell(p, s, importance, taught).name for p, s in shapes for taught, importance in ways}
-    others = [cell for cell in wanted if cell.name not in shown and cell.pattern != "dense"]
+    shown |= {cell.name for cell in wanted[:2]}
+    others = [cell for cell in wanted if cell.name not in shown]
     if others:
         lines += ["Beside them, where the last column is the same recipe in the table above:", ""]
         rows = []
         for cell in others:
-            plain = replace(cell, budget=Cell.budget, schedule=Cell.schedule, lasso=False)
+            plain = replace(cell, budget=Cell.budget, schedule=Cell.schedule, lasso=False, long=False)
             plain = plain if plain.name in shown else None
             rows.append([cell.name, said(found.get(cell.name)), said(found.get(plain.name)) if plain else ""])
         lines += _table(["recipe", "%", "plain"], rows)
