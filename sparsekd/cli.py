@@ -78,7 +78,7 @@ def _fit(args, model, teacher, train, test, sparsity: float | None = None) -> No
     import torch
 
     from .distillation import Distiller, KDLoss, evaluate
-    from .distillation.training_state import put_aside
+    from .distillation.checkpoint import put_aside
     from .pruning import CubicSL, Pruner
     from .sparse.checkpoint import save
 
