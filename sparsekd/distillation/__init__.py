@@ -4,6 +4,7 @@ from .distiller import Distiller, evaluate
 from .feature_losses import FEATURE_LOSSES
 from .features import FeatureHints
 from .logit_losses import LOGIT_LOSSES, DistillationLoss
+from .logs import CSVLog, TensorBoardLog
 from .losses import KDLoss, penalty
 from .teacher_cache import TeacherCache
 from .training_state import EpochRecord
@@ -11,12 +12,14 @@ from .training_state import EpochRecord
 __all__ = [
     "FEATURE_LOSSES",
     "LOGIT_LOSSES",
+    "CSVLog",
     "DistillationLoss",
     "Distiller",
     "EpochRecord",
     "FeatureHints",
     "KDLoss",
     "TeacherCache",
+    "TensorBoardLog",
     "evaluate",
     "penalty",
 ]

@@ -169,7 +169,7 @@ class Distiller:
         val_loader: Iterable | None = None,
         checkpoint: str | os.PathLike | None = None,
         progress: bool | None = None,
-        on_epoch: Callable[[EpochRecord], object] | None = None,
+        on_epoch: Callable[[EpochRecord], object] | Iterable[Callable] | None = None,
         *,
         checkpoint_steps: int | None = None,
         amp: torch.dtype | None = None,
@@ -194,7 +194,8 @@ class Distiller:
                 and the one before it; all go on from the last step that every rank has.
             progress: a bar with loss, accuracy and the time left. True shows it, and writes a line per epoch where the
                 standard output is no terminal; False is quiet; None shows it on a terminal only.
-            on_epoch: called with each new record, after the checkpoint is written.
+            on_epoch: called with each new record, after the checkpoint is written; one or several, as
+                :class:`CSVLog` and :class:`TensorBoardLog`.
             checkpoint_steps: replace the file after so many steps of the optimizer too. A training that goes on within
                 an epoch asks the loader for the batches that are done again, and leaves them out.
             amp: torch.bfloat16 or torch.float16: both networks run under autocast to it, losses in float32; with
@@ -244,7 +245,8 @@ class Distiller:
                     if on_epoch is not None:
                         # What it draws would otherwise be missing when the training is resumed.
                         with torch.random.fork_rng(devices=[]):
-                            on_epoch(history[-1])
+                            for call in (on_epoch,) if callable(on_epoch) else on_epoch:
+                                call(history[-1])
             except KeyboardInterrupt:
                 if file is not None:
                     file.flush()
@@ -304,9 +306,12 @@ class Distiller:
             )
         judged = self.student if self.average is None else self.average
         val_accuracy = None if val_loader is None else evaluate(judged, val_loader, self.ignore_index)
+        lr = float(state.optimizer.param_groups[0]["lr"])
+        sparsity = getattr(state.pruner, "sparsity", None)
+        sparsity = float(sparsity()) if callable(sparsity) else None
         state.end_epoch(done.loss)
         show(done.loss, done.accuracy if val_accuracy is None else val_accuracy, 0)
-        return EpochRecord(epoch, done.loss, done.accuracy, val_accuracy, time.perf_counter() - began)
+        return EpochRecord(epoch, done.loss, done.accuracy, val_accuracy, time.perf_counter() - began, lr, sparsity)
 
     def _objective(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The student's logits and the scalar to minimise."""

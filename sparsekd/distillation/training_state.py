@@ -30,6 +30,8 @@ class EpochRecord:
     train_accuracy: float | None  # on the training batches as they came, so by the weights of that moment
     val_accuracy: float | None
     seconds: float
+    lr: float | None = None  # of the optimizer's first group, in this epoch's last step
+    sparsity: float | None = None  # of the prunable weights, where a pruner tells it
 
 
 @dataclass
