@@ -3,7 +3,16 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .compress import compress
-from .distillation import DistillationLoss, Distiller, KDLoss, TeacherCache, evaluate
+from .distillation import (
+    CSVLog,
+    DistillationLoss,
+    Distiller,
+    KDLoss,
+    TeacherCache,
+    TeacherEnsemble,
+    TensorBoardLog,
+    evaluate,
+)
 from .interop import (
     BlockSparseConfig,
     NMSparseConfig,
@@ -28,6 +37,7 @@ except PackageNotFoundError:  # a checkout that was not installed
 
 __all__ = [
     "BlockSparseConfig",
+    "CSVLog",
     "CubicSL",
     "DistillationLoss",
     "Distiller",
@@ -42,6 +52,8 @@ __all__ = [
     "SparseConv2d",
     "SparseLinear",
     "TeacherCache",
+    "TeacherEnsemble",
+    "TensorBoardLog",
     "adopt_masks",
     "choices",
     "compress",

@@ -1,6 +1,7 @@
 """Distillation: losses, the teacher's kept answers, feature hints, weight penalties, and the training loop."""
 
 from .distiller import Distiller, evaluate
+from .ensemble import TeacherEnsemble
 from .feature_losses import FEATURE_LOSSES
 from .features import FeatureHints
 from .logit_losses import LOGIT_LOSSES, DistillationLoss
@@ -19,6 +20,7 @@ __all__ = [
     "FeatureHints",
     "KDLoss",
     "TeacherCache",
+    "TeacherEnsemble",
     "TensorBoardLog",
     "evaluate",
     "penalty",

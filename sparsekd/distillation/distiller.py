@@ -22,28 +22,12 @@ from .checkpoint import Checkpoint
 from .features import FeatureHints
 from .losses import KDLoss
 from .losses import penalty as penalty_of
+from .outputs import logits_of
 from .progress import progress_bar
 from .training_state import EpochRecord, TrainingState
 
 IGNORED = -100
 _DEFAULT_LOSS = KDLoss()  # what the signature shows; every Distiller makes its own
-
-
-def logits_of(output: object, whose: str = "model") -> Tensor:
-    """The logits in a model's output: a tensor, its ``.logits``, or the first element of a tuple or list."""
-    found = output
-    if not isinstance(found, Tensor):
-        found = getattr(output, "logits", None)
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if found is None and isinstance(output, Mapping):
-        found = output.get("logits")
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            f"Expected the {whose} to give logits (a tensor, an object with .logits or a tuple that starts with them), "
-            f"got {type(output).__name__}"
-        )
-    return found
 
 
 def _pair(batch: object, device: torch.device | None) -> tuple[Tensor, Tensor]:
