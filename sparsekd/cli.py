@@ -1,4 +1,4 @@
-"""The command line: sparsekd demo | train | distill | prune | convert | bench | doctor."""
+"""The command line: sparsekd demo | train | distill | prune | sensitivity | convert | bench | doctor."""
 
 from __future__ import annotations
 
@@ -132,6 +132,32 @@ def prune(args) -> None:
     _fit(args, model, teacher, training, test, sparsity=args.sparsity)
 
 
+def sensitivity(args) -> None:
+    from itertools import islice
+
+    from .distillation import evaluate
+    from .measure.report import write_text
+    from .pruning import sensitivity as measure
+
+    _, training, test = _data(args)
+    model = _model(args, args.model, args.weights, len(set(training.labels.tolist())))
+    batches = list(islice(training, args.batches))
+    found = measure(
+        model, lambda pruned: evaluate(pruned, test), args.sparsities, args.importance, args.pattern, batches=batches
+    )
+    width = max(len(name) for name in found.layers)
+    print(
+        f"accuracy {found.baseline:.4f} on {args.data}; one layer pruned by {args.importance}, the others as they are"
+    )
+    print(f"{'layer':{width}}  " + "  ".join(f"{sparsity:7.0%}" for sparsity in found.sparsities))
+    for name in found.ranking():
+        print(f"{name:{width}}  " + "  ".join(f"{delta:+7.4f}" for delta in found.deltas()[name]))
+    if args.json:
+        write_text(args.json, found.to_json())
+    if args.png:
+        found.save_png(args.png)
+
+
 def _example(args, model):
     """Random images that the model has taken once."""
     import torch
@@ -236,9 +262,10 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--batch-size", type=int, default=64)
     fit.add_argument("--lr", type=float, default=0.01)
     fit.add_argument("--momentum", type=float, default=0.9)
-    fit.add_argument("--penalty", choices=("l1", "l2"), help="R(W) of the objective L + lambda R(W)")
+    fit.add_argument("--penalty", choices=("l1", "l2", "group_lasso"), help="R(W) of the objective L + lambda R(W)")
     fit.add_argument("--penalty-weight", type=float, default=1e-4, help="lambda")
     fit.add_argument("--out", required=True, metavar="FILE", help="safetensors to write")
+    fit.add_argument("--recipe", metavar="FILE", help="YAML of these options by name; the command line wins")
     taught = argparse.ArgumentParser(add_help=False)
     taught.add_argument("--teacher-model", default="reference_teacher")
     taught.add_argument("--temperature", type=float, default=4.0)
@@ -273,6 +300,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--pattern", default="unstructured", help="unstructured, 4x1, 4x1-permuted, 2:4, ...")
     made.add_argument("--budget", default="global", choices=("global", "uniform", "erk"))
     made.add_argument("--gradual", action="store_true", help="on a cubic schedule instead of once")
+    made = command(sensitivity, "what each layer costs when it alone is pruned, the most sensitive first", data)
+    made.add_argument("--model", default="reference_student")
+    made.add_argument("--weights", required=True, metavar="FILE", help="the trained model's weights")
+    made.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9, 0.95])
+    made.add_argument("--importance", default="magnitude", help="gradient, magnitude, taylor, wanda, ...")
+    made.add_argument("--pattern", default="unstructured")
+    made.add_argument("--batches", type=int, default=32, help="for an importance that needs data")
+    made.add_argument("--batch-size", type=int, default=64)
+    made.add_argument("--json", metavar="FILE")
+    made.add_argument("--png", metavar="FILE")
     made = command(convert, "swap pruned layers for sparse ones and report what that bought", _shown(32, 10))
     made.add_argument("--model", default="reference_student")
     made.add_argument("--weights", required=True, metavar="FILE")
@@ -285,17 +322,49 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def with_recipe(words: list[str]) -> list[str]:
+    """The words with those of ``--recipe FILE`` right after the command, so that later ones win.
+
+    A recipe is a YAML mapping from options without their dashes to a value, to ``true`` for one without a value, or to
+    a list: ``{sparsity: 0.9, pattern: 4x1, gradual: true}``.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe")
+    file = finder.parse_known_args(words)[0].recipe
+    if file is None:
+        return words
+    try:
+        import yaml
+    except ImportError as error:
+        raise ValueError(f"Expected the package PyYAML for --recipe, got none: {error}") from None
+    try:
+        recipe = yaml.safe_load(Path(file).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"Expected YAML in {file}, got: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"Expected a mapping of options in {file}, got {type(recipe).__name__}")
+    given = []
+    for name, value in recipe.items():
+        if value is False or value is None or isinstance(value, dict):
+            raise ValueError(f"Expected {name} in {file} to be a number, a text, true or a list, got {value}")
+        given.append(f"--{str(name).replace('_', '-')}")
+        given += [] if value is True else [str(part) for part in (value if isinstance(value, list) else [value])]
+    return [*words[:1], *given, *words[1:]]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 when it succeeds, 1 after one sentence about an error, 130 when interrupted."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = None
     try:
+        args = parser().parse_args(with_recipe(words))
         args.function(args)
     except KeyboardInterrupt:
         resumable = "; the same command with --resume goes on" if hasattr(args, "resume") else ""
         print(f"interrupted{resumable}", file=sys.stderr)
         return 130
     except Exception as error:
-        if args.debug:
+        if args is not None and args.debug:
             raise
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             error = f"Expected to read or write {error.filename}, got: {error.strerror}"
