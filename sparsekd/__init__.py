@@ -3,7 +3,26 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .compress import compress
-from .distillation import DistillationLoss, Distiller, KDLoss, TeacherCache, evaluate
+from .distillation import (
+    CSVLog,
+    DistillationLoss,
+    Distiller,
+    KDLoss,
+    TeacherCache,
+    TeacherEnsemble,
+    TensorBoardLog,
+    evaluate,
+)
+from .interop import (
+    BlockSparseConfig,
+    NMSparseConfig,
+    SparseConfig,
+    adopt_masks,
+    hold_masks,
+    prepare,
+    read_masks,
+    sparsify_,
+)
 from .pruning import CubicSL, IterativeSL, LinearSL, Pruner, RigL, recalibrate_batch_norm, sensitivity
 from .reporting import report, would_it_be_faster
 from .sparse.checkpoint import load, save
@@ -18,30 +37,41 @@ except PackageNotFoundError:  # a checkout that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "BlockSparseConfig",
+    "CSVLog",
     "CubicSL",
     "DistillationLoss",
     "Distiller",
     "IterativeSL",
     "KDLoss",
     "LinearSL",
+    "NMSparseConfig",
     "Pruner",
     "RigL",
+    "SparseConfig",
     "SparseConv1d",
     "SparseConv2d",
     "SparseLinear",
     "TeacherCache",
+    "TeacherEnsemble",
+    "TensorBoardLog",
+    "adopt_masks",
     "choices",
     "choices_by_shape",
     "compress",
     "convert",
     "dense_state_dict",
     "evaluate",
+    "hold_masks",
     "load",
     "optimize_for_inference",
+    "prepare",
+    "read_masks",
     "recalibrate_batch_norm",
     "report",
     "save",
     "sensitivity",
+    "sparsify_",
     "to_dense",
     "would_it_be_faster",
 ]

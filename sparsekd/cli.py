@@ -1,4 +1,4 @@
-"""The command line: sparsekd demo | train | distill | prune | convert | report | bench | doctor | completion."""
+"""The command line: sparsekd demo | train | distill | prune | sensitivity | convert | report | bench | doctor | completion."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import contextlib
 import json
 import sys
+from pathlib import Path
 
-from .commands import bench, completion, convert, demo, distill, doctor, prune, report, train
+from .commands import bench, completion, convert, demo, distill, doctor, prune, report, sensitivity, train
 
 DATA = ("digits", "shapes", "cifar10")
 AGAINST = (
@@ -28,6 +29,7 @@ EXAMPLES = {
         "sparsekd prune --weights distilled.safetensors --teacher teacher.safetensors --out both.safetensors\n"
         "sparsekd prune --weights alone.safetensors --sparsity 0.95 --pattern 4x1 --gradual --out pruned.safetensors"
     ),
+    "sensitivity": "sparsekd sensitivity --weights distilled.safetensors --importance gradient --png sensitivity.png",
     "convert": (
         "sparsekd convert --weights both.safetensors --html report.html\n"
         "sparsekd convert --model my_package.nets:make --weights pruned.safetensors --size 224 --out fast.safetensors"
@@ -99,9 +101,10 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--batch-size", type=int, default=64)
     fit.add_argument("--lr", type=float, default=0.01)
     fit.add_argument("--momentum", type=float, default=0.9)
-    fit.add_argument("--penalty", choices=("l1", "l2"), help="R(W) of the objective L + lambda R(W)")
+    fit.add_argument("--penalty", choices=("l1", "l2", "group_lasso"), help="R(W) of the objective L + lambda R(W)")
     fit.add_argument("--penalty-weight", type=float, default=1e-4, help="lambda")
     fit.add_argument("--out", required=True, metavar="FILE", help="safetensors to write")
+    fit.add_argument("--recipe", metavar="FILE", help="YAML of these options by name; the command line wins")
     taught = argparse.ArgumentParser(add_help=False)
     taught.add_argument("--teacher-model", default="reference_teacher")
     taught.add_argument("--temperature", type=float, default=4.0)
@@ -149,6 +152,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--pattern", default="unstructured", help="unstructured, 4x1, 4x1-permuted, 2:4, ...")
     made.add_argument("--budget", default="global", choices=("global", "uniform", "erk"))
     made.add_argument("--gradual", action="store_true", help="on a cubic schedule instead of once")
+    made = command(sensitivity, "what each layer costs when it alone is pruned, the most sensitive first", data)
+    made.add_argument("--model", default="reference_student")
+    made.add_argument("--weights", required=True, metavar="FILE", help="the trained model's weights")
+    made.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9, 0.95])
+    made.add_argument("--importance", default="magnitude", help="gradient, magnitude, taylor, wanda, ...")
+    made.add_argument("--pattern", default="unstructured")
+    made.add_argument("--batches", type=int, default=32, help="for an importance that needs data")
+    made.add_argument("--batch-size", type=int, default=64)
+    made.add_argument("--png", metavar="FILE", help="a picture to write")
     made = command(
         convert, "swap pruned layers for sparse ones and report what that bought", _shown(32, 10, False), _reported()
     )
@@ -172,10 +184,42 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def with_recipe(words: list[str]) -> list[str]:
+    """The words with those of ``--recipe FILE`` right after the command, so that later ones win.
+
+    A recipe is a YAML mapping from options without their dashes to a value, to ``true`` for one without a value, or to
+    a list: ``{sparsity: 0.9, pattern: 4x1, gradual: true}``.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe")
+    file = finder.parse_known_args(words)[0].recipe
+    if file is None:
+        return words
+    try:
+        import yaml
+    except ImportError as error:
+        raise ValueError(f"Expected the package PyYAML for --recipe, got none: {error}") from None
+    try:
+        recipe = yaml.safe_load(Path(file).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"Expected YAML in {file}, got: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"Expected a mapping of options in {file}, got {type(recipe).__name__}")
+    given = []
+    for name, value in recipe.items():
+        if value is False or value is None or isinstance(value, dict):
+            raise ValueError(f"Expected {name} in {file} to be a number, a text, true or a list, got {value}")
+        given.append(f"--{str(name).replace('_', '-')}")
+        given += [] if value is True else [str(part) for part in (value if isinstance(value, list) else [value])]
+    return [*words[:1], *given, *words[1:]]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 when it succeeds, 1 after one sentence about an error, 130 when interrupted."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = None
     try:
+        args = parser().parse_args(with_recipe(words))
         # JSON for standard output has it to itself.
         aside = contextlib.redirect_stdout(sys.stderr) if args.json == "-" else contextlib.nullcontext()
         with aside:
@@ -192,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"interrupted{resumable}", file=sys.stderr)
         return 130
     except Exception as error:
-        if args.debug:
+        if args is not None and args.debug:
             raise
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             error = f"Expected to read or write {error.filename}, got: {error.strerror}"

@@ -32,7 +32,7 @@ def _fit(args, model, teacher, train, test, sparsity: float | None = None) -> di
     import torch
 
     from .distillation import Distiller, KDLoss, evaluate
-    from .distillation.training_state import put_aside
+    from .distillation.checkpoint import put_aside
     from .pruning import CubicSL, Pruner
     from .sparse.checkpoint import save
 
@@ -86,6 +86,30 @@ def prune(args) -> dict:
     teacher = _model(args, args.teacher_model, args.teacher, loaded.classes) if args.teacher else None
     model = _model(args, args.model, args.weights, loaded.classes)
     return _fit(args, model, teacher, training, test, sparsity=args.sparsity)
+
+
+def sensitivity(args) -> dict:
+    from itertools import islice
+
+    from .distillation import evaluate
+    from .pruning import sensitivity as measure
+
+    _, training, test = _data(args)
+    model = _model(args, args.model, args.weights, len(set(training.labels.tolist())))
+    batches = list(islice(training, args.batches))
+    found = measure(
+        model, lambda pruned: evaluate(pruned, test), args.sparsities, args.importance, args.pattern, batches=batches
+    )
+    width = max(len(name) for name in found.layers)
+    print(
+        f"accuracy {found.baseline:.4f} on {args.data}; one layer pruned by {args.importance}, the others as they are"
+    )
+    print(f"{'layer':{width}}  " + "  ".join(f"{sparsity:7.0%}" for sparsity in found.sparsities))
+    for name in found.ranking():
+        print(f"{name:{width}}  " + "  ".join(f"{delta:+7.4f}" for delta in found.deltas()[name]))
+    if args.png:
+        found.save_png(args.png)
+    return json.loads(found.to_json())
 
 
 def _example(args, model, batch: int):

@@ -21,7 +21,7 @@ from torch import nn
 
 from . import data, demo_report, reference_models
 from .distillation import Distiller, KDLoss, TeacherCache, evaluate
-from .distillation.training_state import put_aside
+from .distillation.checkpoint import put_aside
 from .measure.report import NetworkReport, write_text
 from .measure.timing import threads
 from .pruning import CubicSL, Pruner

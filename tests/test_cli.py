@@ -108,6 +108,46 @@ def test_prune(trained, options):
         assert [int((w == 0).sum()) for w in weights] == [round(0.8 * w.numel()) for w in weights]
 
 
+def test_a_recipe_is_its_options_and_the_command_line_wins(trained):
+    pytest.importorskip("yaml", reason="PyYAML is not installed")
+    Path("recipe.yaml").write_text("sparsity: 0.8\npattern: 4x1\nbudget: uniform\ngradual: true\nepochs: 6\n")
+    words = ("prune", *TINY, "--weights", trained)
+    assert run(*words, "--recipe", "recipe.yaml", "--out", "recipe.safetensors") == 0
+    options = ("--sparsity", 0.8, "--pattern", "4x1", "--budget", "uniform", "--gradual", "--epochs", 6)
+    assert run(*words, *options, "--out", "options.safetensors") == 0
+    one, other = load(tiny(), "recipe.safetensors"), load(tiny(), "options.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert run(*words, "--recipe", "recipe.yaml", "--sparsity", 0.5, "--out", "half.safetensors") == 0
+    assert (load(tiny(), "half.safetensors").fc1.weight == 0).float().mean() == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("a: [", "Expected YAML in recipe.yaml, got:"),
+        ("text", "Expected a mapping of options in recipe.yaml, got str"),
+        ("sparsity: {a: 1}", "Expected sparsity in recipe.yaml to be a number"),
+    ],
+)
+def test_a_recipe_that_is_none(few_images, capsys, text, said):
+    pytest.importorskip("yaml", reason="PyYAML is not installed")
+    Path("recipe.yaml").write_text(text)
+    assert run("prune", "--weights", "w", "--out", "o", "--recipe", "recipe.yaml") == 1
+    assert said in capsys.readouterr().err
+
+
+def test_sensitivity_is_that_of_really_pruning(trained, few_images, capsys):
+    words = ("sensitivity", *TINY, "--weights", trained, "--sparsities", 0.5, 0.9, "--importance", "gradient")
+    assert run(*words, "--batches", 4, "--json", "found.json", "--png", "found.png") == 0
+    found, said = json.loads(Path("found.json").read_text()), capsys.readouterr().out
+    assert set(found["layers"]) == {f"{name}.weight" for name in ("conv1", "conv2", "fc1", "fc2")}
+    test = data.loaders(few_images)[1]
+    assert found["baseline"] == evaluate(load(tiny(), trained), test)
+    assert f"accuracy {found['baseline']:.4f} on digits" in said and "conv1.weight" in said
+    assert Path("found.png").stat().st_size > 1000
+    assert run(*words, "--batches", 0) == 1  # an importance without data is an error
+
+
 def test_convert_reports_and_saves(trained, capsys):
     run("prune", *TINY, "--weights", trained, "--epochs", 1, "--out", "pruned.safetensors")
     words = ("convert", *TINY, "--weights", "pruned.safetensors", "--json", "report.json", "--html", "report.html")

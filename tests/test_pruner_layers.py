@@ -102,7 +102,7 @@ def lazy(model):
 
 WRONG = {
     "parametrised": (lambda m: parametrizations.weight_norm(m.hidden), "parametrised one: remove_parametrizations"),
-    "pruned": (lambda m: prune.random_unstructured(m.hidden, "weight", 0.5), "nn.utils.prune's: call prune.remove"),
+    "pruned": (lambda m: prune.random_unstructured(m.hidden, "weight", 0.5), "nn.utils.prune's: adopt_masks"),
     "spectral": (lambda m: nn.utils.spectral_norm(m.hidden), "Linear that computes it"),
     "computed": (computed, "Linear that computes it"),
     "lazy": (lazy, "a lazy one: run the model on a batch first"),

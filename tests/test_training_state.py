@@ -313,7 +313,8 @@ def test_a_file_of_another_training(tmp_path):
         ("scheduler", None),
         ("pruner", {}),
         ("adapters", {"0.weight": torch.zeros(10, 6)}),
-        ("rng", torch.zeros(3, dtype=torch.uint8)),
+        ("rng", {"torch": torch.zeros(3, dtype=torch.uint8)}),
+        ("begun", {"batches": 1, "other": 2}),
         ("history", [{"epoch": 0}]),
     ],
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,30 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from .checkpoint import Checkpoint
 from .features import FeatureHints
 from .losses import KDLoss
 from .losses import penalty as penalty_of
-from .training_state import Checkpoint, EpochRecord, TrainingState
+from .outputs import logits_of
+from .progress import progress_bar
+from .training_state import EpochRecord, TrainingState
 
 IGNORED = -100
 _DEFAULT_LOSS = KDLoss()  # what the signature shows; every Distiller makes its own
-
-
-def logits_of(output: object, whose: str = "model") -> Tensor:
-    """The logits in a model's output: a tensor, its ``.logits``, or the first element of a tuple or list."""
-    found = output
-    if not isinstance(found, Tensor):
-        found = getattr(output, "logits", None)
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if found is None and isinstance(output, Mapping):
-        found = output.get("logits")
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            f"Expected the {whose} to give logits (a tensor, an object with .logits or a tuple that starts with them), "
-            f"got {type(output).__name__}"
-        )
-    return found
 
 
 def _pair(batch: object, device: torch.device | None) -> tuple[Tensor, Tensor]:
@@ -168,8 +153,9 @@ class Distiller:
         val_loader: Iterable | None = None,
         checkpoint: str | os.PathLike | None = None,
         progress: bool | None = None,
-        on_epoch: Callable[[EpochRecord], object] | None = None,
+        on_epoch: Callable[[EpochRecord], object] | Iterable[Callable] | None = None,
         *,
+        checkpoint_steps: int | None = None,
         amp: torch.dtype | None = None,
         accumulate: int = 1,
         clip_norm: float | None = None,
@@ -187,10 +173,15 @@ class Distiller:
             val_loader: evaluated after each epoch.
             checkpoint: a file. Where it exists the training goes on from it, bit for bit as if it had never stopped;
                 it is replaced in one move after each epoch. On KeyboardInterrupt, which is raised on, it holds the
-                last finished epoch. Random numbers of torch, and of the loader's ``generator``, are in it.
+                last finished epoch. Random numbers of torch, Python and numpy, and of the loader's ``generator``, are
+                in it. Under torch.distributed each rank has a file of its own, ``checkpoint`` with ``.rankN`` added,
+                and the one before it; all go on from the last step that every rank has.
             progress: a bar with loss, accuracy and the time left. True shows it, and writes a line per epoch where the
                 standard output is no terminal; False is quiet; None shows it on a terminal only.
-            on_epoch: called with each new record, after the checkpoint is written.
+            on_epoch: called with each new record, after the checkpoint is written; one or several, as
+                :class:`CSVLog` and :class:`TensorBoardLog`.
+            checkpoint_steps: replace the file after so many steps of the optimizer too. A training that goes on within
+                an epoch asks the loader for the batches that are done again, and leaves them out.
             amp: torch.bfloat16 or torch.float16: both networks run under autocast to it, losses in float32; with
                 float16 a GradScaler scales the objective and leaves out steps that overflow.
             accumulate: batches whose gradients make one step of the optimizer, each with the same weight; at the end of
@@ -209,6 +200,7 @@ class Distiller:
         """
         self._check(epochs, optimizer, train_loader, val_loader)
         _check_options(amp, accumulate, clip_norm, ema)
+        _check_checkpoint_steps(checkpoint_steps, checkpoint)
         scaler = None
         if amp == torch.float16:
             scaler = torch.amp.GradScaler((_device(self.student) or torch.device("cpu")).type)
@@ -226,18 +218,19 @@ class Distiller:
             stack.callback(state.release_adapters)
             state.enlist_adapters()
             optimizer.zero_grad(set_to_none=True)  # what an earlier backward may have left
-            file = None if checkpoint is None else Checkpoint(checkpoint, state)
+            file = None if checkpoint is None else Checkpoint(checkpoint, state, checkpoint_steps)
             history = [] if file is None else file.resume()
-            show = stack.enter_context(_bar(train_loader, len(history), epochs, progress))
+            show = stack.enter_context(progress_bar(train_loader, len(history), epochs, progress))
             try:
                 for epoch in range(len(history), epochs):
-                    history.append(self._epoch(epoch, train_loader, val_loader, state, show))
+                    history.append(self._epoch(epoch, train_loader, val_loader, state, show, file, history))
                     if file is not None:
                         file.save(history)
                     if on_epoch is not None:
                         # What it draws would otherwise be missing when the training is resumed.
                         with torch.random.fork_rng(devices=[]):
-                            on_epoch(history[-1])
+                            for call in (on_epoch,) if callable(on_epoch) else on_epoch:
+                                call(history[-1])
             except KeyboardInterrupt:
                 if file is not None:
                     file.flush()
@@ -262,14 +255,18 @@ class Distiller:
             if hasattr(loader, "__len__") and len(loader) == 0:
                 raise ValueError(f"Expected {name} to give at least one batch, got an empty one")
 
-    def _epoch(self, epoch: int, train_loader, val_loader, state: TrainingState, show: Callable) -> EpochRecord:
+    def _epoch(
+        self, epoch: int, train_loader, val_loader, state: TrainingState, show: Callable, file: Checkpoint | None,
+        history: list[EpochRecord],
+    ) -> EpochRecord:  # fmt: skip
         began = time.perf_counter()
         if hasattr(train_loader, "epoch"):
             train_loader.epoch = epoch
         device = _device(self.student)
-        total, rows, right, labelled, batches = 0.0, 0, 0, 0, 0
+        batches, done = state.begin_epoch(train_loader)  # of an epoch that was begun, what is left
+        began -= done.seconds
         with self.hints or nullcontext():
-            for batch, share, last in _shares(train_loader, self._accumulate):
+            for batch, share, last in _shares(batches, self._accumulate):
                 x, y = _pair(batch, device)
                 logits, objective = self._objective(x, y)
                 hits, known = _hits(logits.detach(), y, self.ignore_index)
@@ -277,24 +274,28 @@ class Distiller:
                 if not math.isfinite(value):
                     why = "" if known else ", which has no labelled row (see KDLoss(distill_ignored=True))"
                     raise FloatingPointError(
-                        f"Expected a finite loss, got {value} at epoch {epoch}, batch {batches}{why}"
+                        f"Expected a finite loss, got {value} at epoch {epoch}, batch {done.batches}{why}"
                     )
                 state.backward(objective * share if share != 1 else objective)
+                done.add(value, x.shape[0], hits, known)
                 if last:
                     state.step()
-                right, labelled, batches = right + hits, labelled + known, batches + 1
-                total, rows = total + value * x.shape[0], rows + x.shape[0]
-                show(total / max(rows, 1), right / labelled if labelled else None, 1)
-        if batches == 0:
+                    done.seconds = time.perf_counter() - began
+                    if file is not None:
+                        file.after_step(history)
+                show(done.loss, done.accuracy, 1)
+        if done.batches == 0:
             raise ValueError(
                 f"Expected train_loader to give at least one batch in each epoch, got none in epoch {epoch}"
             )
-        loss, accuracy = total / max(rows, 1), right / labelled if labelled else None
         judged = self.student if self.average is None else self.average
         val_accuracy = None if val_loader is None else evaluate(judged, val_loader, self.ignore_index)
-        state.end_epoch(loss)
-        show(loss, accuracy if val_accuracy is None else val_accuracy, 0)
-        return EpochRecord(epoch, loss, accuracy, val_accuracy, time.perf_counter() - began)
+        lr = float(state.optimizer.param_groups[0]["lr"])
+        sparsity = getattr(state.pruner, "sparsity", None)
+        sparsity = float(sparsity()) if callable(sparsity) else None
+        state.end_epoch(done.loss)
+        show(done.loss, done.accuracy if val_accuracy is None else val_accuracy, 0)
+        return EpochRecord(epoch, done.loss, done.accuracy, val_accuracy, time.perf_counter() - began, lr, sparsity)
 
     def _objective(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The student's logits and the scalar to minimise."""
@@ -320,6 +321,15 @@ class Distiller:
         return nullcontext() if self._amp is None else torch.autocast(x.device.type, self._amp)
 
 
+def _check_checkpoint_steps(steps: object, checkpoint: object) -> None:
+    if steps is None:
+        return
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"Expected checkpoint_steps to be an int of at least 1 or None, got {steps!r}")
+    if checkpoint is None:
+        raise ValueError(f"Expected a checkpoint for checkpoint_steps={steps}, got none")
+
+
 def _check_options(amp: object, accumulate: object, clip_norm: object, ema: object) -> None:
     if amp not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"Expected amp to be torch.bfloat16, torch.float16 or None, got {amp!r}")
@@ -340,47 +350,3 @@ def _shares(loader: Iterable, accumulate: int) -> Iterator[tuple[object, float, 
             yield from ((one, 1 / accumulate, index == accumulate - 1) for index, one in enumerate(held))
             held = []
     yield from ((one, 1 / len(held), index == len(held) - 1) for index, one in enumerate(held))
-
-
-@contextmanager
-def _bar(loader: Iterable, done: int, epochs: int, progress: bool | None) -> Iterator[Callable]:
-    """A function (loss, accuracy, batches done) that moves a bar on, writes a line per epoch, or does nothing."""
-    terminal = sys.stdout.isatty()
-    if not (terminal if progress is None else progress):
-        yield lambda loss, accuracy, advance: None
-    elif terminal:
-        with _moving_bar(loader, done, epochs) as show:
-            yield show
-    else:
-        yield _lines(done, epochs)
-
-
-def _said(loss: float, accuracy: float | None) -> str:
-    return f"loss {loss:.4f}" + ("" if accuracy is None else f", accuracy {accuracy:.4f}")
-
-
-def _lines(done: int, epochs: int) -> Callable:
-    """For logs, which a bar would fill with its copies."""
-    began, finished = time.perf_counter(), done
-
-    def show(loss: float, accuracy: float | None, advance: int) -> None:
-        nonlocal finished
-        if advance == 0:  # the end of an epoch
-            finished += 1
-            left = (time.perf_counter() - began) / (finished - done) * (epochs - finished)
-            print(f"  epoch {finished}/{epochs}: {_said(loss, accuracy)}, {left:.0f} s left", flush=True)
-
-    return show
-
-
-@contextmanager
-def _moving_bar(loader: Iterable, done: int, epochs: int) -> Iterator[Callable]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    batches = len(loader) if hasattr(loader, "__len__") else None
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(
-            "", total=None if batches is None else epochs * batches, completed=0 if batches is None else done * batches
-        )
-        yield lambda loss, accuracy, advance: bar.update(task, advance=advance, description=_said(loss, accuracy))

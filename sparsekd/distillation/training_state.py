@@ -1,28 +1,23 @@
-"""Everything that a training run consists of, taken and put back as one, and the file that it is kept in.
-
-The file is torch.save's, of tensors and plain types only, so that reading it runs no code (``weights_only=True``).
-"""
+"""Everything that a training run consists of, taken and put back as one; ``checkpoint.py`` keeps it in a file."""
 
 from __future__ import annotations
 
 import copy
-import io
-import os
-import shutil
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from . import random_state
 from .features import FeatureHints
 
-FORMAT = "sparsekd training, version 3"
+FORMAT = "sparsekd training, version 4"
 FIELDS = {
-    "format", "kinds", "student", "optimizer", "scheduler", "pruner", "adapters", "epoch", "history",
-    "rng", "cuda_rng", "loader_rng", "scaler", "average",
+    "format", "kinds", "student", "optimizer", "scheduler", "pruner", "adapters", "epoch", "history", "begun",
+    "rng", "scaler", "average",
 }  # fmt: skip
 
 
@@ -35,6 +30,33 @@ class EpochRecord:
     train_accuracy: float | None  # on the training batches as they came, so by the weights of that moment
     val_accuracy: float | None
     seconds: float
+    lr: float | None = None  # of the optimizer's first group, in this epoch's last step
+    sparsity: float | None = None  # of the prunable weights, where a pruner tells it
+
+
+@dataclass
+class EpochSums:
+    """Of an epoch that is under way."""
+
+    batches: int = 0
+    rows: int = 0
+    total: float = 0.0  # of the objective, over the rows
+    right: int = 0
+    labelled: int = 0
+    seconds: float = 0.0
+    rng: dict | None = None  # the random numbers that it began with
+
+    def add(self, value: float, rows: int, right: int, labelled: int) -> None:
+        self.batches, self.rows, self.total = self.batches + 1, self.rows + rows, self.total + value * rows
+        self.right, self.labelled = self.right + right, self.labelled + labelled
+
+    @property
+    def loss(self) -> float:
+        return self.total / max(self.rows, 1)
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.right / self.labelled if self.labelled else None
 
 
 class TrainingState:
@@ -58,6 +80,7 @@ class TrainingState:
         generator = getattr(loader, "generator", None)
         self._generator = generator if isinstance(generator, torch.Generator) else None
         self._enlisted: list[nn.Parameter] = []
+        self.begun: EpochSums | None = None  # the epoch under way, where it has begun
 
     # --- training ---
 
@@ -87,7 +110,20 @@ class TrainingState:
                 self.pruner.apply_masks(self.average)
         self.optimizer.zero_grad(set_to_none=True)
 
+    def begin_epoch(self, loader: Iterable) -> tuple[Iterator, EpochSums]:
+        """The batches of an epoch, and what was done of it before; those batches are left out."""
+        here = random_state.take(self._generator)
+        resumed, self.begun = self.begun, self.begun or EpochSums(rng=here)
+        if resumed is not None:
+            random_state.put(resumed.rng, self._generator)  # the loader draws its order again
+        batches = iter(loader)
+        if resumed is not None:
+            deque(islice(batches, resumed.batches), maxlen=0)
+            random_state.put(here, self._generator)
+        return batches, self.begun
+
     def end_epoch(self, loss: float) -> None:
+        self.begun = None
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self.scheduler.step(loss)
         elif self.scheduler is not None:
@@ -134,9 +170,8 @@ class TrainingState:
             "adapters": None if self.hints is None else self.hints.state_dict(),
             "epoch": len(history),
             "history": [asdict(record) for record in history],
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-            "loader_rng": None if self._generator is None else self._generator.get_state(),
+            "begun": None if self.begun is None else asdict(self.begun),
+            "rng": random_state.take(self._generator),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
         }
@@ -159,11 +194,8 @@ class TrainingState:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        if self._generator is not None and state["loader_rng"] is not None:
-            self._generator.set_state(state["loader_rng"])
-        if state["cuda_rng"] and len(state["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        torch.set_rng_state(state["rng"])
+        random_state.put(state["rng"], self._generator)
+        self.begun = None if state["begun"] is None else EpochSums(**state["begun"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
@@ -194,104 +226,3 @@ def _outline(state: Mapping) -> dict[str, str]:
         name: f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         for name, value in state.items()
     }
-
-
-class Checkpoint:
-    """The file of a run.
-
-    ``save`` takes the state to memory first and then writes it, so that an interrupt finds, in the file or in memory,
-    the whole state of the last finished epoch and nothing of the one under way.
-    """
-
-    def __init__(self, path: str | os.PathLike, state: TrainingState) -> None:
-        self.path, self.state = Path(path), state
-        self._pending: bytes | None = None
-        if not self.path.parent.is_dir():
-            raise ValueError(f"Expected a checkpoint in a folder that exists, got {self.path}")
-        for name, part in (("scheduler", state.scheduler), ("pruner", state.pruner)):
-            if part is not None and not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
-                got = type(part).__name__
-                raise TypeError(
-                    f"Expected a {name} with state_dict and load_state_dict to keep a checkpoint, got {got}"
-                )
-
-    def resume(self) -> list[EpochRecord]:
-        """Puts the file's state in place where there is a file; the records of the epochs that it has behind it.
-
-        Raises:
-            ValueError: the file can't be read, or is of another training; nothing is changed then.
-        """
-        if not self.path.exists():
-            self._pending = self._packed([])
-            try:
-                _unpacked(self._pending)
-            except Exception as error:
-                raise ValueError(
-                    "Expected optimizer, scheduler and pruner states of tensors and plain types to keep a checkpoint, "
-                    f"got others: {_first_line(error)}"
-                ) from error
-            return []
-        expected = f"Expected a checkpoint of this training of {type(self.state.student).__name__} in {self.path}"
-        try:
-            found = _unpacked(self.path.read_bytes())
-        except Exception as error:  # a torn file raises one of many kinds
-            raise ValueError(f"{expected}, got a file that can't be read: {_first_line(error)}") from error
-        try:
-            wrong = self.state.misfit(found)
-            history = [] if wrong else [EpochRecord(**fields) for fields in found["history"]]
-            if wrong is None:
-                self.state.put(found)
-        except Exception as error:
-            raise ValueError(f"{expected}, got one that does not fit: {_first_line(error)}") from error
-        if wrong is not None:
-            raise ValueError(f"{expected}, got {wrong}")
-        return history
-
-    def save(self, history: list[EpochRecord]) -> None:
-        """Replaces the file by the state after the epochs of ``history``."""
-        self._pending = self._packed(history)
-        self.flush()
-
-    def flush(self) -> None:
-        """Writes what ``save``, or the start of the run, has taken and not yet written."""
-        if self._pending is None:
-            return
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        try:
-            with open(aside, "wb") as file:
-                file.write(self._pending)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, self.path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        self._pending = None
-
-    def _packed(self, history: list[EpochRecord]) -> bytes:
-        buffer = io.BytesIO()
-        torch.save(self.state.take(history), buffer)
-        return buffer.getvalue()
-
-
-def put_aside(path: Path) -> None:
-    """Renames what an earlier run left, so that a new one can begin and nothing is lost; the newest is kept."""
-    if path.exists():
-        aside = path.with_name(f"{path.name}.old")
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        path.replace(aside)
-        print(f"an earlier run's {path.name} was there (--resume goes on with it); it is kept as {aside}")
-
-
-def _unpacked(content: bytes) -> object:
-    # torch.load does not look at the checksums that torch.save writes.
-    broken = zipfile.ZipFile(io.BytesIO(content)).testzip()
-    if broken is not None:
-        raise ValueError(f"the checksum of {broken} is wrong")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__

@@ -47,7 +47,7 @@ def find_prunable(model: nn.Module, ignored_layers: Ignored) -> dict[str, nn.Mod
             continue
         parameter = f"{name}.weight" if name else "weight"
         if "weight_orig" in module._parameters and "weight_mask" in module._buffers:
-            raise ValueError(f"Expected a plain {parameter}, got nn.utils.prune's: call prune.remove() first")
+            raise ValueError(f"Expected a plain {parameter}, got nn.utils.prune's: adopt_masks() takes them over")
         if parametrize.is_parametrized(module, "weight"):
             raise ValueError(f"Expected a plain {parameter}, got a parametrised one: remove_parametrizations() first")
         weight = module._parameters.get("weight")

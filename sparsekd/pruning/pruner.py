@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,13 @@ from torch.optim import Optimizer
 from .budget import Budget, Caps, check_scores, check_sparsity
 from .gatherers import GradientGatherer, InputGatherer
 from .importance import Importance, find_importance, score, statistic_of
-from .layers import Ignored, check_count, check_keys, check_like, find_prunable, module_at, unwrap
+from .layers import Ignored, find_prunable, module_at, unwrap
 from .mask_keeper import MaskKeeper
 from .optimizers import moved_by
-from .patterns import Layout, Units, find_pattern, lowest
+from .patterns import Layout, Units, find_pattern
 from .permutation import Permutation, choose_permutation
+from .regrowth import moved_masks
+from .saved_state import check_state
 from .schedule import IterativeSL, RigL, SparsitySchedule
 from .sharding import local, new_whole, part_like, whole
 
@@ -268,24 +269,11 @@ class Pruner:
             sparsity = counts[name] / max(values.numel(), 1)
             self._permutations[name] = choose_permutation(values, self._pattern.vector, sparsity, self._layouts[name])
 
-    @torch.no_grad()
     def _regrow(self, fraction: float) -> bool:
-        """RigL: each layer loses its smallest units and gains as many where the gradient is greatest."""
         gradients = score(lambda name, weight, gradient: gradient, self._weights, self._gatherer.means())
-        masks, regrown = {}, 0
-        for name, weight in self._weights.items():
-            masks[name] = self._keeper.masks[name].to(gradients[name].device)
-            if name not in self._keeper.pruned:
-                continue
-            mask, size = masks[name], whole(weight.detach()).abs().float()
-            small, steep = self._units(name, size), self._units(name, gradients[name])
-            kept = self._units(name, mask.float()).scores > 0
-            moving = min(round(fraction * int(kept.sum())), int((~kept).sum()))
-            dropped = lowest(torch.where(kept, small.scores, math.inf), moving)
-            grown = lowest(torch.where(kept, math.inf, -steep.scores), moving)
-            masks[name] = new_whole(weight, torch.bool)
-            masks[name].copy_(small.mask(~((kept & ~dropped) | grown), weight.shape))
-            regrown += int((masks[name] & ~mask).sum())
+        masks, regrown = moved_masks(
+            self._weights, self._keeper.masks, set(self._keeper.pruned), gradients, fraction, self._units
+        )
         self._gatherer.forget()
         self._keeper.take(masks)
         self._regrown += regrown
@@ -376,7 +364,10 @@ class Pruner:
         """
         self._check_in_use("load_state_dict")
         self._check_weights()
-        permutations = self._check_state(state)
+        last = self._importance_steps if self._schedule is None else self._schedule.end
+        permutations = check_state(state, self._settings, self._weights, self._layouts, self._model.state_dict(), last)
+        if self._gatherer is not None:
+            self._gatherer.check_state(state["gathered"])
         if self._gatherer is not None:
             self._gatherer.load_state_dict(state["gathered"])
             if state["finished"]:
@@ -391,44 +382,6 @@ class Pruner:
         snapshot = state["snapshot"]
         self._snapshot = None if snapshot is None else {name: value.clone() for name, value in snapshot.items()}
         self._keeper.hold()
-
-    def _check_state(self, state: Mapping) -> dict[str, Permutation]:
-        """Raises unless the state is of a Pruner with the same settings; its permutations."""
-        if not isinstance(state, Mapping):
-            raise TypeError(f"Expected state to be a dict of Pruner.state_dict(), got {type(state).__name__}")
-        parts = ("settings", "masks", "steps", "finished", "gathered", "permutations", "regrown", "snapshot")
-        check_keys("a Pruner's state", state, parts)
-        check_keys("settings", state["settings"], self._settings)
-        for key, own in self._settings.items():
-            if state["settings"][key] != own:
-                raise ValueError(f"Expected the state of a Pruner with {key}={own!r}, got {state['settings'][key]!r}")
-        check_keys("masks", state["masks"], self._weights)
-        for name, weight in self._weights.items():
-            check_like(f"the mask of {name}", state["masks"][name], weight, (torch.bool,))
-        check_count("steps", state["steps"])
-        check_count("regrown", state["regrown"])
-        check_keys("permutations", state["permutations"], self._weights if state["permutations"] else ())
-        permutations = {}
-        for name, made in state["permutations"].items():
-            check_keys(f"the permutation of {name}", made, [field.name for field in fields(Permutation)])
-            order = made["order"]
-            channels = self._layouts[name].rows(torch.empty(self._weights[name].shape, device="meta")).shape[0]
-            if not isinstance(order, Tensor) or not torch.equal(order.cpu().sort().values, torch.arange(channels)):
-                raise ValueError(f"Expected an order of the {channels} output channels of {name}, got another")
-            permutations[name] = Permutation(**made)
-        if state["snapshot"] is not None:
-            own = self._model.state_dict()
-            check_keys("the snapshot", state["snapshot"], own)
-            for name, value in own.items():
-                check_like(f"the snapshot of {name}", state["snapshot"][name], value, (value.dtype,))
-        if not isinstance(state["finished"], bool):
-            raise ValueError(f"Expected finished to be a bool, got {state['finished']!r}")
-        last = self._importance_steps if self._schedule is None else self._schedule.end
-        if state["finished"] != (state["steps"] >= last):
-            raise ValueError(f"Expected finished from step {last} on, got {state['finished']} at step {state['steps']}")
-        if self._gatherer is not None:
-            self._gatherer.check_state(state["gathered"])
-        return permutations
 
     def _check_in_use(self, method: str) -> None:
         if self._squashed:
