@@ -7,6 +7,7 @@ import torch
 
 from sparsekd.measure import doctor
 from sparsekd.measure.doctor import Finding
+from sparsekd.measure.tuned import Tuned
 
 
 def advice_of(findings):
@@ -114,3 +115,16 @@ def test_looking_changes_nothing():
     before = torch.get_num_threads(), torch.cuda.is_initialized()
     doctor.report({})
     assert (torch.get_num_threads(), torch.cuda.is_initialized()) == before
+
+
+def test_tuned_figures(tmp_path):
+    environ = {"SPARSEKD_CACHE_DIR": str(tmp_path), "SPARSEKD_TUNE": "full"}
+    made = Tuned(tmp_path / "tuned-1.json", {})
+    made.put("a", {"ms": 1.0})
+    made.flush()
+    (finding,) = doctor.tuned_figures(environ)
+    assert finding.value == f"SPARSEKD_TUNE=full; 1 in 1 file(s) of {tmp_path}" and finding.advice == ""
+    (tmp_path / "tuned-2.json").write_text("{")
+    (finding,) = doctor.tuned_figures({**environ, "SPARSEKD_TUNE": "on"})
+    assert "tuned-2.json is broken" in finding.advice and "Expected SPARSEKD_TUNE to be" in finding.advice
+    assert (tmp_path / "tuned-2.json").exists()  # doctor only looks

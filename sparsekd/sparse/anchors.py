@@ -23,8 +23,9 @@ from .dispatch import dense_engines, evaluating, from_dense
 from .problem import Problem
 
 DENSITIES = (0.02, 0.1, 0.2, 0.4)
-# Half of the layers in benchmarks/results/cost_model-avx2.json were off by less, in their speed-up.
-ERROR = 0.05
+# Half of the cases in benchmarks/results/cost_model-avx2.json were off by less, in their speed-up. The machine was
+# shared: measuring the same twice was as far apart.
+ERROR = 0.12
 
 
 def random_mask(weight: Tensor, sparsity: float, vector: int, groups: int, seed: int = 0) -> Tensor:
