@@ -119,13 +119,14 @@ def cells(name: str) -> list[Cell]:
     budgets = [
         Cell(sparsity=0.95, importance=importance, budget=budget)
         for importance in ("magnitude", "gradient")
-        for budget in ("uniform", "global")
+        for budget in ("erk", "uniform", "global")
     ]
     more = [Cell(pattern, importance=i) for i in ("taylor", "movement") for pattern in ("unstructured", "4x1-permuted")]
     wide = [Cell(pattern, distilled=taught) for taught in (True, False) for pattern in ("16x1", "16x1-permuted")]
     ways = [replace(cell, lasso=True) for cell in (Cell("4x1"), Cell("4x1", distilled=False))]
     ways += [Cell(pattern, importance=i, schedule="once") for i in ("magnitude", "gradient") for pattern in GRID[:2]]
-    ordered = dense + first + long + budgets + grid[0.9] + more + wide + ways + grid[0.95] + hardware + grid[0.8]
+    ordered = dense + first + long + budgets + hardware[:3] + ways + grid[0.9] + more + wide
+    ordered += grid[0.95] + hardware + grid[0.8]
     return list(dict.fromkeys(ordered))
 
 

@@ -5,8 +5,8 @@
                                       no --> one forward of the teacher over the rows that are new
 
 It pays where images come back unchanged and the teacher's forward is a good part of a step. Milliseconds a batch on one
-thread of an AVX2 machine (``benchmarks/teacher_cache.py``; 64 images of 32 x 32, 8 of 224 x 224), and what an epoch from
-disk takes of one that asks the teacher:
+thread of an AVX2 machine (``benchmarks/teacher_cache.py``; 64 images of 32 x 32, 8 of 224 x 224), and what an epoch
+from disk takes of one that asks the teacher:
 
     teacher / student        teacher    memory   disk   disk, top 5   student's step   epoch
     reference                  134        1.8     3.3       7.0             92          42%
