@@ -402,8 +402,9 @@ def write(folder: Path) -> None:
         "",
         "Written by `python benchmarks/accuracy.py`, which says how each figure came about; one JSON file beside this "
         "one for each. Accuracy on test images in percent, mean ± standard deviation over 3 seeds; of fewer seeds, "
-        "their number is in brackets, and of one there is no deviation: such differences of less than about a point "
-        "say nothing. What is not done yet has a dash; the command goes on with it. The images of shapes are synthetic.",
+        "their number is in brackets, and of one there is no deviation; the standard error of 3,000 test images is "
+        "half a point. What is not done yet has a dash, and the command goes on with it. The images of shapes are "
+        "synthetic.",
         "",
     ]
     for name in names:
