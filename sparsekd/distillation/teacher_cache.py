@@ -4,10 +4,20 @@
                                       |
                                       no --> one forward of the teacher over the rows that are new
 
-It pays where images come back unchanged and the teacher's forward is a good part of a step. An augmented image is
-another image; it comes back when its sample comes back with the same augmentation seed, so a loader that takes one of a
-few seeds for each sample (Beyer et al., "Knowledge distillation: a good teacher is patient and consistent", CVPR 2022,
-keep teacher and student on the same view) is asked about each once.
+It pays where images come back unchanged and the teacher's forward is a good part of a step. Milliseconds a batch on one
+thread of an AVX2 machine (``benchmarks/teacher_cache.py``; 64 images of 32 x 32, 8 of 224 x 224), and what an epoch
+from disk takes of one that asks the teacher:
+
+    teacher / student        teacher    memory   disk   disk, top 5   student's step   epoch
+    reference                  134        1.8     3.3       7.0             92          42%
+    resnet20x4 / resnet20     1545        2.9     4.8       5.2            404          21%
+    resnet50 / resnet18       1286        8.6    10.4       9.2           1842          59%
+
+What memory takes is nearly all hashing, some 2 to 4 ms a megabyte of input. On disk a row takes 20 bytes and 2 a class,
+or 22 and 6 for each of the top k. An augmented image is another image; it comes back when its sample comes back with
+the same augmentation seed, so that a loader that takes one of a few seeds for each sample asks about each once. (Beyer
+et al., "Knowledge distillation: a good teacher is patient and consistent", CVPR 2022, say why both networks are to see
+the same view.) Where each view is new, every epoch asks the teacher and the cache only costs.
 """
 
 from __future__ import annotations
