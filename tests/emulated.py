@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import subprocess
 import types
 from pathlib import Path
@@ -23,7 +24,16 @@ SOURCES = [
     *sorted((ROOT / "csrc" / "cuda").glob("*.cpp")),
     ROOT / "tests" / "emulator" / "emulator.cpp",
 ]
-OPERATORS = ("conv2d", "conv2d_fused")
+OPERATORS = ("conv2d", "conv2d_fused", "kd_loss_forward")
+
+
+def included(source):
+    """The names of a source and of the files of csrc/cuda that it includes, however deep."""
+    names = {source.name}
+    for name in re.findall(r'#include "([a-z0-9_]+\.(?:h|cuh))"', source.read_text()):
+        file = source.parent / name
+        names |= included(file) if file.is_file() else set()
+    return names
 
 
 def compile_library(folder, changed=None):
@@ -35,20 +45,19 @@ def compile_library(folder, changed=None):
             copy = folder / "csrc" / file.relative_to(ROOT / "csrc")
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text(changed.get(file.name, file.read_text()))
-    here = folder if changed else ROOT
     objects = []
     for source in SOURCES:
-        source = here / source.relative_to(ROOT) if source.suffix == ".cu" else source
         built = folder / f"{source.name}.o"
+        if changed and (source.suffix != ".cu" or not included(source) & set(changed)):
+            objects.append(str(library_folder() / built.name))  # as it was
+            continue
+        source = folder / source.relative_to(ROOT) if changed else source
         # gcc calls a hook at every access of the kernels; the rest is compiled as it is.
         flags = ["-O1", "-g", "-fsanitize=thread"] if source.suffix == ".cu" else ["-O2", "-DSPARSEKD_EMULATED"]
         torch_headers = [f"-I{path}" for path in include_paths()] if source.parent.name == "cuda" else []
         command = [os.environ.get("CXX", "c++"), "-std=c++20", "-fPIC", *flags, *include]
         command += torch_headers if source.suffix == ".cpp" else []
-        if changed and source.suffix == ".cpp" and source.parent.name == "cuda":
-            built = library_folder() / f"{source.name}.o"  # host code stays as it is
-        else:
-            subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", str(built)], check=True)
+        subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", str(built)], check=True)
         objects.append(str(built))
     library = folder / "libsparsekd_emulated.so"
     libraries = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
@@ -106,7 +115,8 @@ def in_two_orders(name, *arguments):
     for seed in (0, 12345):
         with lane_order(seed):
             results.append(getattr(emulator().ops, name)(*arguments))
-    assert torch.equal(results[0], results[1]), f"{name} depends on the order of lanes"
+    for one, other in zip(*(r if isinstance(r, (tuple, list)) else [r] for r in results), strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)), f"{name} depends on the order of lanes"
     return results[0]
 
 

@@ -87,12 +87,6 @@ std::optional<Choice> choose(const Problem& problem) {
   return best;
 }
 
-DType dtype_of(const at::Tensor& t) {
-  return t.scalar_type() == at::kHalf ? DType::float16 : t.scalar_type() == at::kBFloat16 ? DType::bfloat16 : DType::float32;
-}
-
-const void* data_of(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
-
 struct Pattern {
   at::Tensor values, crow, col, place, rows;
 };
@@ -198,16 +192,6 @@ void run(Call& call, const Problem& problem, const Pattern& pattern, const at::T
   const int64_t grid_x = int64_t(c.lanes.units) * p.tiles_h * p.tiles_w, grid_y = problem.groups * p.row_blocks;
   TORCH_CHECK_VALUE(grid_x <= limit && grid_y <= 65535, "Expected fewer than 65536 blocks of output channels, got ", grid_y);
   call.launched(sparsekd_conv2d(&p, &c.variant, int(warps), grid_x, int(grid_y), call.stream()));
-}
-
-void check_device(const at::Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(on_device(t), "Expected ", name, " on ", device_name(), ", got ", t.device());
-}
-
-void check_type(const at::Tensor& t, const char* name) {
-  check_floating(t, name);
-  TORCH_CHECK_TYPE(t.scalar_type() != at::kDouble, "Expected ", name,
-                   " of dtype Float, Half or BFloat16 on cuda, got Double: float64 is computed on the CPU alone");
 }
 
 int64_t checked_row_groups(const at::Tensor& crow, const at::Tensor& col, const OptionalTensor& rows,

@@ -13,7 +13,7 @@
 // kernels for deep learning", SC 2020.
 #pragma once
 #include "conv2d.h"
-#include "device.cuh"
+#include "element.cuh"
 
 namespace sparsekd::cuda {
 
@@ -26,12 +26,6 @@ __device__ __forceinline__ bool tap_of(const TapAxis& axis, int r, int& phase, i
   phase = tap % axis.stride;
   index = tap / axis.stride;
   return true;
-}
-
-__device__ __forceinline__ float load_value(const void* values, DType dtype, int64_t index) {
-  if (dtype == DType::float32) return static_cast<const float*>(values)[index];
-  if (dtype == DType::float16) return to_float(static_cast<const Half*>(values)[index]);
-  return to_float(static_cast<const BFloat16*>(values)[index]);
 }
 
 struct Entry {
@@ -176,16 +170,6 @@ __device__ __forceinline__ float activate(float x, Activation activation) {
     case Activation::silu: return x / (1.0f + expf(-x));
     case Activation::hardswish: return x != x ? x : x * fminf(fmaxf(x + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
     default: return x;
-  }
-}
-
-__device__ __forceinline__ void store_value(void* to, DType dtype, int64_t index, float value) {
-  if (dtype == DType::float32) {
-    static_cast<float*>(to)[index] = value;
-  } else if (dtype == DType::float16) {
-    store_vector(static_cast<Half*>(to) + index, from_float<Half>(value));
-  } else {
-    store_vector(static_cast<BFloat16*>(to) + index, from_float<BFloat16>(value));
   }
 }
 

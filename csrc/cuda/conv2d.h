@@ -4,10 +4,9 @@
 #include <cstdint>
 
 #include "../activation.h"
+#include "dtype.h"
 
 namespace sparsekd::cuda {
-
-enum class DType : int { float32, float16, bfloat16 };
 
 // One dimension of a convolution, as the kernels see it: position y reads source element
 //   y * stride + tap(r) + origin,   tap(r) = (add + r * mult) / div - least,   where the division leaves no rest.

@@ -3,6 +3,9 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include "../check.h"
+#include "dtype.h"
+
 #ifdef SPARSEKD_EMULATED
 #include <c10/util/Exception.h>
 #include <torch/library.h>
@@ -71,3 +74,24 @@ inline bool on_device(const at::Tensor& t) { return t.is_cuda(); }
 
 }  // namespace sparsekd::cuda
 #endif
+
+namespace sparsekd::cuda {
+
+inline DType dtype_of(const at::Tensor& t) {
+  if (t.scalar_type() == at::kHalf) return DType::float16;
+  return t.scalar_type() == at::kBFloat16 ? DType::bfloat16 : DType::float32;
+}
+
+inline const void* data_of(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+
+inline void check_device(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(on_device(t), "Expected ", name, " on ", device_name(), ", got ", t.device());
+}
+
+inline void check_type(const at::Tensor& t, const char* name) {
+  check_floating(t, name);
+  TORCH_CHECK_TYPE(t.scalar_type() != at::kDouble, "Expected ", name,
+                   " of dtype Float, Half or BFloat16 on cuda, got Double: float64 is computed on the CPU alone");
+}
+
+}  // namespace sparsekd::cuda
