@@ -195,6 +195,6 @@ def test_finds(bug, tmp_path):
     source = (emulated.ROOT / "csrc" / "cuda" / name).read_text()
     assert right in source, "the place where the bug is sown is gone"
     emulated.library_path()
-    library = emulated.compile_library(tmp_path, {name: source.replace(right, wrong, 1)})
+    library = emulated.compile_changed(tmp_path, {name: source.replace(right, wrong, 1)})
     said = said_of(library, RUNS[name])
     assert re.search(says, said), said

@@ -10,6 +10,8 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "emulator.h"
 
 #define SPARSEKD_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(sparsekd_emulated, CPU, m)
@@ -22,8 +24,9 @@ class Call {
   explicit Call(const at::Tensor&) {}
   ~Call() { emulator::forget_buffers(); }
   void* stream() const { return nullptr; }
-  void reads(const at::Tensor& t, const char* name) { note(t, false, name); }
-  void writes(const at::Tensor& t, const char* name) { note(t, true, name); }
+  void reads(const at::Tensor& t, const char* name) { note(t, false, false, name); }
+  void writes(const at::Tensor& t, const char* name) { note(t, true, false, name); }
+  void updates(const at::Tensor& t, const char* name) { note(t, true, true, name); }  // it holds something already
   void launched(int error) { TORCH_CHECK(error == 0, emulator::error()); }
   // Checked here, as a destructor must not throw.
   void finish() {
@@ -32,12 +35,14 @@ class Call {
   }
 
  private:
-  void note(const at::Tensor& t, bool writable, const char* name) {
+  void note(const at::Tensor& t, bool writable, bool written, const char* name) {
     if (!t.defined() || t.numel() == 0) return;
+    held_.push_back(t);
     int64_t span = 1;
     for (int64_t d = 0; d < t.dim(); ++d) span += (t.size(d) - 1) * t.stride(d);
-    emulator::note_buffer(t.const_data_ptr(), span * t.element_size(), writable, name);
+    emulator::note_buffer(t.const_data_ptr(), span * t.element_size(), writable, written, name);
   }
+  std::vector<at::Tensor> held_;  // so that no two buffers have the same place
 };
 
 inline const char* device_name() { return "cpu"; }
@@ -61,6 +66,7 @@ class Call {
   void* stream() const { return stream_; }
   void reads(const at::Tensor&, const char*) {}
   void writes(const at::Tensor&, const char*) {}
+  void updates(const at::Tensor&, const char*) {}
   void launched(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
   void finish() {}
 

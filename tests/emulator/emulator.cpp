@@ -481,10 +481,11 @@ void sync_block(int line) {
   ++epoch;
 }
 
-void note_buffer(const void* data, size_t bytes, bool writable, const char* name) {
+void note_buffer(const void* data, size_t bytes, bool writable, bool written, const char* name) {
   if (bytes == 0) return;
   auto region = std::make_unique<Region>(Region{static_cast<const unsigned char*>(data), bytes, writable, name, {}});
   if (writable) region->cells.resize((bytes + 1) / 2);
+  for (Cell& cell : region->cells) cell.written = written;
   regions.push_back(std::move(region));
 }
 
@@ -521,7 +522,7 @@ cudaError_t run(dim3 grid, dim3 size, size_t shared_bytes, void (*entry)(const v
     return 1;
   }
   if (fibers.size() < threads) fibers.resize(threads);
-  note_buffer(closure, closure_bytes, false, "kernel arguments");
+  note_buffer(closure, closure_bytes, false, false, "kernel arguments");
   std::vector<uint4> memory(shared_bytes / 16 + 1);
   shared = reinterpret_cast<unsigned char*>(memory.data());
   auto region = std::make_unique<Region>(Region{shared, shared_bytes, true, "shared memory", {}});

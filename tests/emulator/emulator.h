@@ -41,7 +41,7 @@ extern uint64_t seed;
 
 // ---- the host's side: buffers that kernels may touch ----
 
-void note_buffer(const void* data, size_t bytes, bool writable, const char* name);
+void note_buffer(const void* data, size_t bytes, bool writable, bool written, const char* name);
 void forget_buffers();           // checks first that each byte of every writable buffer was written
 const char* error();             // of the last launch or check, "" if there was none
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*entry)(const void*), const void* closure,
