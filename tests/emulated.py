@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "emulator"
 BUILD = ROOT / "build" / "emulated"  # objects and libraries, named after what they are made of
 CXX = os.environ.get("CXX", "c++")
-OPERATORS = ("conv2d", "conv2d_fused", "conv2d_input_grad", "transpose_pattern", "kd_loss_forward")
+OPERATORS = (
+    *("conv2d", "conv2d_fused", "conv2d_input_grad", "conv2d_weight_grad", "transpose_pattern"),
+    *("linear", "linear_input_grad", "linear_weight_grad", "kd_loss_forward"),
+)
 
 
 def included(source):
@@ -65,7 +68,11 @@ def link(objects, library):
 
 
 def sources(csrc):
-    return [*sorted((csrc / "cuda").glob("*.cu")), *sorted((csrc / "cuda").glob("*.cpp")), EMULATOR / "emulator.cpp"]
+    return [
+        *sorted((csrc / "cuda").glob("*.cu")),
+        *sorted((csrc / "cuda").glob("*.cpp")),
+        *sorted(EMULATOR.glob("*.cpp")),
+    ]
 
 
 def compile_changed(folder, changed):

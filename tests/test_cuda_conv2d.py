@@ -144,3 +144,16 @@ def test_input_grad_against_the_oracle(seed):
     )
     assert_near(got, want, case.dtype, str(case))
     assert got.is_contiguous(memory_format=suggest_memory_format(grad_output))
+
+
+@pytest.mark.parametrize("seed", sampled(range(300, 380), 20))
+def test_weight_grad_against_the_oracle(seed):
+    case = draw(seed)
+    input, values, crow, col, rows, geometry, generator = operands(case)
+    plain = reference.conv2d_reference(input.double(), values.double(), crow, col, rows, None, *geometry)
+    grad_output = torch.randn(plain.shape, generator=generator).to(case.dtype)
+    got = emulated.in_two_orders("conv2d_weight_grad", input, grad_output, crow, col, rows, case.vector, *geometry[1:])
+    want = reference.conv2d_weight_grad_reference(
+        input.double(), grad_output.double(), crow, col, rows, case.vector, *geometry[1:]
+    )
+    assert_near(got, want, case.dtype, str(case))

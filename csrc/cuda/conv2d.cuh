@@ -104,6 +104,7 @@ __global__ void records_kernel(const RecordsParams p) {
     } else {
       store_vector(reinterpret_cast<int*>(record), entry.distance);
     }
+    if (p.where && part == 0) p.where[i] = static_cast<int>(first) + place;
     float* to = reinterpret_cast<float*>(record + kRecordBytes<kV> - 4 * kV);
     for (int v = 0; v < kV; ++v) {
       const int row = part * kV + v;
@@ -179,11 +180,13 @@ struct StagedPlane {
   static constexpr int kCopies = kPlane / 32;
   int from[kCopies];  // -1: outside, filled with zeros; -2: none
 
-  __device__ __forceinline__ void set(const Conv2dParams& p, int lane, int y0, int x0) {
+  template <class Params>
+  __device__ __forceinline__ void set(const Params& p, int lane, int y0, int x0) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) from[i] = source(p, lane + i * 32, y0, x0);
   }
-  static __device__ __forceinline__ int source(const Conv2dParams& p, int position, int y0, int x0) {
+  template <class Params>
+  static __device__ __forceinline__ int source(const Params& p, int position, int y0, int x0) {
     if (position >= p.plane) return -2;
     const int column = x0 + position % p.tile_columns;
     int rest = position / p.tile_columns;
@@ -196,7 +199,8 @@ struct StagedPlane {
 };
 template <>
 struct StagedPlane<0> {
-  __device__ __forceinline__ void set(const Conv2dParams&, int, int, int) {}
+  template <class Params>
+  __device__ __forceinline__ void set(const Params&, int, int, int) {}
 };
 
 template <int kV, int kG, int kGroups, int kPlane>
