@@ -34,7 +34,8 @@ void run_weight_grad(Call& call, const Problem& problem, const Pattern& pattern,
   of_distances.vector = 1;
   const Records records = make_records(call, of_distances, distances, c, 1, 1);
 
-  const int64_t warps = std::clamp<int64_t>(ceil_div(slices_per_group, c.variant.groups), 1, kConv2dWarps);
+  const int64_t groups = weight_grad_groups(c.variant);
+  const int64_t warps = std::clamp<int64_t>(ceil_div(slices_per_group, groups), 1, kConv2dWarps);
   WeightGradParams p{};
   p.lanes = c.lanes;
   std::copy_n(problem.axes, 2, p.axes);
@@ -62,13 +63,15 @@ void run_weight_grad(Call& call, const Problem& problem, const Pattern& pattern,
   p.tile_rows = c.tile_rows;
   p.tile_columns = c.tile_columns;
   p.plane = c.plane;
-  p.row_blocks = int(ceil_div(slices_per_group, warps * c.variant.groups));
-  p.tiles = int64_t(c.lanes.units) * p.tiles_h * p.tiles_w;
+  p.row_blocks = int(ceil_div(slices_per_group, warps * groups));
+  const int64_t tiles = int64_t(c.lanes.units) * p.tiles_h * p.tiles_w;
   const int64_t grid_y = problem.groups * p.row_blocks;
   TORCH_CHECK_VALUE(grid_y <= 65535, "Expected fewer than 65536 blocks of output channels, got ", grid_y);
-  TORCH_CHECK_VALUE(grad_values.numel() / 256 < limit, "Expected fewer than 2^39 values, got ", grad_values.numel());
+  TORCH_CHECK_VALUE(grad_values.numel() <= limit && tiles <= limit, "Expected fewer than 2^31 values and tiles, got ",
+                    grad_values.numel(), " and ", tiles);
+  p.tiles = int(tiles);
   const int64_t fit = std::max<int64_t>(kPartialBytes / 4 / grad_values.numel(), 1);
-  p.splits = int(std::min({p.tiles, ceil_div(kBlocks, grid_y), fit}));
+  p.splits = int(std::min({tiles, ceil_div(kBlocks, grid_y), fit}));
   const at::Tensor partial = at::empty({p.splits, n_vectors, problem.vector}, input_lanes.options());
   call.writes(partial, "partial sums");
   p.partial = partial.mutable_data_ptr<float>();

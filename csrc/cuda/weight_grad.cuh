@@ -49,36 +49,41 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void weight_grad_kernel(const
   const int split = blockIdx.x;
   const int group = blockIdx.y / p.row_blocks, row_block = blockIdx.y % p.row_blocks;
   const int y = lane / p.tile_w, x = lane % p.tile_w;  // of the lane's position within the tile
-  const int64_t first_tile = p.tiles * split / p.splits, end_tile = p.tiles * (split + 1) / p.splits;
+  const int first_tile = static_cast<int>(int64_t(p.tiles) * split / p.splits);
+  const int end_tile = static_cast<int>(int64_t(p.tiles) * (split + 1) / p.splits);
 
-  int row_group[kGroups], part[kGroups];
+  constexpr bool kWhole = kV <= 2;  // there the kernel's V is the pattern's, a row group one slice
+  const int vector = kWhole ? kV : p.vector;
+  const int first_rank = (row_block * warps + warp) * kGroups;
+  auto row_group_of = [&](int k) {
+    const int rank = first_rank + k, local = kWhole ? rank : rank / p.slices;
+    return local < p.row_groups_per_group ? p.order[group * p.row_groups_per_group + local] : -1;
+  };
+  auto part_of = [&](int k) { return kWhole ? 0 : (first_rank + k) % p.slices; };
+  int row_group[kGroups];
 #pragma unroll
-  for (int k = 0; k < kGroups; ++k) {
-    const int rank = (row_block * warps + warp) * kGroups + k, local = rank / p.slices;
-    part[k] = rank % p.slices;
-    row_group[k] = local < p.row_groups_per_group ? p.order[group * p.row_groups_per_group + local] : -1;
-  }
+  for (int k = 0; k < kGroups; ++k) row_group[k] = row_group_of(k);
 
   float grad[kGroups][kV][kG * 4];
-  auto load_grad = [&](int64_t tile) {
-    const int64_t unit = tile / tiles_of_unit;
-    const int in_unit = static_cast<int>(tile - unit * tiles_of_unit);
+  auto load_grad = [&](int tile) {
+    const int unit = tile / tiles_of_unit, in_unit = tile % tiles_of_unit;
     const int row = in_unit / p.tiles_w * p.tile_h + y, column = in_unit % p.tiles_w * p.tile_w + x;
     const bool inside = row < p.lanes.strip_rows && column < p.axes[1].positions;
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
+      const int mine = kGroups > 1 ? row_group_of(k) : row_group[k];  // no registers are left for what follows of several
 #pragma unroll
       for (int v = 0; v < kV; ++v) {
-        const int in_vector = part[k] * kV + v;
-        const int in_group = (row_group[k] - group * p.row_groups_per_group) * p.vector + in_vector;
+        const int in_vector = part_of(k) * kV + v;
+        const int in_group = (mine - group * p.row_groups_per_group) * vector + in_vector;
         int channel = -1;
-        if (row_group[k] >= 0 && in_vector < p.vector && in_group < p.rows_per_group) {
+        if (mine >= 0 && in_vector < vector && in_group < p.rows_per_group) {
           channel = group * p.rows_per_group + in_group;
           if (p.row_indices) channel = p.row_indices[channel];
         }
         const bool real = inside && channel >= 0 && channel < p.out_channels;
         const float4* from = reinterpret_cast<const float4*>(p.grad) +
-                             (unit * p.out_channels + channel) * kG * p.grad_plane + row * p.grad_columns + column;
+                             (int64_t(unit) * p.out_channels + channel) * kG * p.grad_plane + row * p.grad_columns + column;
 #pragma unroll
         for (int g = 0; g < kG; ++g) {
           const float4 four = real ? load_vector(from + int64_t(g) * p.grad_plane) : float4{0.0f, 0.0f, 0.0f, 0.0f};
@@ -95,12 +100,10 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void weight_grad_kernel(const
   const int buffer_size = p.block_channels * kG * plane;
   const int64_t planes = int64_t(p.lanes.channels) * kG;
   StagedPlane<kPlane> staged;
-  int64_t staged_tile = first_tile;
-  int staged_block = 0, staged_buffer = 0;
+  int staged_tile = first_tile, staged_block = 0, staged_buffer = 0;
   auto stage = [&] {  // the next block of channels of the next tile
     if (staged_tile == end_tile) return;
-    const int64_t unit = staged_tile / tiles_of_unit;
-    const int in_unit = static_cast<int>(staged_tile - unit * tiles_of_unit);
+    const int unit = staged_tile / tiles_of_unit, in_unit = staged_tile % tiles_of_unit;
     const int y0 = in_unit / p.tiles_w * p.tile_h, x0 = in_unit % p.tiles_w * p.tile_w;
     if (staged_block == 0) staged.set(p, lane, y0, x0);
     const int first = staged_block * p.block_channels * kG;
@@ -131,9 +134,10 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void weight_grad_kernel(const
   stage();
   copy_async_commit();
 
+  float* const results = p.partial + int64_t(split) * p.n_records * vector;
   const int own = y * p.lanes.phases[1] * p.tile_columns + x;
   int buffer = 0;
-  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+  for (int tile = first_tile; tile < end_tile; ++tile) {
     load_grad(tile);
     for (int block = 0; block < p.blocks; ++block, buffer ^= 1) {
       copy_async_wait<1>();
@@ -142,10 +146,9 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void weight_grad_kernel(const
 #pragma unroll
       for (int k = 0; k < kGroups; ++k) {
         if (row_group[k] < 0) continue;
-        const int32_t* bounds = p.starts + int64_t(row_group[k]) * (p.blocks + 1) + block;
-        const int end = min(bounds[1], p.n_records);
-        int i = bounds[0];
-        float* const results = p.partial + int64_t(split) * p.n_records * p.vector + part[k] * kV;
+        const int bound = row_group[k] * (p.blocks + 1) + block;
+        const int end = min(p.starts[bound + 1], p.n_records);
+        int i = p.starts[bound];
         auto take = [&](auto count) {  // that many entries
           constexpr int kCount = decltype(count)::value, kValues = kCount * kV;
           float sums[kValues];
@@ -171,24 +174,17 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void weight_grad_kernel(const
           }
           sum_over_lanes<kValues>(sums, lane);
           const int index = summed_index<kValues>(lane);
-          if (lane < kValues && part[k] * kV + index % kV < p.vector) {
-            float* to = results + int64_t(i + index / kV) * p.vector + index % kV;
+          if (lane < kValues && part_of(k) * kV + index % kV < vector) {
+            float* to = results + ((i + index / kV) * vector + part_of(k) * kV + index % kV);
             *to = tile == first_tile ? sums[0] : *to + sums[0];
           }
           i += kCount;
         };
-        if constexpr (kV == 1) {
-          while (end - i >= 8) take(std::integral_constant<int, 8>{});
-          if (end - i >= 4) take(std::integral_constant<int, 4>{});
-        }
-        if constexpr (kV <= 2) {
-          while (kV == 2 && end - i >= 4) take(std::integral_constant<int, 4>{});
-          if (end - i >= 2) take(std::integral_constant<int, 2>{});
-        }
-        if constexpr (kV == 4) {
-          while (end - i >= 2) take(std::integral_constant<int, 2>{});
-        }
-        while (end - i >= 1) take(std::integral_constant<int, 1>{});
+        constexpr int kMost = kV == 1 ? 4 : kV == 8 ? 1 : 2;
+#pragma unroll 1
+        while (end - i >= kMost) take(std::integral_constant<int, kMost>{});
+        if (kMost > 2 && end - i >= 2) take(std::integral_constant<int, 2>{});
+        if (kMost > 1 && end - i >= 1) take(std::integral_constant<int, 1>{});
       }
       __syncthreads();  // before the buffer is filled again
       stage();

@@ -4,6 +4,11 @@
 
 namespace sparsekd::cuda {
 
+// Slices that a warp takes. What the sums over lanes need of registers is not there for gradients: more would spill.
+constexpr int weight_grad_groups(const Conv2dVariant& v) {
+  return v.vector != 1 || v.lane_groups == 1 ? v.groups : v.plane == 64 ? 2 : 3;
+}
+
 struct WeightGradParams {
   Lanes lanes;                                    // of the input
   TapAxis axes[2];
@@ -17,7 +22,7 @@ struct WeightGradParams {
   int tile_h, tile_w, tiles_h, tiles_w;           // 32 positions
   int tile_rows, tile_columns, plane;             // of a staged plane
   int row_blocks;                                 // per group of the convolution
-  int64_t tiles;                                  // of all units
+  int tiles;                                      // of all units
   int splits;                                     // blocks that share the tiles
   float* partial;                                 // [splits][n_records][vector]
 };
