@@ -68,11 +68,8 @@ def link(objects, library):
 
 
 def sources(csrc):
-    return [
-        *sorted((csrc / "cuda").glob("*.cu")),
-        *sorted((csrc / "cuda").glob("*.cpp")),
-        *sorted(EMULATOR.glob("*.cpp")),
-    ]
+    folders = (csrc / "cuda", EMULATOR)
+    return [file for folder in folders for ending in ("cu", "cpp") for file in sorted(folder.glob(f"*.{ending}"))]
 
 
 def compile_changed(folder, changed):
@@ -135,11 +132,17 @@ def in_two_orders(name, *arguments):
     return results[0]
 
 
-def costs():
-    """What the requests since the last call of ``counting`` took: {(space, kind, bytes a lane): (actual, ideal)}."""
+def costs(kernel=""):
+    """What requests took under the last ``counting``, of kernels with that in their name.
+
+    Returns:
+        {(space, kind, bytes a lane): (actual, ideal)}, in wavefronts of shared and 32-byte sectors of global memory.
+    """
     totals = {}
     for line in emulator().functions.emulator_costs().decode().splitlines():
-        _, space, kind, size, _, actual, ideal = line.split()
+        _, space, kind, size, _, actual, ideal, name = line.split(maxsplit=7)
+        if kernel not in name:
+            continue
         before = totals.get((space, kind, int(size)), (0, 0))
         totals[space, kind, int(size)] = (before[0] + int(actual), before[1] + int(ideal))
     return totals

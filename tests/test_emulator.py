@@ -133,6 +133,31 @@ BUGS = {
         "load_four(from, dtype, begin + k + 1);",
         "misaligned",
     ),
+    "no barrier after the copies of the input": (
+        "weight_grad.cuh",
+        "      __syncthreads();  // what other threads copied\n",
+        "",
+        "asynchronous copy|no barrier between|before it was written",
+    ),
+    "no barrier before the input's buffer is filled again": (
+        "weight_grad.cuh",
+        "      __syncthreads();  // before the buffer is filled again\n",
+        "",
+        "no barrier between|asynchronous copy",
+    ),
+    "first tile adds to what nobody wrote": (
+        "weight_grad.cuh",
+        "*to = tile == first_tile ? sums[0] : *to + sums[0];",
+        "*to = *to + sums[0];",
+        "before it was written",
+    ),
+    "one lane too many stores sums": ("weight_grad.cuh", "if (lane < kValues &&", "if (lane <= kValues &&", "race"),
+    "guard of the last block of sums": (
+        "weight_grad.cuh",
+        "  if (index >= count) return;\n",
+        "",
+        "out of bounds|outside of all",
+    ),
     "one label too many": ("kd_loss.cuh", "threadIdx.x; row < p.rows;", "threadIdx.x; row <= p.rows;", "out of bounds"),
 }
 IN_MAKE_TEST = ("no barrier after the copies", "last column never written", "border off by one", "one label too many")
@@ -165,6 +190,17 @@ for vector, dtype in ((1, torch.float32), (4, torch.float32), (2, torch.float32)
         run("conv2d", input, values, crow, col, rows, None, None, 48, (3, 3), (1, 1), (1, 1), (1, 1), 2)
 """
 
+# The same for the weight gradient.
+WEIGHT_GRAD = """
+for vector in (1, 4):
+    mask = (torch.rand(48 // vector, 20, 3, 3) < 0.3).repeat_interleave(vector, 0)
+    _, crow, col, rows = formats.pack(torch.randn(48, 20, 3, 3), mask, vector, 2)
+    for batch, height, seed in ((3, 11, 0), (1, 11, 1)):
+        emulator.functions.emulator_set_seed(seed)
+        input, grad_output = torch.randn(batch, 40, height, 9), torch.randn(batch, 48, height, 9)
+        run("conv2d_weight_grad", input, grad_output, crow, col, rows, vector, (3, 3), (1, 1), (1, 1), (1, 1), 2)
+"""
+
 # Rows in 8 lanes, in a warp and in a block; some without a label, some that a warp's last rows don't have.
 KD_LOSS = """
 for classes, rows in ((10, 13), (21, 5), (100, 9), (1500, 3)):
@@ -175,7 +211,7 @@ for classes, rows in ((10, 13), (21, 5), (100, 9), (1500, 3)):
         logits = torch.randn(2, rows, classes)
         run("kd_loss_forward", logits[0], logits[1], target, 4.0, 0.5, -100, 0.1, False, True)
 """
-RUNS = {"conv2d.cuh": CONV2D, "lanes.cuh": CONV2D, "kd_loss.cuh": KD_LOSS}
+RUNS = {"conv2d.cuh": CONV2D, "lanes.cuh": CONV2D, "kd_loss.cuh": KD_LOSS, "weight_grad.cuh": WEIGHT_GRAD}
 
 
 def said_of(library, *runs):
