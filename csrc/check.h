@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
+#include <limits>
 #include <optional>
 
 namespace sparsekd {
@@ -42,6 +43,34 @@ inline void check_values(const at::Tensor& values, const at::Tensor& like, const
   check_same(values, "values", like, like_name);
   check_dim(col_indices, "col_indices", 1);
   check_size(values, "values", 0, col_indices.size(0), "the number of col_indices");
+}
+
+// All of kd_loss but the targets' values.
+inline void check_kd_loss(const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& target,
+                          double temperature, double alpha, double label_smoothing) {
+  check_floating(student, "student logits");
+  check_floating(teacher, "teacher logits");
+  check_dim(student, "student logits", 2);
+  TORCH_CHECK_VALUE(teacher.sizes() == student.sizes(), "Expected teacher logits of the student's shape ",
+                    student.sizes(), ", got ", teacher.sizes());
+  TORCH_CHECK_VALUE(teacher.device() == student.device(), "Expected teacher logits on ", student.device(), ", got ",
+                    teacher.device());
+  TORCH_CHECK_VALUE(student.size(1) >= 1, "Expected at least one class, got shape ", student.sizes());
+  TORCH_CHECK_VALUE(temperature > 0 && temperature < std::numeric_limits<double>::infinity(),
+                    "Expected temperature to be positive and finite, got ", temperature);
+  TORCH_CHECK_VALUE(alpha >= 0 && alpha <= 1, "Expected alpha in [0, 1], got ", alpha);
+  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "Expected label_smoothing in [0, 1], got ",
+                    label_smoothing);
+  TORCH_CHECK_VALUE(target.has_value() || alpha == 1, "Expected a target unless alpha is 1, got none with alpha=",
+                    alpha);
+  if (target) {
+    TORCH_CHECK_TYPE(target->scalar_type() == at::kLong, "Expected target of dtype Long (class indices), got ",
+                     target->scalar_type());
+    check_dim(*target, "target", 1);
+    check_size(*target, "target", 0, student.size(0), "rows of the logits");
+    TORCH_CHECK_VALUE(target->device() == student.device(), "Expected target on ", student.device(), ", got ",
+                      target->device());
+  }
 }
 
 }  // namespace sparsekd

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import subprocess
 import types
 from pathlib import Path
@@ -18,59 +19,79 @@ from torch.utils.cpp_extension import include_paths, library_paths
 import sparsekd  # noqa: F401  (registers the schemas that are repeated here)
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [
-    *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
-    *sorted((ROOT / "csrc" / "cuda").glob("*.cpp")),
-    ROOT / "tests" / "emulator" / "emulator.cpp",
-]
-OPERATORS = ("conv2d", "conv2d_fused")
+EMULATOR = ROOT / "tests" / "emulator"
+BUILD = ROOT / "build" / "emulated"  # objects and libraries, named after what they are made of
+CXX = os.environ.get("CXX", "c++")
+OPERATORS = (
+    *("conv2d", "conv2d_fused", "conv2d_input_grad", "conv2d_weight_grad", "transpose_pattern"),
+    *("linear", "linear_input_grad", "linear_weight_grad", "kd_loss_forward"),
+)
 
 
-def compile_library(folder, changed=None):
-    """Builds the library in ``folder``, with each {file name: text} of ``changed`` in place of the real source."""
-    folder.mkdir(parents=True, exist_ok=True)
-    include = [f"-I{ROOT / 'tests' / 'emulator'}"]
-    if changed:
-        for file in sorted((ROOT / "csrc").glob("*.h")) + sorted((ROOT / "csrc" / "cuda").iterdir()):
-            copy = folder / "csrc" / file.relative_to(ROOT / "csrc")
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(changed.get(file.name, file.read_text()))
-    here = folder if changed else ROOT
-    objects = []
-    for source in SOURCES:
-        source = here / source.relative_to(ROOT) if source.suffix == ".cu" else source
-        built = folder / f"{source.name}.o"
-        # gcc calls a hook at every access of the kernels; the rest is compiled as it is.
-        flags = ["-O1", "-g", "-fsanitize=thread"] if source.suffix == ".cu" else ["-O2", "-DSPARSEKD_EMULATED"]
-        torch_headers = [f"-I{path}" for path in include_paths()] if source.parent.name == "cuda" else []
-        command = [os.environ.get("CXX", "c++"), "-std=c++20", "-fPIC", *flags, *include]
-        command += torch_headers if source.suffix == ".cpp" else []
-        if changed and source.suffix == ".cpp" and source.parent.name == "cuda":
-            built = library_folder() / f"{source.name}.o"  # host code stays as it is
-        else:
-            subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", str(built)], check=True)
-        objects.append(str(built))
-    library = folder / "libsparsekd_emulated.so"
+def included(source):
+    """A source and the files of the project that it includes, however deep."""
+    files = {source}
+    for name in re.findall(r'#include "([^"]+)"', source.read_text()):
+        found = next((folder / name for folder in (source.parent, EMULATOR) if (folder / name).is_file()), None)
+        files |= included(found.resolve()) if found else set()
+    return files
+
+
+def command_of(source):
+    # gcc calls a hook at every access of the kernels; the rest is compiled as it is.
+    flags = ["-O1", "-g", "-fsanitize=thread"] if source.suffix == ".cu" else ["-O2", "-DSPARSEKD_EMULATED"]
+    with_torch = source.suffix == ".cpp" and source.parent != EMULATOR
+    torch_headers = [f"-I{path}" for path in include_paths()] if with_torch else []
+    return [CXX, "-std=c++20", "-fPIC", *flags, f"-I{EMULATOR}", *torch_headers, "-x", "c++", "-c"]
+
+
+def compile_object(source, folder=BUILD):
+    """The object of a source: an earlier one made of the same text, else a new one in ``folder``."""
+    command = command_of(source)
+    digest = hashlib.sha256(repr((torch.__version__, command)).encode())
+    for text in sorted(file.read_bytes() for file in included(source)):
+        digest.update(text)
+    name = f"{source.name}-{digest.hexdigest()[:16]}.o"
+    if not (BUILD / name).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"{source.name}-*.o"):
+            old.unlink()
+        subprocess.run([*command, str(source), "-o", str(folder / name)], check=True)
+        return folder / name
+    return BUILD / name
+
+
+def link(objects, library):
     libraries = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
-    subprocess.run([os.environ.get("CXX", "c++"), "-shared", *objects, *libraries, "-o", str(library)], check=True)
+    subprocess.run([CXX, "-shared", *map(str, objects), *libraries, "-o", str(library)], check=True)
     return library
 
 
-@functools.cache
-def library_folder():
-    """Named after what is compiled, so that it is compiled again when that changes and only then."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    rooms = [ROOT / "csrc", ROOT / "csrc" / "cuda", ROOT / "tests" / "emulator"]
-    for file in sorted(file for room in rooms for file in room.glob("*.*")):
-        digest.update(file.read_bytes())
-    digest.update(Path(__file__).read_bytes())
-    return ROOT / "build" / f"emulated-{digest.hexdigest()[:16]}"
+def sources(csrc):
+    folders = (csrc / "cuda", EMULATOR)
+    return [file for folder in folders for ending in ("cu", "cpp") for file in sorted(folder.glob(f"*.{ending}"))]
+
+
+def compile_changed(folder, changed):
+    """A library in ``folder`` with each {file name: text} of ``changed`` in place of the real source."""
+    csrc = folder / "csrc"
+    for file in [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").iterdir()]:
+        copy = csrc / file.relative_to(ROOT / "csrc")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(changed.get(file.name, file.read_text()))
+    return link([compile_object(source, folder) for source in sources(csrc)], folder / "libsparsekd_emulated.so")
 
 
 @functools.cache
 def library_path():
-    path = library_folder() / "libsparsekd_emulated.so"
-    return path if path.is_file() else compile_library(library_folder())
+    objects = [compile_object(source) for source in sources(ROOT / "csrc")]
+    digest = hashlib.sha256(" ".join(file.name for file in objects).encode()).hexdigest()[:16]
+    library = BUILD / f"libsparsekd_emulated-{digest}.so"
+    if not library.is_file():
+        for old in BUILD.glob("*.so"):
+            old.unlink()
+        link(objects, library)
+    return library
 
 
 def load(path=None):
@@ -106,15 +127,22 @@ def in_two_orders(name, *arguments):
     for seed in (0, 12345):
         with lane_order(seed):
             results.append(getattr(emulator().ops, name)(*arguments))
-    assert torch.equal(results[0], results[1]), f"{name} depends on the order of lanes"
+    for one, other in zip(*(r if isinstance(r, (tuple, list)) else [r] for r in results), strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)), f"{name} depends on the order of lanes"
     return results[0]
 
 
-def costs():
-    """What the requests since the last call of ``counting`` took: {(space, kind, bytes a lane): (actual, ideal)}."""
+def costs(kernel=""):
+    """What requests took under the last ``counting``, of kernels with that in their name.
+
+    Returns:
+        {(space, kind, bytes a lane): (actual, ideal)}, in wavefronts of shared and 32-byte sectors of global memory.
+    """
     totals = {}
     for line in emulator().functions.emulator_costs().decode().splitlines():
-        _, space, kind, size, _, actual, ideal = line.split()
+        _, space, kind, size, _, actual, ideal, name = line.split(maxsplit=7)
+        if kernel not in name:
+            continue
         before = totals.get((space, kind, int(size)), (0, 0))
         totals[space, kind, int(size)] = (before[0] + int(actual), before[1] + int(ideal))
     return totals

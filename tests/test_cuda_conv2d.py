@@ -11,6 +11,12 @@ from torch._prims_common import suggest_memory_format
 
 from sparsekd.sparse import formats, reference
 
+
+def sampled(seeds, count):
+    """The first ``count`` run in `make test`, all of them in `make test-all`."""
+    return [pytest.param(seed, marks=[] if i < count else pytest.mark.slow) for i, seed in enumerate(seeds)]
+
+
 ACTIVATIONS = list(reference.ACTIVATIONS)
 
 
@@ -113,4 +119,41 @@ def test_fused_against_the_oracle(seed):
     )
     wide = [t.double() for t in (input, values)], [t.double() for t in (scale, shift, residual)]
     want = reference.conv2d_fused_reference(*wide[0], crow, col, rows, *wide[1], activation, *geometry)
+    assert_near(got, want, case.dtype, str(case))
+
+
+@pytest.mark.parametrize("seed", sampled(range(200, 280), 20))
+def test_input_grad_against_the_oracle(seed):
+    case = draw(seed)
+    input, values, crow, col, rows, geometry, generator = operands(case)
+    plain = reference.conv2d_reference(input.double(), values.double(), crow, col, rows, None, *geometry)
+    grad_output = torch.randn(plain.shape, generator=generator).to(case.dtype)
+    if case.channels_last:
+        grad_output = grad_output.contiguous(memory_format=torch.channels_last)
+    transpose = None
+    if seed % 2:
+        taps = case.kernel[0] * case.kernel[1]
+        sizes = (case.vector, geometry[0], input.shape[1], taps, case.groups)
+        transpose = emulated.emulator().ops.transpose_pattern(crow, col, rows, *sizes)
+    size = tuple(input.shape)
+    got = emulated.in_two_orders(
+        "conv2d_input_grad", grad_output, values, crow, col, rows, transpose, size, *geometry[1:]
+    )
+    want = reference.conv2d_input_grad_reference(
+        grad_output.double(), values.double(), crow, col, rows, size, *geometry[1:]
+    )
+    assert_near(got, want, case.dtype, str(case))
+    assert got.is_contiguous(memory_format=suggest_memory_format(grad_output))
+
+
+@pytest.mark.parametrize("seed", sampled(range(300, 380), 20))
+def test_weight_grad_against_the_oracle(seed):
+    case = draw(seed)
+    input, values, crow, col, rows, geometry, generator = operands(case)
+    plain = reference.conv2d_reference(input.double(), values.double(), crow, col, rows, None, *geometry)
+    grad_output = torch.randn(plain.shape, generator=generator).to(case.dtype)
+    got = emulated.in_two_orders("conv2d_weight_grad", input, grad_output, crow, col, rows, case.vector, *geometry[1:])
+    want = reference.conv2d_weight_grad_reference(
+        input.double(), grad_output.double(), crow, col, rows, case.vector, *geometry[1:]
+    )
     assert_near(got, want, case.dtype, str(case))

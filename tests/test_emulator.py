@@ -91,11 +91,78 @@ BUGS = {
         "out of bounds|outside of all buffers",
     ),
     "border off by one": ("lanes.cuh", "x < p.axes[1].size;", "x <= p.axes[1].size;", "out of bounds|outside of all"),
+    "no barrier after all warps have written": (
+        "kd_loss.cuh",
+        "  __syncthreads();  // all warps have written\n",
+        "",
+        "no barrier between|before it was written",
+    ),
+    "no barrier before the scratch is used again": (
+        "kd_loss.cuh",
+        "  __syncthreads();  // all have read before the scratch is used again\n",
+        "",
+        "no barrier between",
+    ),
+    "labels of rows that don't exist": (
+        "kd_loss.cuh",
+        "  if (row >= p.rows) return labels;\n",
+        "",
+        "out of bounds|outside of all",
+    ),
+    "gradient of classes that don't exist": (
+        "kd_loss.cuh",
+        "      if (class_of(i) >= all_classes) continue;\n",
+        "",
+        "out of bounds|no barrier between|written by another block",
+    ),
+    "shuffle under a condition of a row": (
+        "kd_loss.cuh",
+        "    if (c.hard) {  // the same for all rows",
+        "    if (labels.hard) {  // the same for all rows",
+        "diverge|deadlock|have ended",
+    ),
+    "gradient of unlabelled rows left out": (
+        "kd_loss.cuh",
+        "grad && k < p.classes; k += kKDLossThreads) grad[k] = 0.0f;",
+        "grad && k + 1 < p.classes; k += kKDLossThreads) grad[k] = 0.0f;",
+        "never written",
+    ),
+    "four classes from where one begins": (
+        "kd_loss.cuh",
+        "load_four(from, dtype, begin + k);",
+        "load_four(from, dtype, begin + k + 1);",
+        "misaligned",
+    ),
+    "no barrier after the copies of the input": (
+        "weight_grad.cuh",
+        "      __syncthreads();  // what other threads copied\n",
+        "",
+        "asynchronous copy|no barrier between|before it was written",
+    ),
+    "no barrier before the input's buffer is filled again": (
+        "weight_grad.cuh",
+        "      __syncthreads();  // before the buffer is filled again\n",
+        "",
+        "no barrier between|asynchronous copy",
+    ),
+    "first tile adds to what nobody wrote": (
+        "weight_grad.cuh",
+        "*to = tile == first_tile ? sums[0] : *to + sums[0];",
+        "*to = *to + sums[0];",
+        "before it was written",
+    ),
+    "one lane too many stores sums": ("weight_grad.cuh", "if (lane < kValues &&", "if (lane <= kValues &&", "race"),
+    "guard of the last block of sums": (
+        "weight_grad.cuh",
+        "  if (index >= count) return;\n",
+        "",
+        "out of bounds|outside of all",
+    ),
+    "one label too many": ("kd_loss.cuh", "threadIdx.x; row < p.rows;", "threadIdx.x; row <= p.rows;", "out of bounds"),
 }
-IN_MAKE_TEST = ("no barrier after the copies", "last column never written", "border off by one")
+IN_MAKE_TEST = ("no barrier after the copies", "last column never written", "border off by one", "one label too many")
 
-# Several blocks of channels, two groups, odd sizes, borders; whole images, and strips of them, in the lanes.
-RUN = """
+SETUP = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 import emulated
@@ -104,29 +171,58 @@ from sparsekd.sparse import formats
 emulator = emulated.load(Path({library!r}))
 torch.manual_seed(0)
 said = ""
+def run(name, *arguments):
+    global said
+    try:
+        getattr(emulator.ops, name)(*arguments)
+    except RuntimeError as error:
+        said = said or str(error).splitlines()[0]
+"""
+
+# Several blocks of channels, two groups, odd sizes, borders; whole images, and strips of them, in the lanes.
+CONV2D = """
 for vector, dtype in ((1, torch.float32), (4, torch.float32), (2, torch.float32)):
     mask = (torch.rand(48 // vector, 20, 3, 3) < 0.3).repeat_interleave(vector, 0)
     values, crow, col, rows = formats.pack(torch.randn(48, 20, 3, 3), mask, vector, 2)
     for batch, height, seed in ((3, 11, 0), (16, 7, 1), (1, 11, 1)):
         emulator.functions.emulator_set_seed(seed)
         input = torch.randn(batch, 40, height, 9)
-        try:
-            emulator.ops.conv2d(input, values, crow, col, rows, None, None, 48, (3, 3), (1, 1), (1, 1), (1, 1), 2)
-        except RuntimeError as error:
-            said = said or str(error).splitlines()[0]
-print("said:", said)
+        run("conv2d", input, values, crow, col, rows, None, None, 48, (3, 3), (1, 1), (1, 1), (1, 1), 2)
 """
 
+# The same for the weight gradient.
+WEIGHT_GRAD = """
+for vector in (1, 4):
+    mask = (torch.rand(48 // vector, 20, 3, 3) < 0.3).repeat_interleave(vector, 0)
+    _, crow, col, rows = formats.pack(torch.randn(48, 20, 3, 3), mask, vector, 2)
+    for batch, height, seed in ((3, 11, 0), (16, 7, 1)):
+        emulator.functions.emulator_set_seed(seed)
+        input, grad_output = torch.randn(batch, 40, height, 9), torch.randn(batch, 48, height, 9)
+        run("conv2d_weight_grad", input, grad_output, crow, col, rows, vector, (3, 3), (1, 1), (1, 1), (1, 1), 2)
+"""
 
-def said_of(library):
-    code = RUN.format(tests=str(Path(__file__).parent), library=str(library))
+# Rows in 8 lanes, in a warp and in a block; some without a label, some that a warp's last rows don't have.
+KD_LOSS = """
+for classes, rows in ((10, 13), (21, 5), (100, 9), (1500, 3)):
+    for seed in (0, 1):
+        emulator.functions.emulator_set_seed(seed)
+        target = torch.randint(classes, (rows,))
+        target[0] = -100
+        logits = torch.randn(2, rows, classes)
+        run("kd_loss_forward", logits[0], logits[1], target, 4.0, 0.5, -100, 0.1, False, True)
+"""
+RUNS = {"conv2d.cuh": CONV2D, "lanes.cuh": CONV2D, "kd_loss.cuh": KD_LOSS, "weight_grad.cuh": WEIGHT_GRAD}
+
+
+def said_of(library, *runs):
+    code = SETUP.format(tests=str(Path(__file__).parent), library=str(library)) + "".join(runs) + 'print("said:", said)'
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=emulated.ROOT)
     assert ran.returncode == 0, ran.stderr[-2000:]
     return ran.stdout.rpartition("said:")[2].strip()
 
 
 def test_nothing_is_said_of_the_kernels_as_they_are():
-    assert said_of(emulated.library_path()) == ""
+    assert said_of(emulated.library_path(), *dict.fromkeys(RUNS.values())) == ""
 
 
 @pytest.mark.parametrize("bug", [pytest.param(b, marks=[] if b in IN_MAKE_TEST else pytest.mark.slow) for b in BUGS])
@@ -135,6 +231,6 @@ def test_finds(bug, tmp_path):
     source = (emulated.ROOT / "csrc" / "cuda" / name).read_text()
     assert right in source, "the place where the bug is sown is gone"
     emulated.library_path()
-    library = emulated.compile_library(tmp_path, {name: source.replace(right, wrong, 1)})
-    said = said_of(library)
+    library = emulated.compile_changed(tmp_path, {name: source.replace(right, wrong, 1)})
+    said = said_of(library, RUNS[name])
     assert re.search(says, said), said

@@ -73,33 +73,10 @@ std::tuple<at::Tensor, at::Tensor> kd_loss_forward_cpu(const at::Tensor& student
                                                        const std::optional<at::Tensor>& target, double temperature,
                                                        double alpha, int64_t ignore_index, double label_smoothing,
                                                        bool distill_ignored, bool with_grad) {
-  check_floating(student, "student logits");
-  check_floating(teacher, "teacher logits");
-  check_dim(student, "student logits", 2);
-  TORCH_CHECK_VALUE(teacher.sizes() == student.sizes(), "Expected teacher logits of the student's shape ",
-                    student.sizes(), ", got ", teacher.sizes());
-  TORCH_CHECK_VALUE(teacher.device() == student.device(), "Expected teacher logits on ", student.device(), ", got ",
-                    teacher.device());
-  TORCH_CHECK_VALUE(student.size(1) >= 1, "Expected at least one class, got shape ", student.sizes());
-  TORCH_CHECK_VALUE(temperature > 0 && temperature < std::numeric_limits<double>::infinity(),
-                    "Expected temperature to be positive and finite, got ", temperature);
-  TORCH_CHECK_VALUE(alpha >= 0 && alpha <= 1, "Expected alpha in [0, 1], got ", alpha);
-  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "Expected label_smoothing in [0, 1], got ",
-                    label_smoothing);
-  TORCH_CHECK_VALUE(target.has_value() || alpha == 1, "Expected a target unless alpha is 1, got none with alpha=",
-                    alpha);
+  check_kd_loss(student, teacher, target, temperature, alpha, label_smoothing);
   const bool wide = student.scalar_type() == at::kDouble || teacher.scalar_type() == at::kDouble;
   const auto arithmetic = wide ? at::kDouble : at::kFloat;
-  at::Tensor labels;
-  if (target) {
-    TORCH_CHECK_TYPE(target->scalar_type() == at::kLong, "Expected target of dtype Long (class indices), got ",
-                     target->scalar_type());
-    check_dim(*target, "target", 1);
-    check_size(*target, "target", 0, student.size(0), "rows of the logits");
-    TORCH_CHECK_VALUE(target->device() == student.device(), "Expected target on ", student.device(), ", got ",
-                      target->device());
-    labels = target->contiguous();
-  }
+  const at::Tensor labels = target ? target->contiguous() : at::Tensor();
   const at::Tensor s = student.to(arithmetic).contiguous();
   const at::Tensor t = teacher.to(arithmetic).contiguous();
   at::Tensor grad = with_grad ? at::empty_like(s) : at::Tensor();

@@ -1,10 +1,9 @@
-// conv2d, conv2d_fused and the input gradient on CUDA: checks, the choice of kernel and tile, launches.
+// conv2d and conv2d_fused on CUDA: checks, the choice of kernel and tile, launches.
 // Nothing here waits for the device. Indices are not looked at on the host: entries outside the pattern's range are left
 // out by the kernel that prepares them, so that wrong indices give wrong numbers at worst.
-#include "conv2d.h"
+#include "direct.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <limits>
@@ -19,27 +18,13 @@
 namespace sparsekd::cuda {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 constexpr int64_t kStageBytes = 32 << 10;      // of each of two buffers, so that two blocks share an SM
 constexpr int64_t kMostStageBytes = 48 << 10;  // for kernels with so wide a reach that one channel needs more
 
-// What one launch of the convolution computes.
-struct Problem {
-  int64_t batch, in_channels, out_channels, groups, vector, row_groups;
-  TapAxis axes[2];
-  int64_t channels_per_group() const { return in_channels / groups; }
-};
-
-struct Choice {
-  Conv2dVariant variant;
-  Lanes lanes;
-  int tile_h, tile_w, tile_rows, tile_columns, plane;
-  int64_t block_channels;
-  double cost;
-};
-
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Even, so that rows begin at a 32-byte sector; but a single column lies in one piece.
+int64_t lane_columns(int64_t columns) { return columns == 1 ? 1 : round_up(columns, 2); }
 
 int phases_of(const TapAxis& axis) {
   int most = 0;
@@ -62,7 +47,8 @@ std::optional<Choice> choose(const Problem& problem) {
     const int64_t wanted = std::clamp<int64_t>(ceil_div(slots, std::max<int64_t>(problem.batch, 1)), 1, ay.positions);
     const int64_t strip_rows = ceil_div(ay.positions, wanted), strips = ceil_div(ay.positions, strip_rows);
     const int64_t units = ceil_div(problem.batch * strips, slots);
-    for (const auto& [tile_h, tile_w] : {std::pair{4, 8}, std::pair{2, 16}, std::pair{1, 32}}) {
+    for (const auto& [tile_h, tile_w] : {std::pair{4, 8}, std::pair{2, 16}, std::pair{1, 32}, std::pair{32, 1}}) {
+      if (tile_w == 1 && ax.positions > 1) continue;
       const int64_t tile_rows = tile_h + ay.most / ay.stride, tile_columns = tile_w + ax.most / ax.stride;
       const int64_t plane = phases[0] * tile_rows * phases[1] * tile_columns;
       if (variant.plane && plane > variant.plane) continue;
@@ -75,7 +61,7 @@ std::optional<Choice> choose(const Problem& problem) {
       if (best && best->cost <= cost) continue;
       Choice choice{variant, {}, tile_h, tile_w, int(tile_rows), int(tile_columns), int(plane), 0, cost};
       choice.block_channels = std::clamp<int64_t>(kStageBytes / bytes, 1, problem.channels_per_group());
-      const int64_t columns = round_up(ax.positions + ax.most / ax.stride, 2);
+      const int64_t columns = lane_columns(ax.positions + ax.most / ax.stride);
       const int64_t rows = strip_rows + ay.most / ay.stride;
       if (phases[0] * rows * phases[1] * columns > std::numeric_limits<int32_t>::max()) continue;
       choice.lanes = {int(problem.batch), int(problem.in_channels), variant.lane_groups, int(strips), int(strip_rows),
@@ -87,96 +73,111 @@ std::optional<Choice> choose(const Problem& problem) {
   return best;
 }
 
-DType dtype_of(const at::Tensor& t) {
-  return t.scalar_type() == at::kHalf ? DType::float16 : t.scalar_type() == at::kBFloat16 ? DType::bfloat16 : DType::float32;
-}
+}  // namespace
 
-const void* data_of(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
-
-struct Pattern {
-  at::Tensor values, crow, col, place, rows;
-};
-
-struct Finish {
-  at::Tensor scale, shift, residual;
-  Activation activation = Activation::none;
-};
-
-// One convolution into `output`, whose elements at axes' out_begin + i * out_step it writes.
-void run(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input, const Finish& finish,
-         const at::Tensor& output) {
+Choice checked_choice(const Problem& problem) {
   const std::optional<Choice> chosen = choose(problem);
   TORCH_CHECK_NOT_IMPLEMENTED(chosen, "Expected a kernel whose reach (dilation * (size - 1), here ",
                               problem.axes[0].most, " by ", problem.axes[1].most,
                               ") fits a tile in shared memory: conv2d on cuda has no kernel for it");
-  const Choice& c = *chosen;
-  const int64_t slices = ceil_div(problem.vector, c.variant.vector);
-  const int64_t all_slices = problem.row_groups * slices, slices_per_group = all_slices / problem.groups;
-  const int64_t blocks = ceil_div(problem.channels_per_group(), c.block_channels);
-  const int64_t n_vectors = pattern.col.size(0), record = record_bytes(c.variant.vector);
+  return *chosen;
+}
+
+Lanes lanes_of_output(const Choice& choice, const Problem& problem) {
+  Lanes lanes = choice.lanes;
+  lanes.channels = int(problem.out_channels);
+  lanes.phases[0] = lanes.phases[1] = 1;
+  lanes.rows = lanes.strip_rows;
+  lanes.columns = int(lane_columns(problem.axes[1].positions));
+  lanes.plane = lanes.rows * lanes.columns;
+  return lanes;
+}
+
+at::Tensor to_lanes(Call& call, const Lanes& lanes, const TapAxis (&axes)[2], const at::Tensor& source,
+                    const char* name) {
+  const at::Tensor to = at::empty({int64_t(lanes.units) * lanes.channels * lanes.lane_groups, lanes.plane, 4},
+                                  source.options().dtype(at::kFloat));
+  TORCH_CHECK_VALUE(to.numel() / 4 / 256 < std::numeric_limits<int32_t>::max(), "Expected fewer than 2^39 activations, got ",
+                    to.numel());
+  call.writes(to, name);
+  ToLanesParams p{lanes, {axes[0], axes[1]}, source.const_data_ptr(), source.stride(0), source.stride(1),
+                  source.stride(2), source.stride(3), dtype_of(source), to.mutable_data_ptr<float>()};
+  call.launched(sparsekd_to_lanes(&p, call.stream()));
+  return to;
+}
+
+Records make_records(Call& call, const Problem& problem, const Pattern& pattern, const Choice& choice, int slices,
+                     int kernel_vector) {
+  const int64_t blocks = ceil_div(problem.channels_per_group(), choice.block_channels);
+  const int64_t n_vectors = pattern.col.size(0), all_slices = problem.row_groups * slices;
   const int64_t limit = std::numeric_limits<int32_t>::max();
-  TORCH_CHECK_VALUE(n_vectors * slices <= limit && all_slices * (blocks + 1) <= limit, "Expected fewer than 2^31 packed rows, got ", n_vectors * slices);
+  TORCH_CHECK_VALUE(n_vectors * slices <= limit && all_slices * (blocks + 1) <= limit,
+                    "Expected fewer than 2^31 packed rows, got ", n_vectors * slices);
+  const auto ints = pattern.crow.options();
+  const Records made{
+      at::empty({std::max<int64_t>(n_vectors * slices, 1), record_bytes(kernel_vector)}, ints.dtype(at::kByte)),
+      at::empty({all_slices, blocks + 1}, ints), at::empty({all_slices}, ints)};
+  call.writes(made.records, "records");
+  call.writes(made.starts, "starts");
+  call.writes(made.order, "order");
+  RecordsParams p{};
+  p.values = data_of(pattern.values);
+  p.dtype = pattern.values.defined() ? dtype_of(pattern.values) : DType::float32;
+  p.crow = pattern.crow.const_data_ptr<int32_t>();
+  p.col = static_cast<const int32_t*>(data_of(pattern.col));
+  p.place = static_cast<const int32_t*>(data_of(pattern.place));
+  p.row_groups = int(problem.row_groups);
+  p.row_groups_per_group = int(problem.row_groups / problem.groups);
+  p.vector = int(problem.vector);
+  p.slices = slices;
+  p.n_vectors = int(n_vectors);
+  p.n_values = pattern.values.defined() ? int(pattern.values.numel()) : 0;
+  p.channels_per_group = int(problem.channels_per_group());
+  p.block_channels = int(choice.block_channels);
+  p.blocks = int(blocks);
+  std::copy_n(problem.axes, 2, p.axes);
+  p.phases_x = choice.lanes.phases[1];
+  p.tile_rows = choice.tile_rows;
+  p.tile_columns = choice.tile_columns;
+  p.plane = choice.variant.plane ? choice.variant.plane : choice.plane;
+  p.lane_groups = choice.variant.lane_groups;
+  p.records = made.records.mutable_data_ptr<uint8_t>();
+  p.starts = made.starts.mutable_data_ptr<int32_t>();
+  p.order = made.order.mutable_data_ptr<int32_t>();
+  p.where = pattern.where.defined() ? pattern.where.mutable_data_ptr<int32_t>() : nullptr;
+  call.launched(sparsekd_records(&p, kernel_vector, call.stream()));
+  return made;
+}
 
-  const auto bytes = input.options().dtype(at::kByte), ints = input.options().dtype(at::kInt);
-  const at::Tensor lanes = at::empty({int64_t(c.lanes.units) * c.lanes.channels * c.variant.lane_groups, c.lanes.plane, 4},
-                                     input.options().dtype(at::kFloat));
-  const at::Tensor records = at::empty({std::max<int64_t>(n_vectors * slices, 1), record}, bytes);
-  const at::Tensor starts = at::empty({all_slices, blocks + 1}, ints), order = at::empty({all_slices}, ints);
-  call.writes(lanes, "lanes");
-  call.writes(records, "records");
-  call.writes(starts, "starts");
-  call.writes(order, "order");
-
-  ToLanesParams to_lanes{c.lanes, {problem.axes[0], problem.axes[1]}, input.const_data_ptr(), input.stride(0),
-                         input.stride(1), input.stride(2), input.stride(3), dtype_of(input),
-                         lanes.mutable_data_ptr<float>()};
-  TORCH_CHECK_VALUE(lanes.numel() / 4 / 256 < limit, "Expected fewer than 2^39 activations, got ", lanes.numel());
-  call.launched(sparsekd_to_lanes(&to_lanes, call.stream()));
-
-  RecordsParams prepare{};
-  prepare.values = data_of(pattern.values);
-  prepare.dtype = dtype_of(pattern.values);
-  prepare.crow = pattern.crow.const_data_ptr<int32_t>();
-  prepare.col = static_cast<const int32_t*>(data_of(pattern.col));
-  prepare.place = static_cast<const int32_t*>(data_of(pattern.place));
-  prepare.row_groups = int(problem.row_groups);
-  prepare.row_groups_per_group = int(problem.row_groups / problem.groups);
-  prepare.vector = int(problem.vector);
-  prepare.slices = int(slices);
-  prepare.n_vectors = int(n_vectors);
-  prepare.n_values = int(pattern.values.numel());
-  prepare.channels_per_group = int(problem.channels_per_group());
-  prepare.block_channels = int(c.block_channels);
-  prepare.blocks = int(blocks);
-  std::copy_n(problem.axes, 2, prepare.axes);
-  prepare.phases_x = c.lanes.phases[1];
-  prepare.tile_rows = c.tile_rows;
-  prepare.tile_columns = c.tile_columns;
-  prepare.plane = c.variant.plane ? c.variant.plane : c.plane;
-  prepare.lane_groups = c.variant.lane_groups;
-  prepare.records = records.mutable_data_ptr<uint8_t>();
-  prepare.starts = starts.mutable_data_ptr<int32_t>();
-  prepare.order = order.mutable_data_ptr<int32_t>();
-  call.launched(sparsekd_records(&prepare, c.variant.vector, call.stream()));
+// One convolution into `output`, whose elements at axes' out_begin + i * out_step it writes.
+void run(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input, const Finish& finish,
+         const at::Tensor& output) {
+  const Choice c = checked_choice(problem);
+  const int64_t slices = ceil_div(problem.vector, c.variant.vector);
+  const int64_t slices_per_group = problem.row_groups * slices / problem.groups;
+  const int64_t blocks = ceil_div(problem.channels_per_group(), c.block_channels);
+  const int64_t limit = std::numeric_limits<int32_t>::max();
+  const at::Tensor lanes = to_lanes(call, c.lanes, problem.axes, input, "lanes");
+  const Records records = make_records(call, problem, pattern, c, int(slices), c.variant.vector);
 
   const int64_t warps = std::clamp<int64_t>(ceil_div(slices_per_group, c.variant.groups), 1, kConv2dWarps);
   Conv2dParams p{};
   p.lanes = c.lanes;
   std::copy_n(problem.axes, 2, p.axes);
   p.input = lanes.const_data_ptr<float>();
-  p.records = prepare.records;
-  p.starts = prepare.starts;
-  p.order = prepare.order;
+  p.records = records.records.const_data_ptr<uint8_t>();
+  p.starts = records.starts.const_data_ptr<int32_t>();
+  p.order = records.order.const_data_ptr<int32_t>();
   p.row_indices = static_cast<const int32_t*>(data_of(pattern.rows));
   p.slices = int(slices);
   p.slices_per_group = int(slices_per_group);
   p.vector = int(problem.vector);
   p.rows_per_group = int(problem.out_channels / problem.groups);
   p.out_channels = int(problem.out_channels);
-  p.channels_per_group = prepare.channels_per_group;
-  p.block_channels = prepare.block_channels;
-  p.blocks = prepare.blocks;
-  p.n_records = int(n_vectors * slices);
+  p.channels_per_group = int(problem.channels_per_group());
+  p.block_channels = int(c.block_channels);
+  p.blocks = int(blocks);
+  p.n_records = int(pattern.col.size(0) * slices);
   p.tile_h = c.tile_h;
   p.tile_w = c.tile_w;
   p.tiles_h = int(ceil_div(c.lanes.strip_rows, c.tile_h));
@@ -200,43 +201,6 @@ void run(Call& call, const Problem& problem, const Pattern& pattern, const at::T
   call.launched(sparsekd_conv2d(&p, &c.variant, int(warps), grid_x, int(grid_y), call.stream()));
 }
 
-void check_device(const at::Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(on_device(t), "Expected ", name, " on ", device_name(), ", got ", t.device());
-}
-
-void check_type(const at::Tensor& t, const char* name) {
-  check_floating(t, name);
-  TORCH_CHECK_TYPE(t.scalar_type() != at::kDouble, "Expected ", name,
-                   " of dtype Float, Half or BFloat16 on cuda, got Double: float64 is computed on the CPU alone");
-}
-
-int64_t checked_row_groups(const at::Tensor& crow, const at::Tensor& col, const OptionalTensor& rows,
-                           const at::Tensor& like, int64_t out_channels, int64_t groups, int64_t vector) {
-  TORCH_CHECK_VALUE(vector >= 1, "Expected values of shape [n_vectors, V] with V >= 1, got V = ", vector);
-  TORCH_CHECK_VALUE(out_channels >= groups && out_channels % groups == 0,
-                    "Expected a number of output channels divisible by groups, got ", out_channels, " and groups=", groups);
-  const int64_t most = std::max<int64_t>(out_channels / groups, 1024);
-  TORCH_CHECK_VALUE(vector <= most, "Expected V of at most ", most, " for ", out_channels / groups,
-                    " output channels per group, got V = ", vector);
-  check_indices(crow, "crow_indices", like);
-  check_indices(col, "col_indices", like);
-  const int64_t row_groups = groups * ceil_div(out_channels / groups, vector);
-  check_size(crow, "crow_indices", 0, row_groups + 1, "row groups + 1");
-  if (rows) {
-    check_indices(*rows, "row_indices", like);
-    check_size(*rows, "row_indices", 0, out_channels, "output channels");
-  }
-  return row_groups;
-}
-
-at::Tensor checked_channels(const OptionalTensor& t, const char* name, const at::Tensor& input, int64_t channels) {
-  if (!t) return {};
-  check_dim(*t, name, 1);
-  check_size(*t, name, 0, channels, "output channels");
-  check_same(*t, name, input, "input");
-  return t->contiguous();
-}
-
 TapAxis forward_axis(const Conv2dShape& shape, int d) {
   TapAxis axis;
   axis.kernel = int(shape.kernel[d]);
@@ -247,6 +211,16 @@ TapAxis forward_axis(const Conv2dShape& shape, int d) {
   axis.positions = int(shape.output[d]);
   axis.most = axis.mult * (axis.kernel - 1);
   return axis;
+}
+
+namespace {
+
+at::Tensor checked_channels(const OptionalTensor& t, const char* name, const at::Tensor& input, int64_t channels) {
+  if (!t) return {};
+  check_dim(*t, name, 1);
+  check_size(*t, name, 0, channels, "output channels");
+  check_same(*t, name, input, "input");
+  return t->contiguous();
 }
 
 at::Tensor run_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& crow, const at::Tensor& col,
@@ -274,13 +248,10 @@ at::Tensor run_conv2d(const at::Tensor& input, const at::Tensor& values, const a
   if (output.numel() == 0) return output;
   const Problem problem{shape.batch, shape.in_channels, out_channels, groups, vector, row_groups,
                         {forward_axis(shape, 0), forward_axis(shape, 1)}};
-  const Pattern pattern{values.contiguous(), crow, col, {}, rows.value_or(at::Tensor())};
+  const Pattern pattern{values.contiguous(), crow, col, {}, rows.value_or(at::Tensor()), {}};
   Call call(input);
   call.reads(input, "input");
-  call.reads(pattern.values, "values");
-  call.reads(crow, "crow_indices");
-  call.reads(col, "col_indices");
-  call.reads(pattern.rows, "row_indices");
+  read_pattern(call, pattern);
   call.reads(finish.scale, "scale");
   call.reads(finish.shift, "shift");
   call.reads(finish.residual, "residual");

@@ -13,7 +13,7 @@
 // kernels for deep learning", SC 2020.
 #pragma once
 #include "conv2d.h"
-#include "device.cuh"
+#include "element.cuh"
 
 namespace sparsekd::cuda {
 
@@ -26,12 +26,6 @@ __device__ __forceinline__ bool tap_of(const TapAxis& axis, int r, int& phase, i
   phase = tap % axis.stride;
   index = tap / axis.stride;
   return true;
-}
-
-__device__ __forceinline__ float load_value(const void* values, DType dtype, int64_t index) {
-  if (dtype == DType::float32) return static_cast<const float*>(values)[index];
-  if (dtype == DType::float16) return to_float(static_cast<const Half*>(values)[index]);
-  return to_float(static_cast<const BFloat16*>(values)[index]);
 }
 
 struct Entry {
@@ -110,6 +104,7 @@ __global__ void records_kernel(const RecordsParams p) {
     } else {
       store_vector(reinterpret_cast<int*>(record), entry.distance);
     }
+    if (p.where && part == 0) p.where[i] = static_cast<int>(first) + place;
     float* to = reinterpret_cast<float*>(record + kRecordBytes<kV> - 4 * kV);
     for (int v = 0; v < kV; ++v) {
       const int row = part * kV + v;
@@ -179,27 +174,19 @@ __device__ __forceinline__ float activate(float x, Activation activation) {
   }
 }
 
-__device__ __forceinline__ void store_value(void* to, DType dtype, int64_t index, float value) {
-  if (dtype == DType::float32) {
-    static_cast<float*>(to)[index] = value;
-  } else if (dtype == DType::float16) {
-    store_vector(static_cast<Half*>(to) + index, from_float<Half>(value));
-  } else {
-    store_vector(static_cast<BFloat16*>(to) + index, from_float<BFloat16>(value));
-  }
-}
-
 // The vectors of a staged plane that a lane of a warp copies, as distances in the plane in global memory.
 template <int kPlane>
 struct StagedPlane {
   static constexpr int kCopies = kPlane / 32;
   int from[kCopies];  // -1: outside, filled with zeros; -2: none
 
-  __device__ __forceinline__ void set(const Conv2dParams& p, int lane, int y0, int x0) {
+  template <class Params>
+  __device__ __forceinline__ void set(const Params& p, int lane, int y0, int x0) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) from[i] = source(p, lane + i * 32, y0, x0);
   }
-  static __device__ __forceinline__ int source(const Conv2dParams& p, int position, int y0, int x0) {
+  template <class Params>
+  static __device__ __forceinline__ int source(const Params& p, int position, int y0, int x0) {
     if (position >= p.plane) return -2;
     const int column = x0 + position % p.tile_columns;
     int rest = position / p.tile_columns;
@@ -212,7 +199,8 @@ struct StagedPlane {
 };
 template <>
 struct StagedPlane<0> {
-  __device__ __forceinline__ void set(const Conv2dParams&, int, int, int) {}
+  template <class Params>
+  __device__ __forceinline__ void set(const Params&, int, int, int) {}
 };
 
 template <int kV, int kG, int kGroups, int kPlane>

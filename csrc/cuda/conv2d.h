@@ -4,10 +4,9 @@
 #include <cstdint>
 
 #include "../activation.h"
+#include "dtype.h"
 
 namespace sparsekd::cuda {
-
-enum class DType : int { float32, float16, bfloat16 };
 
 // One dimension of a convolution, as the kernels see it: position y reads source element
 //   y * stride + tap(r) + origin,   tap(r) = (add + r * mult) / div - least,   where the division leaves no rest.
@@ -55,6 +54,7 @@ struct RecordsParams {
   unsigned char* records;
   int32_t* starts;  // [slice][blocks + 1]
   int32_t* order;   // [groups][slices of a group], heaviest first
+  int32_t* where;   // [n_vectors] record of each entry in the first slice, or null
 };
 
 struct Conv2dParams {
@@ -78,6 +78,7 @@ struct Conv2dParams {
 // What the kernels come in. A warp computes kGroups slices of kV rows at 32 positions of 4 * kG lanes.
 struct Conv2dVariant {
   int vector, lane_groups, groups, plane;  // plane 0: any
+  bool operator==(const Conv2dVariant&) const = default;
 };
 constexpr Conv2dVariant kConv2dVariants[] = {
     {1, 4, 4, 64}, {1, 4, 4, 192}, {1, 1, 4, 0}, {2, 4, 2, 64}, {2, 4, 2, 192}, {2, 1, 2, 0},

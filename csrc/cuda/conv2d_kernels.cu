@@ -10,10 +10,6 @@ namespace {
 
 constexpr int kVariants = sizeof(kConv2dVariants) / sizeof(kConv2dVariants[0]);
 
-bool same(const Conv2dVariant& a, const Conv2dVariant& b) {
-  return a.vector == b.vector && a.lane_groups == b.lane_groups && a.groups == b.groups && a.plane == b.plane;
-}
-
 template <int kIndex>
 cudaError_t launch_variant(const Conv2dParams& params, dim3 grid, int warps, cudaStream_t stream) {
   constexpr Conv2dVariant v = kConv2dVariants[kIndex];
@@ -29,7 +25,7 @@ template <int... kIndex>
 cudaError_t launch_conv2d(const Conv2dParams& params, const Conv2dVariant& variant, dim3 grid, int warps,
                           cudaStream_t stream, std::integer_sequence<int, kIndex...>) {
   cudaError_t result = cudaSuccess;
-  (void)((same(variant, kConv2dVariants[kIndex]) &&
+  (void)((variant == kConv2dVariants[kIndex] &&
           (result = launch_variant<kIndex>(params, grid, warps, stream), true)) || ...);
   return result;
 }

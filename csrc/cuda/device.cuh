@@ -4,6 +4,8 @@
 #ifndef __CUDACC__
 #include "emulator.h"
 #else
+#undef NDEBUG  // of assert, which is how a kernel tells of input that is only known on the device
+#include <cassert>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -28,6 +30,19 @@ __device__ __forceinline__ T from_float(float x) {
     return __float2bfloat16_rn(x);
   }
 }
+
+__device__ __forceinline__ float half_of_bits(unsigned bits) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
+// 2^x, within 2^-22 of it; 0 below 2^-126.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+#define SPARSEKD_ASSERT(condition, sentence) assert((condition) && sentence)
 
 template <class T>
 __device__ __forceinline__ T* shared_memory() {

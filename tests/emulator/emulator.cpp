@@ -283,10 +283,12 @@ struct Request {
   bool operator<(const Request& other) const { return key() < other.key(); }
 };
 struct Cost {
+  std::string kernel;
   uint64_t requests = 0, actual = 0, ideal = 0;  // wavefronts of shared memory, sectors of global memory
 };
 bool counting = false;
 std::map<Request, Cost> costs;
+constexpr uintptr_t kNowhere = 0;  // a lane that takes part in a request without reading anything
 std::map<std::pair<unsigned, Request>, std::vector<uintptr_t>[32]> traces;  // of the running block's warps
 
 uint64_t distinct(std::vector<uintptr_t> values) {
@@ -323,11 +325,12 @@ void count_block() {
     size_t most = 0;
     for (const auto& trace : lanes) most = std::max(most, trace.size());
     Cost& cost = costs[request];
+    cost.kernel = kernel_name;
     for (size_t k = 0; k < most; ++k) {
       std::vector<uintptr_t> addresses, units;
       const unsigned unit = request.shared ? 4 : 32;
       for (const auto& trace : lanes) {
-        if (k >= trace.size()) continue;
+        if (k >= trace.size() || trace[k] == kNowhere) continue;
         addresses.push_back(trace[k]);
         for (unsigned b = 0; b < request.bytes; b += std::min(request.bytes, unit)) units.push_back((trace[k] + b) / unit);
       }
@@ -422,6 +425,7 @@ void copy_async(void* to, const void* from, unsigned bytes, bool valid, const vo
   Region& region = checked_region(to, bytes, true);
   check_cells(region, to, bytes, true);  // those who read and wrote before must be done by now
   if (valid) access(from, bytes, false, pc);
+  if (!valid && counting) traces[{self()->warp, Request{pc, false, false, bytes}}][self()->lane].push_back(kNowhere);
   const size_t offset = static_cast<unsigned char*>(to) - region.begin;
   for (unsigned i = 0; i < bytes; i += 2) region.cells[(offset + i) / 2].pending = true;
   self()->open.push_back({static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, valid});
@@ -481,10 +485,11 @@ void sync_block(int line) {
   ++epoch;
 }
 
-void note_buffer(const void* data, size_t bytes, bool writable, const char* name) {
+void note_buffer(const void* data, size_t bytes, bool writable, bool written, const char* name) {
   if (bytes == 0) return;
   auto region = std::make_unique<Region>(Region{static_cast<const unsigned char*>(data), bytes, writable, name, {}});
   if (writable) region->cells.resize((bytes + 1) / 2);
+  for (Cell& cell : region->cells) cell.written = written;
   regions.push_back(std::move(region));
 }
 
@@ -521,7 +526,7 @@ cudaError_t run(dim3 grid, dim3 size, size_t shared_bytes, void (*entry)(const v
     return 1;
   }
   if (fibers.size() < threads) fibers.resize(threads);
-  note_buffer(closure, closure_bytes, false, "kernel arguments");
+  note_buffer(closure, closure_bytes, false, false, "kernel arguments");
   std::vector<uint4> memory(shared_bytes / 16 + 1);
   shared = reinterpret_cast<unsigned char*>(memory.data());
   auto region = std::make_unique<Region>(Region{shared, shared_bytes, true, "shared memory", {}});
@@ -564,15 +569,15 @@ void emulator_count(int on) {
   emulator::counting = on;
   if (on) emulator::costs.clear();
 }
-// One line each: address in the library, shared or global, read or write, bytes a lane, requests, actual, ideal.
+// One line each: address in the library, shared or global, read or write, bytes a lane, requests, actual, ideal, kernel.
 const char* emulator_costs() {
   static std::string text;
   text.clear();
   for (const auto& [request, cost] : emulator::costs) {
-    char line[200];
-    std::snprintf(line, sizeof(line), "%p %s %s %u %zu %zu %zu\n", request.pc, request.shared ? "shared" : "global",
+    char line[300];
+    std::snprintf(line, sizeof(line), "%p %s %s %u %zu %zu %zu %s\n", request.pc, request.shared ? "shared" : "global",
                   request.write ? "write" : "read", request.bytes, size_t(cost.requests), size_t(cost.actual),
-                  size_t(cost.ideal));
+                  size_t(cost.ideal), cost.kernel.c_str());
     text += line;
   }
   return text.c_str();

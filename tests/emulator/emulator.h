@@ -41,7 +41,7 @@ extern uint64_t seed;
 
 // ---- the host's side: buffers that kernels may touch ----
 
-void note_buffer(const void* data, size_t bytes, bool writable, const char* name);
+void note_buffer(const void* data, size_t bytes, bool writable, bool written, const char* name);
 void forget_buffers();           // checks first that each byte of every writable buffer was written
 const char* error();             // of the last launch or check, "" if there was none
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*entry)(const void*), const void* closure,
@@ -157,6 +157,11 @@ inline int __float_as_int(float x) {
   __builtin_memcpy(&bits, &x, 4);
   return bits;
 }
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 
@@ -186,6 +191,16 @@ inline BFloat16 from_float<BFloat16>(float x) {
   if (x != x) return {0x7fff};
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to the nearest, ties to even
 }
+
+inline float half_of_bits(unsigned bits) {
+  const auto low = static_cast<uint16_t>(bits);
+  Half x;
+  __builtin_memcpy(&x, &low, 2);
+  return static_cast<float>(x);
+}
+inline float fast_exp2(float x) { return exp2f(x); }
+
+#define SPARSEKD_ASSERT(condition, sentence) ((condition) ? void(0) : emulator::fail("assertion: %s", sentence))
 
 template <class T>
 T* shared_memory() {

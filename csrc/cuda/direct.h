@@ -1,0 +1,97 @@
+// The direct convolution on CUDA cores, as its operators share it: the forward, the input gradient, the weight gradient
+// and linear's three. Its kernels are in conv2d.cuh, its host side in conv2d.cpp.
+#pragma once
+#include <algorithm>
+#include <optional>
+
+#include "../geometry.h"
+#include "conv2d.h"
+#include "host.h"
+
+namespace sparsekd::cuda {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// What one launch of the convolution computes.
+struct Problem {
+  int64_t batch, in_channels, out_channels, groups, vector, row_groups;
+  TapAxis axes[2];
+  int64_t channels_per_group() const { return in_channels / groups; }
+};
+
+struct Choice {
+  Conv2dVariant variant;
+  Lanes lanes;
+  int tile_h, tile_w, tile_rows, tile_columns, plane;
+  int64_t block_channels;
+  double cost;
+};
+
+struct Pattern {
+  at::Tensor values, crow, col, place, rows;
+  at::Tensor where;  // if defined, takes the record of each entry
+};
+
+struct Finish {
+  at::Tensor scale, shift, residual;
+  Activation activation = Activation::none;
+};
+
+struct Records {
+  at::Tensor records, starts, order;
+};
+
+Choice checked_choice(const Problem& problem);
+
+// How the output lies in the same lanes, strips and units, without a halo.
+Lanes lanes_of_output(const Choice& choice, const Problem& problem);
+// `source` [N, C, H, W] in the lanes of a choice.
+at::Tensor to_lanes(Call& call, const Lanes& lanes, const TapAxis (&axes)[2], const at::Tensor& source,
+                    const char* name);
+Records make_records(Call& call, const Problem& problem, const Pattern& pattern, const Choice& choice, int slices,
+                     int kernel_vector);
+
+// grad_values [n_vectors, V] of one convolution.
+void run_weight_grad(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input,
+                     const at::Tensor& grad_output, const at::Tensor& grad_values);
+
+// The pattern that the input gradient walks; made from the weight's where there is no plan, for which the host waits.
+Pattern transposed(const at::Tensor& values, const at::Tensor& crow, const at::Tensor& col, const OptionalTensor& rows,
+                   const OptionalTensor& transpose, int64_t out_channels, int64_t in_channels, int64_t taps,
+                   int64_t groups);
+
+// One convolution into `output`, whose elements at axes' out_begin + i * out_step it writes.
+void run(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input, const Finish& finish,
+         const at::Tensor& output);
+
+inline void read_pattern(Call& call, const Pattern& pattern) {
+  call.reads(pattern.values, "values");
+  call.reads(pattern.crow, "crow_indices");
+  call.reads(pattern.col, "col_indices");
+  call.reads(pattern.place, "places of values");
+  call.reads(pattern.rows, "row_indices");
+}
+
+// The number of row groups, after a look at the pattern's shapes and types.
+inline int64_t checked_row_groups(const at::Tensor& crow, const at::Tensor& col, const OptionalTensor& rows,
+                           const at::Tensor& like, int64_t out_channels, int64_t groups, int64_t vector) {
+  TORCH_CHECK_VALUE(vector >= 1, "Expected values of shape [n_vectors, V] with V >= 1, got V = ", vector);
+  TORCH_CHECK_VALUE(out_channels >= groups && out_channels % groups == 0,
+                    "Expected a number of output channels divisible by groups, got ", out_channels, " and groups=", groups);
+  const int64_t most = std::max<int64_t>(out_channels / groups, 1024);
+  TORCH_CHECK_VALUE(vector <= most, "Expected V of at most ", most, " for ", out_channels / groups,
+                    " output channels per group, got V = ", vector);
+  check_indices(crow, "crow_indices", like);
+  check_indices(col, "col_indices", like);
+  const int64_t row_groups = groups * ceil_div(out_channels / groups, vector);
+  check_size(crow, "crow_indices", 0, row_groups + 1, "row groups + 1");
+  if (rows) {
+    check_indices(*rows, "row_indices", like);
+    check_size(*rows, "row_indices", 0, out_channels, "output channels");
+  }
+  return row_groups;
+}
+
+TapAxis forward_axis(const Conv2dShape& shape, int d);
+
+}  // namespace sparsekd::cuda

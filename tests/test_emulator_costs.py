@@ -1,0 +1,104 @@
+"""What the emulator counts of memory requests: on patterns whose cost is known, and in the hot loops of our kernels."""
+
+import emulated
+import pytest
+import torch
+
+from sparsekd.sparse import formats
+
+# bytes a lane, distance of neighbours, offset: wavefronts and the ideal. 32 banks of 4 bytes; 16-byte requests are
+# served 8 lanes at a time.
+SHARED = {
+    (4, 4, 0): (1, 1),
+    (4, 0, 0): (1, 1),  # all lanes the same word
+    (4, 8, 0): (2, 1),
+    (4, 16, 0): (4, 1),
+    (4, 128, 0): (32, 1),
+    (4, 132, 0): (1, 1),  # padded rows
+    (2, 2, 0): (1, 1),
+    (16, 16, 0): (4, 4),
+    (16, 32, 0): (8, 4),
+    (16, 128, 0): (32, 4),
+    (16, 0, 0): (1, 1),
+}
+# the same in sectors of 32 bytes
+GLOBAL = {
+    (4, 4, 0): (4, 4),
+    (4, 4, 4): (5, 4),  # not at a sector's border
+    (4, 0, 0): (1, 1),
+    (4, 8, 0): (8, 4),
+    (4, 32, 0): (32, 4),
+    (2, 2, 0): (2, 2),
+    (2, 2, 2): (3, 2),
+    (16, 16, 0): (16, 16),
+    (16, 16, 16): (17, 16),
+    (16, 32, 0): (32, 16),
+}
+
+
+@pytest.mark.parametrize("space", ["shared", "global"])
+def test_known_patterns(space):
+    for (size, stride, offset), want in (SHARED if space == "shared" else GLOBAL).items():
+        with emulated.counting():
+            assert emulated.emulator().functions.emulator_pattern(space == "shared", size, stride, offset) == 0
+        got = emulated.costs("pattern_kernel")[space, "read", size]
+        assert got == want, f"{size} bytes at a distance of {stride} from {offset}"
+
+
+MOST_WAVEFRONTS, MOST_SECTORS = 1.05, 1.15
+# Rows of the output that are no whole number of sectors begin in the middle of one, every second of them at 28 columns,
+# and a tile's piece of such a row then touches two.
+MOST_OF_BROKEN_ROWS = 1.6
+# Sums over lanes come by 16 and 32 bytes, which begin wherever the first of their non-zeros lies. It is one store for
+# four reads and more of the staged tile.
+MOST_OF_SUMS = 1.5
+
+# batch, channels, filters, size, stride, V: ResNet's 3 x 3 layers with fewer channels
+LAYERS = [
+    (1, 8, 16, 56, 1, 1),
+    (4, 8, 16, 28, 1, 4),
+    (16, 8, 32, 14, 1, 1),
+    (16, 16, 16, 14, 2, 8),
+    (16, 8, 16, 8, 1, 2),
+]
+
+
+def packed(channels, filters, vector):
+    mask = (torch.rand(filters // vector, channels, 3, 3) < 0.2).repeat_interleave(vector, 0)
+    return formats.pack(torch.randn(filters, channels, 3, 3), mask, vector, 1)
+
+
+def too_much(kernel, stores=MOST_SECTORS):
+    """The requests of a kernel that take more than the most that is allowed, with what they take."""
+    found = {}
+    for (space, kind, size), (actual, ideal) in emulated.costs(kernel).items():
+        # What is read a few bytes at a time are bounds and indices, before the loop.
+        if space == "global" and kind == "read" and size < 8:
+            continue
+        most = MOST_WAVEFRONTS if space == "shared" else stores if kind == "write" else MOST_SECTORS
+        if actual > ideal * most:
+            found[space, kind, size] = actual / ideal
+    return found
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_convolutions_waste_no_bandwidth(layer):
+    batch, channels, filters, size, stride, vector = layer
+    values, crow, col, rows = packed(channels, filters, vector)
+    input = torch.randn(batch, channels, size, size)
+    geometry = ((3, 3), (stride, stride), (1, 1), (1, 1), 1)
+    with emulated.counting():
+        output = emulated.emulator().ops.conv2d(input, values, crow, col, rows, None, None, filters, *geometry)
+    assert too_much("conv2d_kernel", MOST_OF_BROKEN_ROWS if size == 28 else MOST_SECTORS) == {}
+    assert too_much("to_lanes_kernel") == {}
+    with emulated.counting():
+        emulated.emulator().ops.conv2d_weight_grad(input, output, crow, col, rows, vector, *geometry)
+    assert too_much("weight_grad_kernel", MOST_OF_SUMS) == {}
+
+
+@pytest.mark.parametrize("rows, classes", [(9, 1000), (64, 32), (3, 2048)])
+def test_the_loss_wastes_no_bandwidth(rows, classes):
+    logits, target = torch.randn(2, rows, classes), torch.randint(classes, (rows,))
+    with emulated.counting():
+        emulated.emulator().ops.kd_loss_forward(*logits, target, 4.0, 0.5, -100, 0.0, False, True)
+    assert too_much("rows_kernel") == {}
