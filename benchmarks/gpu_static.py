@@ -6,8 +6,8 @@
 Worse is: a spill, a vector load that got narrower, a matrix instruction or asynchronous copy that is gone, or more than
 5% more instructions per multiply-add in the hot loop (the innermost loop with the most multiply-adds).
 
-The bound is what the loop could reach if nothing ever waited: of the peak of the units that multiply, limited by what an
-SM issues in a cycle (4 instructions) and by what its shared memory delivers (128 bytes). It is an upper bound, not a
+The bound is what the loop could reach if nothing ever waited: of the peak of the units that multiply, limited by what
+an SM issues in a cycle (4 instructions) and by what its shared memory delivers (128 bytes). It is an upper bound, not a
 speed: it knows no latency, no cache and no memory.
 """
 
@@ -156,7 +156,7 @@ def hot_loop(code: list[sass.Instruction]) -> list[sass.Instruction]:
 
 
 def occupancy(registers: int, shared_bytes: int, threads: int, sm: SM) -> int:
-    """Warps of an SM that live at once: registers go out by 256 a warp, shared memory by 128 bytes and 1 KiB a block."""
+    """Warps of an SM that live at once. Registers go out by 256 a warp, shared memory by 128 bytes and 1 KiB a block."""
     warps = -(-threads // 32)
     per_warp = -(-max(registers, 1) * 32 // 256) * 256
     by_registers = sm.registers // 4 // per_warp * 4 // warps  # a quarter of the SM holds whole warps
@@ -299,11 +299,11 @@ def markdown(rows: list[dict], triton: list[dict], release: str) -> str:
     lines = [
         f"# What nvcc {release} makes of the kernels",
         "",
-        "Written by `make gpu-static ARGS=--update`; nothing here was timed. Instructions per FMA and the bound are of the",
-        "hot loop. The bound is a share of the peak (fp32 on CUDA cores; fp16 on tensor cores, dense) that the loop could",
-        "reach if nothing ever waited: latency, caches and memory are not in it. Shared memory is what a launch usually",
-        "asks for. `mma.sync` reaches about 60% of the tensor cores' peak on 9.0 and is counted so; for 10.0 a share of",
-        "30% is assumed.",
+        "Written by `make gpu-static ARGS=--update`; nothing here was timed. Instructions per FMA and the bound are of",
+        "the hot loop. The bound is a share of the peak (fp32 on CUDA cores; fp16 on tensor cores, dense) that the loop",
+        "could reach if nothing ever waited: latency, caches and memory are not in it. Shared memory is what a launch",
+        "usually asks for. `mma.sync` reaches about 60% of the tensor cores' peak on 9.0 and is counted so; for 10.0 a",
+        "share of 30% is assumed.",
         "",
         "| kernel | arch | registers | shared | occupancy | instr./FMA | bound | limited by |",
         "|---|---|---|---|---|---|---|---|",
