@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
     *sorted((ROOT / "csrc" / "cuda").glob("*.cpp")),
-    ROOT / "tests" / "emulator" / "emulator.cpp",
+    *sorted((ROOT / "tests" / "emulator").glob("*.cpp")),
 ]
 OPERATORS = ("conv2d", "conv2d_fused")
 

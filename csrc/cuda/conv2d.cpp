@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "../geometry.h"
+#include "conv2d_tensor_host.h"
 #include "host.h"
 
 namespace sparsekd::cuda {
@@ -105,6 +106,13 @@ struct Finish {
 // One convolution into `output`, whose elements at axes' out_begin + i * out_step it writes.
 void run(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input, const Finish& finish,
          const at::Tensor& output) {
+  if (problem.vector >= 8 && input.element_size() == 2 && !pattern.place.defined() &&
+      run_on_tensor_cores(call, {problem.batch, problem.in_channels, problem.out_channels, problem.groups,
+                                 problem.row_groups, {problem.axes[0], problem.axes[1]}, input, pattern.values,
+                                 pattern.crow, pattern.col, pattern.rows, finish.scale, finish.shift, finish.residual,
+                                 output, finish.activation})) {
+    return;
+  }
   const std::optional<Choice> chosen = choose(problem);
   TORCH_CHECK_NOT_IMPLEMENTED(chosen, "Expected a kernel whose reach (dilation * (size - 1), here ",
                               problem.axes[0].most, " by ", problem.axes[1].most,
