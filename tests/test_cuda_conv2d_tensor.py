@@ -53,11 +53,11 @@ def calls():
 @contextlib.contextmanager
 def device(major, shared_bytes=LARGE):
     set_device = emulated.emulator().functions.emulator_set_device
-    set_device(major, shared_bytes)
+    set_device(major, shared_bytes, 108)
     try:
         yield
     finally:
-        set_device(8, LARGE)
+        set_device(8, LARGE, 108)
 
 
 @pytest.mark.parametrize("seed", [*range(16), *(pytest.param(s, marks=pytest.mark.slow) for s in range(16, 80))])

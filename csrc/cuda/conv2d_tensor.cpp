@@ -80,10 +80,11 @@ std::optional<Tiling> choose(const TensorConv2d& conv, const Limits& limits) {
         const double octets = columns_of_row / 8 + 0.5 * static_cast<double>(blocks);
         const double gathered = block_slices * octets * static_cast<double>(positions) * 1.2;
         const double copied = static_cast<double>(channels * plane) / 8;
+        const double weights = block_slices * octets * static_cast<double>(position_warps * slice_rows) / 8;
         const double multiplied = block_slices * octets * static_cast<double>(positions * slice_rows) / 16;
         // An SM works on one block at a time, and at the end some SMs have none left. A block begins by waiting.
         const double turns = static_cast<double>(ceil_div(tiles * row_blocks, limits.multiprocessors));
-        const double cost = turns * (std::max(gathered + copied, multiplied) + 1000);
+        const double cost = turns * (std::max(gathered + copied + weights, multiplied) + 1000);
         if (best && best->cost <= cost) continue;
         best = Tiling{variant,
                       {int(conv.batch), int(conv.in_channels), 1, int(strips), int(strip_rows), int(units),
@@ -121,6 +122,7 @@ bool run_on_tensor_cores(Call& call, const TensorConv2d& conv) {
   const int64_t n_octets = slices * (n_vectors / 8 + conv.row_groups * blocks);
   const int64_t block_slices = int64_t(c.row_warps) * c.variant.groups;
   const int64_t row_blocks = ceil_div(slices_per_group, block_slices);
+  const int64_t taps = int64_t(conv.axes[0].kernel) * conv.axes[1].kernel;
   const int64_t vectors = int64_t(c.lanes.units) * c.lanes.channels * c.lanes.plane;
   const int64_t grid_x = int64_t(c.lanes.units) * ceil_div(c.lanes.strip_rows, c.tile_h) *
                          ceil_div(conv.axes[1].positions, c.tile_w);
@@ -137,12 +139,14 @@ bool run_on_tensor_cores(Call& call, const TensorConv2d& conv) {
   const at::Tensor lanes = at::empty({vectors, kLanes}, shorts);
   const at::Tensor order = at::empty({all_slices}, ints), starts = at::empty({all_slices, blocks + 1}, ints);
   const at::Tensor planes = at::empty({2, conv.groups * row_blocks, channels}, ints);
+  const at::Tensor sorted = at::empty({std::max<int64_t>(n_vectors * slices, 1), 2}, ints);
   const at::Tensor distances = at::empty({n_octets, 8}, ints);
   const at::Tensor fragments = at::empty({n_octets, int64_t(c.variant.rows) * 8}, shorts);
   call.writes(lanes, "lanes");
   call.writes(order, "order");
   call.writes(starts, "starts");
   call.writes(planes, "planes");
+  call.writes(sorted, "sorted");
   call.writes(distances, "distances");
   call.writes(fragments, "fragments");
 
@@ -173,6 +177,8 @@ bool run_on_tensor_cores(Call& call, const TensorConv2d& conv) {
   pattern.pitch = c.pitch;
   pattern.row_blocks = int(row_blocks);
   pattern.block_slices = int(block_slices);
+  pattern.most_octets = int(std::min(n_vectors, ceil_div(c.block_channels * taps, int64_t(8))));
+  pattern.sorted = sorted.mutable_data_ptr();
   pattern.order = order.mutable_data_ptr<int32_t>();
   pattern.slot_of = planes.mutable_data_ptr<int32_t>();
   pattern.channel_at = pattern.slot_of + conv.groups * row_blocks * channels;

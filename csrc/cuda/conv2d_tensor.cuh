@@ -210,9 +210,11 @@ __device__ __forceinline__ int fragment_place(int row, int place) {
   }
 }
 
-// One warp per slice: columns are counted by block of channels and residue, and dealt out to octets.
+// One warp per slice. Columns are sorted by block of channels and residue, and dealt out to the octets of their block:
+// residue by residue, the most frequent first, to the octets that hold least. Those of a residue that has more columns
+// than there are octets share octets, and go where another residue is twice already.
 template <int kRows>
-__global__ __launch_bounds__(128) void tensor_fragments_kernel(const TensorPatternParams p) {
+__global__ __launch_bounds__(128, 4) void tensor_fragments_kernel(const TensorPatternParams p) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int ranked = blockIdx.x * warps + warp;
@@ -221,102 +223,146 @@ __global__ __launch_bounds__(128) void tensor_fragments_kernel(const TensorPatte
   const int slice = p.order[ranked], row_group = slice / p.slices, part = slice % p.slices;
   const int row_block = group * p.row_blocks + rank / p.block_slices;
   const int32_t* slot_of = p.slot_of + int64_t(row_block) * p.channels_per_group;
-  int* counters = shared_memory<int>() + warp * p.blocks * 10;  // [blocks][8]
-  int* octets = counters + p.blocks * 8;                        // [blocks]
-  int* first = octets + p.blocks;                               // [blocks]
+  // [blocks][8] columns, [blocks][8] the first of them, and of each octet: columns, how often a residue is in it, by rank
+  int* counts = shared_memory<int>() + warp * (p.blocks * 16 + p.most_octets * 3);
+  int* firsts = counts + p.blocks * 8;
+  int *filled = firsts + p.blocks * 8, *most_equal = filled + p.most_octets, *by_rank = most_equal + p.most_octets;
   const Range range = range_of(p, row_group);
+  int2* sorted = static_cast<int2*>(p.sorted) + int64_t(range.begin) * p.slices + int64_t(part) * (range.end - range.begin);
 
-  auto entry_of = [&](int i, int& block, int& distance) {
+  auto key_of = [&](int i, int& distance) {
     const Tap tap = i < range.end ? tap_at(p, p.col[i]) : Tap{-1, 0};
-    if (tap.channel < 0) return false;
-    block = tap.channel / p.block_channels;
+    if (tap.channel < 0) return -1;
     distance = kZeros + slot_of[tap.channel] * p.pitch + tap.in_plane;
-    return true;
+    return tap.channel / p.block_channels * 8 + distance % 8;
   };
 
-  for (int i = lane; i < p.blocks * 8; i += 32) counters[i] = 0;
+  for (int i = lane; i < p.blocks * 8; i += 32) counts[i] = 0;
   __syncwarp();
   for (int base = range.begin; base < range.end; base += 32) {
-    int block = 0, distance = 0;
-    const bool used = entry_of(base + lane, block, distance);
-    const int key = used ? block * 8 + distance % 8 : -1;
+    int distance = 0;
+    const int key = key_of(base + lane, distance);
     const unsigned peers = __match_any_sync(kAll, key);
-    if (used && __ffs(peers) - 1 == lane) counters[key] += __popc(peers);
+    if (key >= 0 && __ffs(peers) - 1 == lane) counts[key] += __popc(peers);
     __syncwarp();
   }
-  // Counts become the first of each residue, within its block.
   const int before = range.begin / 8 + row_group * p.blocks, most = range.end / 8 - range.begin / 8 + p.blocks;
-  int total = before * p.slices + part * most;
+  int octets = before * p.slices + part * most, columns = 0;
   for (int base = 0; base < p.blocks; base += 32) {
     int mine = 0;
     if (base + lane < p.blocks) {
-      int sum = 0;
-      for (int r = 0; r < 8; ++r) {
-        const int count = counters[(base + lane) * 8 + r];
-        counters[(base + lane) * 8 + r] = sum;
-        sum += count;
-      }
-      mine = (sum + 7) / 8;
-      octets[base + lane] = sum;  // of columns, for now
+      for (int r = 0; r < 8; ++r) mine += counts[(base + lane) * 8 + r];
     }
-    int sum = mine;
+    int columns_before = mine, octets_before = (mine + 7) / 8;
     for (int distance = 1; distance < 32; distance *= 2) {
-      const int other = __shfl_sync(kAll, sum, max(lane - distance, 0));
-      if (lane >= distance) sum += other;
+      const int from = max(lane - distance, 0);
+      const int other = __shfl_sync(kAll, columns_before, from), more = __shfl_sync(kAll, octets_before, from);
+      if (lane >= distance) {
+        columns_before += other;
+        octets_before += more;
+      }
     }
     if (base + lane < p.blocks) {
-      first[base + lane] = total + sum - mine;
-      p.starts[int64_t(slice) * (p.blocks + 1) + base + lane] = total + sum - mine;
+      int first = columns + columns_before - mine;
+      for (int r = 0; r < 8; ++r) {
+        firsts[(base + lane) * 8 + r] = first;
+        first += counts[(base + lane) * 8 + r];
+      }
+      p.starts[int64_t(slice) * (p.blocks + 1) + base + lane] = octets + octets_before - (mine + 7) / 8;
     }
-    total += __shfl_sync(kAll, sum, 31);
+    columns += __shfl_sync(kAll, columns_before, 31);
+    octets += __shfl_sync(kAll, octets_before, 31);
   }
-  if (lane == 0) p.starts[int64_t(slice) * (p.blocks + 1) + p.blocks] = total;
+  if (lane == 0) p.starts[int64_t(slice) * (p.blocks + 1) + p.blocks] = octets;
+  __syncwarp();
+  for (int base = range.begin; base < range.end; base += 32) {
+    int distance = 0;
+    const int key = key_of(base + lane, distance);
+    const unsigned peers = __match_any_sync(kAll, key);
+    const int to = key >= 0 ? firsts[key] + __popc(peers & ((1u << lane) - 1)) : 0;
+    __syncwarp();  // all have read before the first of the peers counts on
+    if (key >= 0 && __ffs(peers) - 1 == lane) firsts[key] += __popc(peers);
+    __syncwarp();
+    if (key >= 0) store_vector(sorted + to, int2{base + lane, distance});
+  }
   __syncwarp();
 
   auto* fragments = static_cast<uint16_t*>(p.fragments);
   const auto* values = static_cast<const uint16_t*>(p.values);
-  for (int base = range.begin; base < range.end; base += 32) {
-    int block = 0, distance = 0;
-    const bool used = entry_of(base + lane, block, distance);
-    const int key = used ? block * 8 + distance % 8 : -1;
-    const unsigned peers = __match_any_sync(kAll, key);
-    int place = 0;
-    if (used) place = counters[key] + __popc(peers & ((1u << lane) - 1));
-    __syncwarp();  // all have read before the first of the peers counts on
-    if (used && __ffs(peers) - 1 == lane) counters[key] += __popc(peers);
-    __syncwarp();
-    if (!used) continue;
-    const int count = (octets[block] + 7) / 8;
-    const int64_t octet = first[block] + place % count;
-    place /= count;
-    store_vector(p.distances + octet * 8 + place, distance * 16);
-    for (int r = 0; r < kRows; ++r) {
-      const int row = part * kRows + r;
-      const uint16_t bits = row < p.vector ? values[int64_t(base + lane) * p.vector + row] : 0;
-      store_vector(fragments + octet * kRows * 8 + fragment_place<kRows>(r, place), bits);
-    }
-  }
-  __syncwarp();
-  // What is left of an octet points at zeros, in a bank that the octet does not use.
   for (int block = 0; block < p.blocks; ++block) {
-    const int columns = octets[block], count = (columns + 7) / 8;
+    const int64_t first = p.starts[int64_t(slice) * (p.blocks + 1) + block];
+    const int all = p.starts[int64_t(slice) * (p.blocks + 1) + block + 1] - static_cast<int>(first);
+    const int count = min(all, p.most_octets);  // more only where a row names a column twice
     for (int i = lane; i < count; i += 32) {
-      if (7 * count + i < columns) continue;
-      const int64_t octet = first[block] + i;
+      filled[i] = 0;
+      most_equal[i] = 0;
+    }
+    __syncwarp();
+    unsigned dealt = 0;
+    for (int turn = 0; turn < 8; ++turn) {
+      int residue = 0, left = -1;
+      for (int r = 0; r < 8; ++r) {
+        if (dealt >> r & 1 || counts[block * 8 + r] <= left) continue;
+        residue = r;
+        left = counts[block * 8 + r];
+      }
+      dealt |= 1u << residue;
+      // `firsts` has been counted on to the end.
+      const int2* from = sorted + firsts[block * 8 + residue] - left;
+      for (int round = 1; left > 0; ++round) {
+        // Octets with room, the best first. A lane per octet counts those before its own.
+        auto worth = [&](int i) { return (most_equal[i] < round && round > 1 ? 16 : 0) + filled[i]; };
+        int room = 0;
+        for (int base = 0; base < count; base += 32) {
+          const int i = base + lane;
+          const bool open = i < count && filled[i] < 8;
+          room += __popc(__ballot_sync(kAll, open));
+          if (!open) continue;
+          int before_it = 0;
+          for (int j = 0; j < count; ++j) {
+            if (filled[j] < 8) before_it += worth(j) < worth(i) || (worth(j) == worth(i) && j < i);
+          }
+          by_rank[before_it] = i;
+        }
+        __syncwarp();
+        const int taken = min(left, room);
+        if (taken == 0) break;
+        for (int i = lane; i < taken; i += 32) {
+          const int octet = by_rank[i], place = filled[octet];
+          const int2 entry = load_vector(from + i);
+          store_vector(p.distances + (first + octet) * 8 + place, entry.y * 16);
+          for (int r = 0; r < kRows; ++r) {
+            const int row = part * kRows + r;
+            const uint16_t bits = row < p.vector ? values[int64_t(entry.x) * p.vector + row] : 0;
+            store_vector(fragments + (first + octet) * kRows * 8 + fragment_place<kRows>(r, place), bits);
+          }
+          filled[octet] = place + 1;
+          most_equal[octet] = max(most_equal[octet], round);
+        }
+        __syncwarp();  // before octets are ranked again
+        from += taken;
+        left -= taken;
+      }
+    }
+    // What is left of an octet points at zeros, in a bank that the octet does not use.
+    for (int i = lane; i < all; i += 32) {
+      const int used = i < count ? filled[i] : 0;
       unsigned residues = 0;
       for (int place = 0; place < 8; ++place) {
-        if (place * count + i < columns) {
-          residues |= 1u << p.distances[octet * 8 + place] / 16 % 8;
+        int32_t* distance = p.distances + (first + i) * 8 + place;
+        if (place < used) {
+          residues |= 1u << *distance / 16 % 8;
           continue;
         }
         const int free = __ffs(~residues) - 1;
         residues |= 1u << free;
-        store_vector(p.distances + octet * 8 + place, free * 16);
+        store_vector(distance, free * 16);
         for (int r = 0; r < kRows; ++r) {
-          store_vector(fragments + octet * kRows * 8 + fragment_place<kRows>(r, place), uint16_t{0});
+          store_vector(fragments + (first + i) * kRows * 8 + fragment_place<kRows>(r, place), uint16_t{0});
         }
       }
     }
+    __syncwarp();  // before the next block's octets
   }
 }
 

@@ -13,13 +13,14 @@ struct TensorVariant {
 };
 // Each has 128 sums a lane.
 constexpr TensorVariant kTensorVariants[] = {
-    {8, 2, 32, 8}, {8, 2, 32, 16}, {16, 1, 32, 8}, {16, 1, 32, 16}, {32, 1, 16, 8}, {32, 1, 16, 16}, {64, 1, 8, 8},
+    {8, 2, 32, 8},   {8, 2, 32, 16}, {8, 4, 16, 8},  {16, 1, 32, 8}, {16, 1, 32, 16},
+    {16, 2, 16, 8}, {32, 1, 16, 8}, {32, 1, 16, 16}, {64, 1, 8, 8},
 };
 constexpr int kTensorWarps = 8;
 constexpr int kLanes = 8;            // images or strips side by side: 16 bytes
 constexpr int kZeros = 8;            // vectors of zeros before a staged block, one for each residue of an address
 constexpr int kMostBlockChannels = 128;
-constexpr int kMostSlices = 2 * kTensorWarps;  // of a block of threads
+constexpr int kMostSlices = 4 * kTensorWarps;  // of a block of threads
 
 // Of 16-bit values, in lanes: [unit][channel][phase y][rows][phase x][columns][8]; see Lanes.
 struct ToLanes16Params {
@@ -42,9 +43,11 @@ struct TensorPatternParams {
   int phases_x, tile_rows, tile_columns;  // of a staged plane: [phase y][tile_rows][phase x][tile_columns]
   int pitch;                              // from plane to plane, in vectors; odd
   int row_blocks, block_slices;           // per group of the convolution; of a block of threads
+  int most_octets;                        // of a slice and block of channels
   int32_t* order;                         // [groups][slices of a group], heaviest first
   int32_t *slot_of, *channel_at;          // [groups * row_blocks][channels_per_group]
   int32_t* starts;                        // [slice][blocks + 1], in octets
+  void* sorted;                           // [n_vectors * slices] {vector, distance}
   int32_t* distances;                     // [octet][8], in bytes
   void* fragments;                        // [octet][rows * 8]
 };

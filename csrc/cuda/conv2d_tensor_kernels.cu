@@ -9,6 +9,10 @@ namespace {
 
 constexpr int kVariants = sizeof(kTensorVariants) / sizeof(kTensorVariants[0]);
 
+bool same(const TensorVariant& a, const TensorVariant& b) {
+  return a.rows == b.rows && a.groups == b.groups && a.positions == b.positions && a.run == b.run;
+}
+
 template <int kIndex>
 cudaError_t launch_variant(const TensorConv2dParams& params, dim3 grid, cudaStream_t stream) {
   constexpr TensorVariant v = kTensorVariants[kIndex];
@@ -27,7 +31,7 @@ template <int... kIndex>
 cudaError_t launch_conv2d(const TensorConv2dParams& params, const TensorVariant& variant, dim3 grid,
                           cudaStream_t stream, std::integer_sequence<int, kIndex...>) {
   cudaError_t result = cudaSuccess;
-  (void)((kTensorVariants[kIndex].rows == variant.rows && kTensorVariants[kIndex].run == variant.run &&
+  (void)((same(kTensorVariants[kIndex], variant) &&
           (result = launch_variant<kIndex>(params, grid, stream), true)) || ...);
   return result;
 }
@@ -36,7 +40,7 @@ template <int kRows>
 cudaError_t launch_fragments(const TensorPatternParams& params, cudaStream_t stream) {
   constexpr int kWarps = 4;
   const dim3 grid((params.row_groups * params.slices + kWarps - 1) / kWarps);
-  const size_t bytes = sizeof(int) * kWarps * params.blocks * 10;
+  const size_t bytes = sizeof(int) * kWarps * (params.blocks * 16 + params.most_octets * 3);
   return SPARSEKD_LAUNCH(tensor_fragments_kernel<kRows>, grid, dim3(32 * kWarps), bytes, stream, params);
 }
 

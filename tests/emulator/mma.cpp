@@ -104,9 +104,10 @@ void mma(float* c, const uint32_t* a, const uint32_t* b, int depth, bool bfloat1
 // ---- for the tests, through ctypes ----
 
 extern "C" {
-void emulator_set_device(int major, int shared_bytes) {
+void emulator_set_device(int major, int shared_bytes, int multiprocessors) {
   emulator::device_major = major;
   emulator::device_shared_bytes = shared_bytes;
+  emulator::device_multiprocessors = multiprocessors;
 }
 
 // One instruction of a warp, on the words of its lanes: a [32][depth / 4], b [32][depth / 8], c [32][4].
