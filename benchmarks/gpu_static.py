@@ -156,7 +156,8 @@ def hot_loop(code: list[sass.Instruction]) -> list[sass.Instruction]:
     loops = sass.innermost_loops(code)
     best = max(loops, key=lambda loop: sum(map(sass.macs, loop)), default=[])
     multiplying = sum(1 for instruction in best if sass.macs(instruction))
-    return best if multiplying >= 0.15 * len(best) else []
+    # One instruction of the tensor cores is work enough.
+    return best if multiplying >= 0.15 * len(best) or any(i.name == "HMMA" for i in best) else []
 
 
 def occupancy(registers: int, shared_bytes: int, threads: int, sm: SM) -> int:
