@@ -60,7 +60,7 @@ BUGS = {
     ),
 }
 
-# Several blocks of channels, odd columns and octets, borders, two matrices of rows a warp.
+# Three blocks of channels in little shared memory, odd columns and octets, borders, two matrices of rows a warp.
 RUN = """
 import sys, torch
 sys.path.insert(0, {tests!r})
@@ -68,7 +68,7 @@ import emulated
 from pathlib import Path
 from sparsekd.sparse import formats
 emulator = emulated.load(Path({library!r}))
-emulator.functions.emulator_set_device(8, 65 << 10, 108)
+emulator.functions.emulator_set_device(8, 40 << 10, 108)
 torch.manual_seed(0)
 said = ""
 for vector, seed in ((8, 0), (16, 1), (32, 0)):
