@@ -1,7 +1,7 @@
 # `make help` lists what there is. Needs Python 3.10 or newer (with venv), g++ and make; the rest goes into .venv.
 # make demo ARGS="--data shapes" hands options on. make PYTHON=python3.12 chooses the interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all sanitize build lint format bench size clean FORCE
+.PHONY: help demo test test-all sanitize gpu-static build lint format bench size clean FORCE
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(BUILT) ## the whole way on real images: distil, prune, retrain, swap, measure (ARGS="...")
 	$(BIN)/sparsekd demo $(ARGS)
@@ -35,6 +35,9 @@ sanitize: $(BUILT) ## the tests of the operators under AddressSanitizer and Unde
 	  LD_PRELOAD="$$(for name in asan ubsan stdc++; do printf '%s ' "$$($${CXX:-c++} -print-file-name=lib$$name.so)"; done)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  ../../$(BIN)/python -m pytest -p no:cacheprovider $(SANITIZED) $(ARGS)
+
+gpu-static: $(DEPS) ## compile the CUDA kernels for four architectures and compare what came out (needs nvcc, no GPU)
+	$(BIN)/python benchmarks/gpu_static.py $(ARGS)
 
 build: $(BUILT) ## .venv with the pinned dependencies, and sparsekd in it
 

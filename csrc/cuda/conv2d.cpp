@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "../geometry.h"
+#include "conv2d_tensor_host.h"
 #include "host.h"
 
 namespace sparsekd::cuda {
@@ -152,6 +153,13 @@ Records make_records(Call& call, const Problem& problem, const Pattern& pattern,
 // One convolution into `output`, whose elements at axes' out_begin + i * out_step it writes.
 void run(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input, const Finish& finish,
          const at::Tensor& output) {
+  if (problem.vector >= 8 && input.element_size() == 2 && !pattern.place.defined() &&
+      run_on_tensor_cores(call, {problem.batch, problem.in_channels, problem.out_channels, problem.groups,
+                                 problem.row_groups, {problem.axes[0], problem.axes[1]}, input, pattern.values,
+                                 pattern.crow, pattern.col, pattern.rows, finish.scale, finish.shift, finish.residual,
+                                 output, finish.activation})) {
+    return;
+  }
   const Choice c = checked_choice(problem);
   const int64_t slices = ceil_div(problem.vector, c.variant.vector);
   const int64_t slices_per_group = problem.row_groups * slices / problem.groups;

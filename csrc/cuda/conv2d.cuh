@@ -259,6 +259,7 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
   if (p.blocks > 1) stage(1);
   copy_async_commit();
 
+  constexpr int kUnroll = kV == 2 && kPlane == 192 ? 1 : 2;  // there the second would spill on 10.0
   const int own = y * p.lanes.phases[1] * p.tile_columns + x;
   for (int block = 0; block < p.blocks; ++block) {
     copy_async_wait<1>();
@@ -273,7 +274,7 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
       if (i >= end) continue;
       const unsigned char* from = p.records + int64_t(i) * kRecordBytes<kV>;
       Record<kV> ahead = load_record<kV>(from);
-#pragma unroll 2
+#pragma unroll kUnroll
       for (; i < end; ++i) {
         const Record<kV> record = ahead;
         from += kRecordBytes<kV>;
@@ -303,7 +304,7 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
   constexpr int kRows = kGroups * kV, kLanes = kG * 4;
   float* results = shared_memory<float>() + warp * kRows * kLanes * 32 + lane;  // [kRows][kLanes][32]
   // Lane r knows what row r needs.
-  int my_channel = -1;
+  int mine = -1, my_channel = -1;
   float my_scale = 1.0f, my_shift = 0.0f;
 #pragma unroll
   for (int k = 0; k < kGroups; ++k) {
@@ -312,15 +313,17 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) results[((k * kV + v) * kLanes + i) * 32] = sums[k][v][i];
     }
-    if (lane / kV == k && slice[k] >= 0) {
-      const int local = slice[k] - group * p.slices_per_group;  // within the group of the convolution
-      const int in_vector = local % p.slices * kV + lane % kV;
-      const int row = local / p.slices * p.vector + in_vector;
-      if (in_vector < p.vector && row < p.rows_per_group) {
-        my_channel = group * p.rows_per_group + row;
-        if (p.row_indices) my_channel = p.row_indices[my_channel];
-        if (my_channel >= p.out_channels) my_channel = -1;
-      }
+    // Not by `?:`, which becomes slice[lane / kV], and what a lane indexes lies in local memory.
+    mine = max(mine, slice[k] | -int(lane / kV != k));
+  }
+  if (mine >= 0) {
+    const int local = mine - group * p.slices_per_group;  // within the group of the convolution
+    const int in_vector = local % p.slices * kV + lane % kV;
+    const int row = local / p.slices * p.vector + in_vector;
+    if (in_vector < p.vector && row < p.rows_per_group) {
+      my_channel = group * p.rows_per_group + row;
+      if (p.row_indices) my_channel = p.row_indices[my_channel];
+      if (my_channel >= p.out_channels) my_channel = -1;
     }
   }
   if (my_channel >= 0 && p.scale) my_scale = load_value(p.scale, p.dtype, my_channel);

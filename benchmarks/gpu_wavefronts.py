@@ -1,0 +1,139 @@
+"""What shared memory has to deliver to the tensor-core convolution, counted by the emulator; needs no GPU.
+
+    python benchmarks/gpu_wavefronts.py            # writes benchmarks/results/gpu_wavefronts.json
+
+For each layer of a ResNet-18 at 90% sparsity and V = 8, 16, 32, 64 the kernel runs in tests/emulator on a small map,
+and each request's wavefronts (128 bytes, as the banks allow) are counted. The share of the dense `mma.sync` peak of 8.0
+that follows is useful multiply-adds against the cycles of the busier of two units, columns that only fill up a matrix
+included:
+
+    tensor cores    what is multiplied, at 1024 multiply-adds a cycle
+    shared memory   gathers (ldmatrix), copies into it (cp.async) and the weights' way through the same cache
+
+An upper bound: no latency, no memory, no partly filled tiles. Two kinds of masks, as no trained weights are at hand:
+"initial", the largest vectors of torchvision's initial weights; "uneven", the same after each input channel was scaled
+by exp(0.5 * normal), since trained networks prefer some channels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+SPARSITY, VECTORS, SIZE = 0.9, (8, 16, 32, 64), 16
+
+
+@functools.cache
+def layers() -> list[tuple[str, torch.nn.Conv2d, int]]:
+    """Every different convolution of a ResNet-18 but its first, with the outputs a channel that all its like have."""
+    import torchvision
+
+    torch.manual_seed(0)
+    found = {}
+    for name, module in torchvision.models.resnet18().named_modules():
+        if isinstance(module, torch.nn.Conv2d) and name != "conv1":
+            outputs = (56 >> int(name[5]) - 1) ** 2
+            like = found.setdefault((tuple(module.weight.shape), module.stride), [name, module, 0])
+            like[2] += outputs
+    return [tuple(like) for like in found.values()]
+
+
+def masks(kind: str, vector: int) -> dict[str, torch.Tensor]:
+    """The 10% of all vectors of V output channels with the largest norm, over all layers together."""
+    generator = torch.Generator().manual_seed(0)
+    norms = {}
+    for name, conv, _ in layers():
+        weight = conv.weight.detach()
+        if kind == "uneven":
+            weight = weight * torch.exp(0.5 * torch.randn(1, weight.shape[1], 1, 1, generator=generator))
+        grouped = weight.unflatten(0, (-1, vector)).square().mean(1)
+        norms[name] = grouped / grouped.mean()  # so that each layer is pruned about as much as the others
+    flat = torch.cat([norm.flatten() for norm in norms.values()])
+    threshold = flat.kthvalue(int(SPARSITY * flat.numel())).values
+    return {name: (norm > threshold).repeat_interleave(vector, 0) for name, norm in norms.items()}
+
+
+def requests() -> list[tuple[str, str, str, int, int, int, int]]:
+    """(place in the code, space, kind, bytes a lane, requests, wavefronts or sectors, the least that are possible)"""
+    import emulated
+
+    lines = emulated.emulator().functions.emulator_costs().decode().splitlines()
+    return [(p, space, kind, *map(int, rest)) for p, space, kind, *rest in map(str.split, lines)]
+
+
+def measure(conv: torch.nn.Conv2d, mask: torch.Tensor, vector: int) -> dict:
+    import emulated
+
+    from sparsekd.sparse import formats
+
+    weight = conv.weight.detach().half()
+    values, crow, col, _ = formats.pack(weight, mask, vector)
+    size = SIZE if conv.stride[0] == 1 else 2 * SIZE
+    input = torch.randn(8, weight.shape[1], size, size, dtype=torch.float16)
+    geometry = (weight.shape[0], conv.kernel_size, conv.stride, conv.padding, conv.dilation, 1)
+    with emulated.counting():
+        output = emulated.emulator().ops.conv2d(input, values, crow, col, None, None, None, *geometry)
+        counted = requests()
+    copies = {p for p, space, kind, size, *_ in counted if (space, kind, size) == ("shared", "write", 16)}
+    gathers = [r for r in counted if r[1:4] == ("shared", "read", 16)]
+    written = [r for r in counted if r[1:4] == ("shared", "write", 16)]
+    weight_bytes = {8: 4, 16: 8}.get(vector, 16)
+    weights = [r for r in counted if r[1:4] == ("global", "read", weight_bytes) and r[0] not in copies]
+    gathered, least = sum(r[5] for r in gathers), sum(r[6] for r in gathers)
+    copied, copied_least = sum(r[5] for r in written), sum(r[6] for r in written)
+    # Each lane its own: 128 bytes a wavefront.
+    loaded = sum(r[4] for r in weights) * weight_bytes * 32 // 128
+    tensor = sum(r[4] for r in gathers) * vector / 4  # cycles of what an ldmatrix feeds
+    useful = values.numel() * output[0, 0].numel() * 8 / 1024
+    return {
+        "columns_per_row": round(len(col) / (len(crow) - 1), 1),
+        "gather_factor": round(gathered / least, 3),
+        "copy_factor": round(copied / copied_least, 3),
+        "filled_factor": round(tensor / useful, 3),
+        "wavefronts": {"gathers": gathered, "copies": copied, "weights": loaded},
+        "tensor_cycles": round(tensor),
+        "useful_cycles": round(useful),
+        "share_of_peak": round(useful / max(tensor, gathered + copied + loaded), 3),
+        "share_of_peak_without_copies": round(useful / max(tensor, gathered + loaded), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, help="only the first of them")
+    parser.add_argument("--masks", nargs="+", default=["initial", "uneven"])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_wavefronts.json")
+    args = parser.parse_args()
+    import emulated
+
+    # One multiprocessor: the tile that is chosen is then the one for many blocks of threads.
+    emulated.emulator().functions.emulator_set_device(8, 163 << 10, 1)
+    rows, totals = [], {}
+    for kind in args.masks:
+        for vector in VECTORS:
+            chosen, sums = masks(kind, vector), [0, 0]
+            for name, conv, outputs in layers()[: args.layers]:
+                row = measure(conv, chosen[name], vector)
+                rows.append({"masks": kind, "layer": name, "vector": vector, **row})
+                sums[0] += row["useful_cycles"] * outputs / SIZE**2
+                sums[1] += max(row["tensor_cycles"], sum(row["wavefronts"].values())) * outputs / SIZE**2
+                print(
+                    f"{kind:8} V={vector:<3} {name:24} {row['columns_per_row']:6.1f} columns  gathers "
+                    f"{row['gather_factor']:.2f}x  filled {row['filled_factor']:.2f}x  "
+                    f"share {row['share_of_peak']:.0%} ({row['share_of_peak_without_copies']:.0%} without copies)",
+                    flush=True,
+                )
+            totals[f"{kind} V={vector}"] = round(sums[0] / sums[1], 3)
+            print(f"{kind:8} V={vector:<3} all layers: {totals[f'{kind} V={vector}']:.0%} of the peak", flush=True)
+    args.out.write_text(json.dumps({"sparsity": SPARSITY, "share_of_peak": totals, "layers": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

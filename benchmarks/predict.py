@@ -1,0 +1,319 @@
+"""Predicts, before any GPU has run the kernels, how long ResNet-50's convolutions take: dense and sparse.
+
+    python benchmarks/predict.py                   # writes benchmarks/results/predicted.json
+
+A PREDICTION, nothing here was timed. For each layer, sparsity and pattern, time is the larger of what the arithmetic
+takes and what moving bytes takes, plus launches. What the sparse kernels do before (layout, preparation of the pattern)
+is counted as it is built today, at every call; "kept" is without it, as between consecutive sparse layers that keep
+layout and plan. The arithmetic of the sparse kernels follows from what nvcc made of them (`results/gpu_static.json`)
+and from the shared-memory wavefronts that the emulator counted (`results/gpu_wavefronts.json`). ASSUMPTIONS says the
+rest; they are in the file too. Break-even is the sparsity from which on the sparse layer is predicted to be faster than
+the dense one in the same precision, and for fp32 than the dense one in TF32 too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peaks from NVIDIA's whitepapers (A100, H100 SXM5, Ada), at boost clock."""
+
+    name: str
+    arch: str  # whose row of gpu_static.json stands for it
+    multiprocessors: int
+    gigahertz: float
+    gigabytes: float  # a second
+    lanes: int  # fp32 multiply-adds a cycle and SM
+    tensor_macs: int  # fp16 with fp32 sums, dense, a cycle and SM
+    sync_share: float  # of these by mma.sync
+    shared_bytes: int  # of a block
+
+    def seconds(self, cycles_of_an_sm: float) -> float:
+        return cycles_of_an_sm / (self.gigahertz * 1e9)
+
+
+DEVICES = (
+    Device("A100", "8.0", 108, 1.41, 2039, 64, 1024, 1.0, 163 << 10),
+    Device("H100", "9.0", 132, 1.83, 3350, 128, 2048, 0.6, 227 << 10),
+    # GeForce multiplies fp16 with fp32 sums at half of its rate with fp16 sums.
+    Device("RTX 4090", "8.6", 128, 2.52, 1008, 128, 256, 1.0, 99 << 10),
+)
+
+ASSUMPTIONS = {
+    "dense_fp32": 0.85,  # share of the fp32 peak that cuDNN reaches
+    "dense_winograd": 1.5,  # times faster for 3x3 with stride 1 in fp32
+    "dense_tensor": 0.5,  # share of the tensor cores' peak, fp16 and TF32 (at half of fp16's)
+    "bandwidth": 0.85,  # share of the memory's; the second-level cache is not modelled
+    "latency": 0.8,  # share of its bound that a sparse kernel reaches, for what nobody hides
+    "launch_us": 2.0,  # of each kernel, back to back in a stream
+    "prepare_us": 15.0,  # sorting a pattern's columns, done at every call as long as no plan is kept
+    "columns_even": "each row group has its share of the non-zeros",
+}
+
+LANES = 8  # of the tensor-core kernel
+TENSOR_VARIANTS = {8: ((2, 32), (4, 16)), 16: ((1, 32), (2, 16)), 32: ((1, 16),), 64: ((1, 8),)}  # groups, positions
+
+
+@dataclass(frozen=True)
+class Layer:
+    name: str
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    size: int  # of the output, height and width
+    count: int  # such layers
+
+    def macs(self, batch: int) -> float:
+        return batch * self.size**2 * self.out_channels * self.in_channels * self.kernel**2
+
+    def bytes(self, batch: int, element: int) -> tuple[float, float, float]:
+        """Of input, output and dense weight."""
+        read = batch * self.in_channels * (self.size * self.stride) ** 2
+        return (
+            element * read,
+            element * batch * self.out_channels * self.size**2,
+            element * self.out_channels * self.in_channels * self.kernel**2,
+        )
+
+
+def resnet50() -> list[Layer]:
+    """Every different convolution but the first, at 224 x 224."""
+    import torchvision
+
+    found: dict[tuple, list] = {}
+    model = torchvision.models.resnet50().eval()
+
+    def hook(name):
+        def record(conv, args, output):
+            key = (conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0], output.shape[-1])
+            found.setdefault(key, [name, 0])[1] += 1
+
+        return record
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d) and name != "conv1":
+            module.register_forward_hook(hook(name))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 224, 224))
+    return [Layer(name, *key, count) for key, (name, count) in found.items()]
+
+
+# ---- the model ----
+
+
+def moved(device: Device, total: float) -> float:
+    return total / (device.gigabytes * 1e9 * ASSUMPTIONS["bandwidth"])
+
+
+def launches(count: int) -> float:
+    return count * ASSUMPTIONS["launch_us"] * 1e-6
+
+
+def dense(device: Device, layer: Layer, batch: int, precision: str) -> float:
+    """Seconds of cuDNN's convolution: "fp32", "tf32" or "fp16"."""
+    if precision == "fp32":
+        rate = device.lanes * ASSUMPTIONS["dense_fp32"]
+        rate *= ASSUMPTIONS["dense_winograd"] if layer.kernel == 3 and layer.stride == 1 else 1.0
+    else:
+        rate = device.tensor_macs * ASSUMPTIONS["dense_tensor"] * (0.5 if precision == "tf32" else 1.0)
+    arithmetic = device.seconds(layer.macs(batch) / (rate * device.multiprocessors))
+    return max(arithmetic, moved(device, sum(layer.bytes(batch, 2 if precision == "fp16" else 4)))) + launches(1)
+
+
+def strips(layer: Layer, batch: int, slots: int) -> tuple[int, int]:
+    """(units of `slots` images or strips, rows of a strip), as the host side cuts them."""
+    wanted = min(max(math.ceil(slots / batch), 1), layer.size)
+    rows = math.ceil(layer.size / wanted)
+    return math.ceil(batch * math.ceil(layer.size / rows) / slots), rows
+
+
+def cuda_cores(device: Device, layer: Layer, batch: int, vector: int, density: float, kept: bool, static) -> float:
+    """Seconds of conv2d_kernel in fp32."""
+    slots = 16 if vector < 8 else 8
+    name = f"conv2d_kernel<{vector}, {slots // 4},"
+    bound = max(row["bound"] for (kernel, arch), row in static.items() if arch == device.arch and name in kernel)
+    units, rows = strips(layer, batch, slots)
+    tile_h, tile_w = min(
+        ((4, 8), (2, 16), (1, 32)), key=lambda t: math.ceil(rows / t[0]) * math.ceil(layer.size / t[1])
+    )
+    tiles = units * math.ceil(rows / tile_h) * math.ceil(layer.size / tile_w)
+    block_rows = min(layer.out_channels, 8 * max(4, vector))
+    blocks = tiles * math.ceil(layer.out_channels / block_rows)
+    macs = layer.in_channels * layer.kernel**2 * density * block_rows * 32 * slots
+    # What a block of threads does at best, two of which share an SM.
+    cycles = macs / (device.lanes * bound * ASSUMPTIONS["latency"])
+    arithmetic = device.seconds(cycles * max(math.ceil(blocks / device.multiprocessors), 1))
+    read, written, weight = layer.bytes(batch, 4)
+    pattern = weight * density * (1 + 1 / vector)
+    before = 0.0 if kept else moved(device, 2 * read) + launches(2)
+    return before + max(arithmetic, moved(device, read + written + pattern)) + launches(1)
+
+
+def tensor_cores(device: Device, layer: Layer, batch: int, vector: int, density: float, kept: bool, factors) -> float:
+    """Seconds of conv2d_tensor_kernel in fp16."""
+    units, rows = strips(layer, batch, LANES)
+    slices = math.ceil(layer.out_channels / vector)
+    reach = layer.kernel - 1
+    best = math.inf
+    for groups, positions in TENSOR_VARIANTS[vector]:
+        for position_warps in (1, 2, 4, 8):
+            row_warps = min(8 // position_warps, math.ceil(slices / groups))
+            for tile_w in (8, 16, 32):
+                tile_h = positions * position_warps // tile_w
+                if tile_h < 1:
+                    continue
+                phases = min(layer.stride, layer.kernel)
+                plane = (phases * (tile_h + reach // layer.stride)) * (phases * (tile_w + reach // layer.stride))
+                channels = min((device.shared_bytes // 2 - 128) // (16 * (plane | 1)), 128, layer.in_channels)
+                if channels < 1:
+                    continue
+                parts = math.ceil(layer.in_channels / channels)
+                octets = layer.in_channels * layer.kernel**2 * density / 8 + 0.45 * parts
+                block_slices = min(slices, row_warps * groups)
+                everywhere = positions * position_warps
+                gathers = block_slices * octets * everywhere * factors[vector]
+                copies = layer.in_channels * plane / 8
+                weights = block_slices * octets * position_warps * vector / 8
+                products = block_slices * octets * everywhere * vector * 64 / device.tensor_macs / device.sync_share
+                # Each sum is written to shared memory, two lanes to a bank, and read once.
+                results = block_slices * vector * everywhere * 8 * 4 / 128 * 3
+                cycles = max(gathers + copies + weights, products) / ASSUMPTIONS["latency"] + results + 1000
+                tiles = units * math.ceil(rows / tile_h) * math.ceil(layer.size / tile_w)
+                blocks = tiles * math.ceil(slices / (row_warps * groups))
+                best = min(best, cycles * math.ceil(blocks / device.multiprocessors))
+    read, written, weight = layer.bytes(batch, 2)
+    pattern = weight * density * (1 + 2 / vector)
+    before = 0.0 if kept else moved(device, 2 * read) + ASSUMPTIONS["prepare_us"] * 1e-6 + launches(3)
+    return before + max(device.seconds(best), moved(device, read + written + pattern)) + launches(1)
+
+
+def break_even(sparse, dense_seconds: float) -> float | None:
+    """The sparsity from which on `sparse(density)` is faster, or None below 99%."""
+    if sparse(0.01) >= dense_seconds:
+        return None
+    low, high = 0.01, 1.0  # densities
+    if sparse(high) < dense_seconds:
+        return 0.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sparse(middle) < dense_seconds else (low, middle)
+    return round(1 - low, 3)
+
+
+def patterns(static: dict, factors: dict) -> dict[str, tuple]:
+    """{name: (precision, seconds of device, layer, batch, density and kept)}"""
+    found = {}
+    for vector in (1, 2, 4, 8):
+        found[f"V={vector} fp32"] = (
+            "fp32",
+            lambda *of, v=vector: cuda_cores(*of[:3], v, *of[3:], static),
+        )
+    for vector in TENSOR_VARIANTS:
+        found[f"V={vector} fp16"] = (
+            "fp16",
+            lambda *of, v=vector: tensor_cores(*of[:3], v, *of[3:], factors),
+        )
+    return found
+
+
+def gather_factors(table: dict) -> dict[int, float]:
+    """By V: wavefronts of gathers over the least, the mean over the layers and masks that were counted."""
+    by_vector: dict[int, list[float]] = {}
+    for row in table["layers"]:
+        by_vector.setdefault(row["vector"], []).append(row["gather_factor"])
+    return {vector: round(sum(values) / len(values), 3) for vector, values in by_vector.items()}
+
+
+def predicted(device: Device, batch: int, layers: list[Layer], precision: str, seconds) -> dict:
+    """Dense and sparse ms and break-even of all layers together, and of each."""
+    against = ["fp32", "tf32"] if precision == "fp32" else [precision]
+
+    def of(some: list[Layer]) -> dict:
+        def sparse(density: float, kept: bool) -> float:
+            return sum(layer.count * seconds(device, layer, batch, density, kept) for layer in some)
+
+        dense_s = {p: sum(layer.count * dense(device, layer, batch, p) for layer in some) for p in against}
+        return {
+            "dense_ms": {p: round(1e3 * s, 4) for p, s in dense_s.items()},
+            "sparse_ms": [round(1e3 * sparse(1 - s, False), 4) for s in SPARSITIES],
+            "kept_ms": [round(1e3 * sparse(1 - s, True), 4) for s in SPARSITIES],
+            "break_even": {p: break_even(lambda d: sparse(d, False), s) for p, s in dense_s.items()},
+            "break_even_kept": {p: break_even(lambda d: sparse(d, True), s) for p, s in dense_s.items()},
+        }
+
+    one_each = [replace(layer, count=1) for layer in layers]
+    return of(layers) | {"layers": [{"layer": layer.name, **of([layer])} for layer in one_each]}
+
+
+def line(row: dict) -> str:
+    def even(value):
+        return "never" if value is None else f"{value:.0%}"
+
+    times = " ".join(
+        f"{s:.0%} {a:.2f} (kept {b:.2f})"
+        for s, a, b in zip(SPARSITIES, row["sparse_ms"], row["kept_ms"], strict=True)
+        if s in (0.5, 0.8, 0.9, 0.95)
+    )
+    dense_said = ", ".join(
+        f"{p} {ms:.2f} (even {even(row['break_even'][p])}, kept {even(row['break_even_kept'][p])})"
+        for p, ms in row["dense_ms"].items()
+    )
+    return f"{row['device']:8} batch {row['batch']:<3} {row['pattern']:9} {times} | dense {dense_said}"
+
+
+def read(name: str, made_by: str) -> dict:
+    path = RESULTS / name
+    if not path.is_file():
+        sys.exit(f"Expected {path}, got none: {made_by} writes it")
+    return json.loads(path.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--out", type=Path, default=RESULTS / "predicted.json")
+    args = parser.parse_args()
+    table = read("gpu_static.json", "make gpu-static ARGS=--update")
+    static = {(row["kernel"], row["arch"]): row for row in table["kernels"]}
+    factors = gather_factors(read("gpu_wavefronts.json", "benchmarks/gpu_wavefronts.py"))
+    layers, rows = resnet50(), []
+    print(
+        "PREDICTION, not measured: ms of ResNet-50's convolutions but the first (kept: layout and plan are there), and"
+    )
+    print("the sparsity that breaks even")
+    for device in DEVICES:
+        for batch in args.batches:
+            for name, (precision, seconds) in patterns(static, factors).items():
+                row = {"device": device.name, "batch": batch, "pattern": name}
+                row |= predicted(device, batch, layers, precision, seconds)
+                rows.append(row)
+                print(line(row))
+    written = {
+        "what": "A prediction by benchmarks/predict.py. Nothing here was measured.",
+        "assumptions": ASSUMPTIONS,
+        "gather_factors": factors,
+        "nvcc": table["nvcc"],
+        "devices": [asdict(device) for device in DEVICES],
+        "sparsities": SPARSITIES,
+        "layers": [asdict(layer) for layer in layers],
+        "predictions": rows,
+    }
+    args.out.write_text(json.dumps(written) + "\n")
+    print(f"Wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

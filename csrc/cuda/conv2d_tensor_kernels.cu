@@ -1,0 +1,87 @@
+// Launches the kernels of conv2d_tensor.cuh.
+#include "conv2d_tensor.cuh"
+
+#include <algorithm>
+#include <utility>
+
+namespace sparsekd::cuda {
+namespace {
+
+constexpr int kVariants = sizeof(kTensorVariants) / sizeof(kTensorVariants[0]);
+
+bool same(const TensorVariant& a, const TensorVariant& b) {
+  return a.rows == b.rows && a.groups == b.groups && a.positions == b.positions && a.run == b.run;
+}
+
+template <int kIndex>
+cudaError_t launch_variant(const TensorConv2dParams& params, dim3 grid, cudaStream_t stream) {
+  constexpr TensorVariant v = kTensorVariants[kIndex];
+  const int warps = params.row_warps * params.position_warps;
+  const size_t staged = 2 * staged_bytes(params.block_channels, params.pitch);
+  const size_t bytes = std::max<size_t>(staged, warps * result_bytes(v.positions));
+  if (params.dtype == DType::float16) {
+    return SPARSEKD_LAUNCH((conv2d_tensor_kernel<Half, v.rows, v.groups, v.positions, v.run>), grid, dim3(32 * warps),
+                           bytes, stream, params);
+  }
+  return SPARSEKD_LAUNCH((conv2d_tensor_kernel<BFloat16, v.rows, v.groups, v.positions, v.run>), grid, dim3(32 * warps),
+                         bytes, stream, params);
+}
+
+template <int... kIndex>
+cudaError_t launch_conv2d(const TensorConv2dParams& params, const TensorVariant& variant, dim3 grid,
+                          cudaStream_t stream, std::integer_sequence<int, kIndex...>) {
+  cudaError_t result = cudaSuccess;
+  (void)((same(kTensorVariants[kIndex], variant) &&
+          (result = launch_variant<kIndex>(params, grid, stream), true)) || ...);
+  return result;
+}
+
+template <int kRows>
+cudaError_t launch_fragments(const TensorPatternParams& params, cudaStream_t stream) {
+  constexpr int kWarps = 4;
+  const dim3 grid((params.row_groups * params.slices + kWarps - 1) / kWarps);
+  const size_t bytes = sizeof(int) * kWarps * (params.blocks * 16 + params.most_octets * 3);
+  return SPARSEKD_LAUNCH(tensor_fragments_kernel<kRows>, grid, dim3(32 * kWarps), bytes, stream, params);
+}
+
+}  // namespace
+}  // namespace sparsekd::cuda
+
+using namespace sparsekd::cuda;
+
+int sparsekd_device_limits(int device, int* limits) {
+  DeviceLimits found{};
+  const cudaError_t error = limits_of(device, &found);
+  limits[0] = found.major;
+  limits[1] = found.shared_bytes;
+  limits[2] = found.multiprocessors;
+  return error;
+}
+
+int sparsekd_to_lanes16(const ToLanes16Params* params, void* stream) {
+  constexpr int kThreads = 256;
+  const int64_t vectors = int64_t(params->lanes.units) * params->lanes.channels * params->lanes.plane;
+  const dim3 grid(static_cast<unsigned>((vectors + kThreads - 1) / kThreads));
+  return SPARSEKD_LAUNCH(to_lanes16_kernel, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), *params);
+}
+
+int sparsekd_tensor_pattern(const TensorPatternParams* params, int groups, void* stream) {
+  auto* on = static_cast<cudaStream_t>(stream);
+  const dim3 grid(params->blocks, groups * params->row_blocks);
+  const size_t ints = size_t(params->block_slices) * params->block_channels + kMostSlices * 8 +
+                      2 * params->block_channels + params->block_slices;
+  const cudaError_t error = SPARSEKD_LAUNCH(tensor_planes_kernel, grid, dim3(128), sizeof(int) * ints, on, *params);
+  if (error != cudaSuccess) return error;
+  switch (params->rows) {
+    case 8: return launch_fragments<8>(*params, on);
+    case 16: return launch_fragments<16>(*params, on);
+    case 32: return launch_fragments<32>(*params, on);
+    default: return launch_fragments<64>(*params, on);
+  }
+}
+
+int sparsekd_conv2d_tensor(const TensorConv2dParams* params, const TensorVariant* variant, int64_t grid_x, int grid_y,
+                           void* stream) {
+  return launch_conv2d(*params, *variant, dim3(static_cast<unsigned>(grid_x), grid_y),
+                       static_cast<cudaStream_t>(stream), std::make_integer_sequence<int, kVariants>{});
+}

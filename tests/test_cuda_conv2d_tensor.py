@@ -1,0 +1,139 @@
+"""conv2d on tensor cores, run by the emulator and checked, against nn.functional.conv2d in float64."""
+
+import contextlib
+import ctypes
+import dataclasses
+import random
+
+import emulated
+import pytest
+import torch
+from conftest import assert_near
+from test_cuda_conv2d import ACTIVATIONS, Case, operands
+
+from sparsekd.sparse import formats, reference
+
+LARGE, SMALL = 163 << 10, 99 << 10  # shared memory of a block on 8.0 and on 8.6
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def draw(seed):
+    r = random.Random(seed)
+    kernel = r.choice([(1, 1), (3, 3), (3, 3), (1, 3), (2, 2), (5, 5)])
+    dilation = (r.choice([1, 1, 2]), r.choice([1, 1, 2]))
+    size = tuple(max(r.choice([1, 3, 7, 8, 9, 14, 17]), (k - 1) * d + 1) for k, d in zip(kernel, dilation, strict=True))
+    vector = r.choice([8, 8, 16, 16, 32, 64, 9, 24, 80])
+    return Case(
+        batch=r.choice([1, 1, 2, 3, 8, 9]),
+        groups=r.choice([1, 1, 1, 2]),
+        channels=r.choice([1, 2, 9, 17, 40]),
+        filters=vector * r.choice([1, 2, 3]) - r.choice([0, 0, 1, vector - 1]),
+        kernel=kernel,
+        stride=r.choice([(1, 1), (1, 1), (2, 2), (1, 2), (3, 2)]),
+        dilation=dilation,
+        padding=(r.choice([0, 0, 1, 2]), r.choice([0, 1, 1, 3])),
+        size=size,
+        vector=vector,
+        density=r.choice([0.02, 0.1, 0.3, 1.0]),
+        permuted=r.random() < 0.3,
+        shuffled=r.random() < 0.3,
+        dtype=r.choice(HALVES),
+        channels_last=r.random() < 0.3,
+        seed=seed,
+    )
+
+
+def calls():
+    """(on tensor cores, on CUDA cores instead)"""
+    counts = [ctypes.c_int64(), ctypes.c_int64()]
+    emulated.emulator().functions.sparsekd_conv2d_calls(*map(ctypes.byref, counts))
+    return tuple(count.value for count in counts)
+
+
+@contextlib.contextmanager
+def device(major, shared_bytes=LARGE):
+    set_device = emulated.emulator().functions.emulator_set_device
+    set_device(major, shared_bytes, 108)
+    try:
+        yield
+    finally:
+        set_device(8, LARGE, 108)
+
+
+@pytest.mark.parametrize("seed", [*range(16), *(pytest.param(s, marks=pytest.mark.slow) for s in range(16, 80))])
+def test_against_the_oracle(seed):
+    case = draw(seed)
+    input, values, crow, col, rows, geometry, generator = operands(case)
+    bias = torch.randn(geometry[0], generator=generator).to(case.dtype) if seed % 2 else None
+    before = calls()
+    with device(8, SMALL if seed % 3 == 0 else LARGE):
+        got = emulated.in_two_orders("conv2d", input, values, crow, col, rows, None, bias, *geometry)
+    assert calls() == (before[0] + 2, before[1])
+    wide = [None if t is None else t.double() for t in (input, values, bias)]
+    want = reference.conv2d_reference(wide[0], wide[1], crow, col, rows, wide[2], *geometry)
+    assert_near(got, want, case.dtype, str(case))
+
+
+@pytest.mark.parametrize("vector", [8, 16, 32, 64])
+def test_fused_against_the_oracle(vector):
+    case = dataclasses.replace(draw(vector), vector=vector, filters=vector + 3, density=0.3, size=(9, 11), groups=2)
+    input, values, crow, col, rows, geometry, generator = operands(case)
+    plain = reference.conv2d_reference(input.double(), values.double(), crow, col, rows, None, *geometry)
+    scale, shift = (torch.randn(geometry[0], generator=generator).to(case.dtype) for _ in range(2))
+    residual = torch.randn(plain.shape, generator=generator).to(case.dtype)
+    finish = (scale, shift, residual, ACTIVATIONS[vector % len(ACTIVATIONS)])
+    got = emulated.in_two_orders("conv2d_fused", input, values, crow, col, rows, *finish, *geometry)
+    wide = [t.double() for t in (input, values)], [t.double() for t in finish[:3]]
+    want = reference.conv2d_fused_reference(*wide[0], crow, col, rows, *wide[1], finish[3], *geometry)
+    assert_near(got, want, case.dtype, str(case))
+
+
+def layer(vector, channels=16, filters=None, seed=0, density=0.2):
+    generator = torch.Generator().manual_seed(seed)
+    filters = filters or 2 * vector
+    mask = (torch.rand(filters // vector, channels, 3, 3, generator=generator) < density).repeat_interleave(vector, 0)
+    weight = torch.randn(mask.shape, generator=generator)
+    values, crow, col, rows = formats.pack(weight, mask, vector)
+    return values.half(), crow, col, mask, (filters, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+
+
+@pytest.mark.parametrize("vector", [8, 16])
+def test_infinities_stay_with_the_rows_that_read_them(vector):
+    """What fills up a matrix is multiplied by zero, and 0 * inf is no number: it must not be an activation."""
+    values, crow, col, mask, geometry = layer(vector, filters=8 * vector, density=0.05)
+    input = torch.ones(2, 16, 5, 5, dtype=torch.float16)
+    input[:, 3] = torch.inf
+    got = emulated.emulator().ops.conv2d(input, values, crow, col, None, None, None, *geometry)
+    untouched = ~mask[:, 3].flatten(1).any(1)
+    assert 0 < untouched.sum() < len(untouched), "the pattern should have rows with and without that channel"
+    assert got[:, untouched].isfinite().all()
+
+
+def test_many_blocks_of_channels():
+    values, crow, col, _, geometry = layer(16, channels=300, density=0.02)
+    input = torch.randn(1, 300, 8, 8, dtype=torch.float16)
+    with device(8, SMALL):
+        got = emulated.in_two_orders("conv2d", input, values, crow, col, None, None, None, *geometry)
+    want = reference.conv2d_reference(input.double(), values.double(), crow, col, None, None, *geometry)
+    assert_near(got, want, torch.float16)
+
+
+def test_without_tensor_cores_it_runs_on_cuda_cores_and_says_so(capfd):
+    values, crow, col, _, geometry = layer(8)
+    input = torch.randn(1, 16, 5, 5, dtype=torch.float16)
+    before = calls()
+    torch.set_warn_always(True)
+    with device(7):
+        got = emulated.emulator().ops.conv2d(input, values, crow, col, None, None, None, *geometry)
+    torch.set_warn_always(False)
+    assert calls() == (before[0], before[1] + 1)
+    assert "expected compute capability 8.0 or later, got 7" in capfd.readouterr().err
+    want = reference.conv2d_reference(input.double(), values.double(), crow, col, None, None, *geometry)
+    assert_near(got, want, torch.float16)
+
+
+def test_wrong_indices_read_no_foreign_memory():
+    values, crow, col, _, geometry = layer(16)
+    input = torch.randn(1, 16, 5, 5, dtype=torch.float16)
+    for wrong_crow, wrong_col in [(crow, col + 10_000), (crow, col - 10_000), (crow * 1000, col), (crow - 50, col)]:
+        emulated.emulator().ops.conv2d(input, values, wrong_crow, wrong_col, None, None, None, *geometry)

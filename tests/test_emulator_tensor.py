@@ -1,0 +1,107 @@
+"""The emulator reports bugs sown into the tensor-core convolution, one at a time, as in test_emulator.py."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated
+import pytest
+
+# what stands in conv2d_tensor.cuh, what is put in its place, what the checker says of it.
+BUGS = {
+    "no barrier after the copies": (
+        "    __syncthreads();  // what other threads copied\n",
+        "",
+        "asynchronous copy|no barrier between|before it was written",
+    ),
+    "no barrier before the buffer is filled again": (
+        "    __syncthreads();  // before the buffer is filled again\n",
+        "",
+        "asynchronous copy|no barrier between",
+    ),
+    "waits for too few copies": ("copy_async_wait<1>();", "copy_async_wait<2>();", "asynchronous copy"),
+    "rows of a matrix eight bytes apart": ("+ position16 * 16;", "+ position16 * 8;", "misaligned"),
+    "no zeros for what fills up an octet": (
+        "  if (threadIdx.x < 2 * kZeros) {",
+        "  if (false) {",
+        "before it was written",
+    ),
+    "last octet never filled": (
+        "for (int i = lane; i < all; i += 32) {",
+        "for (int i = lane; i + 1 < all; i += 32) {",
+        "before it was written",
+    ),
+    "lanes make unequal numbers of steps": (
+        "for (; i + 1 < end; i += 2) {",
+        "for (; i + 1 < end + (lane == 7 ? 2 : 0); i += 2) {",
+        "diverge|deadlock|have ended|out of bounds|before it was written",
+    ),
+    "results read before they are there": (
+        "    __syncwarp();  // results\n",
+        "",
+        "no barrier between|before it was written",
+    ),
+    "results overwritten too early": ("    __syncwarp();  // before the next results\n", "", "no barrier between"),
+    "sums of residues without __syncwarp": (
+        "    __syncwarp();  // before the sums are read again\n",
+        "",
+        "no barrier between",
+    ),
+    "octets ranked before they are counted": (
+        "        __syncwarp();  // before octets are ranked again\n",
+        "",
+        "no barrier between",
+    ),
+    "column bound off by one": (
+        "column < p.axes[1].positions;",
+        "column <= p.axes[1].positions;",
+        "written by another block|out of bounds|no barrier between",
+    ),
+}
+
+# Three blocks of channels in little shared memory, odd columns and octets, borders, two matrices of rows a warp.
+RUN = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import emulated
+from pathlib import Path
+from sparsekd.sparse import formats
+emulator = emulated.load(Path({library!r}))
+emulator.functions.emulator_set_device(8, 40 << 10, 108)
+torch.manual_seed(0)
+said = ""
+for vector, seed in ((8, 0), (16, 1), (32, 0)):
+    emulator.functions.emulator_set_seed(seed)
+    mask = (torch.rand(64 // vector, 90, 3, 3) < 0.1).repeat_interleave(vector, 0)
+    values, crow, col, _ = formats.pack(torch.randn(64, 90, 3, 3), mask, vector)
+    input = torch.randn(3, 90, 9, 9).half()
+    try:
+        emulator.ops.conv2d(input, values.half(), crow, col, None, None, None, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    except RuntimeError as error:
+        said = said or str(error).splitlines()[0]
+print("said:", said)
+"""
+
+
+def said_of(library):
+    code = RUN.format(tests=str(Path(__file__).parent), library=str(library))
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=emulated.ROOT)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return ran.stdout.rpartition("said:")[2].strip()
+
+
+def test_nothing_is_said_of_the_kernels_as_they_are():
+    assert said_of(emulated.library_path()) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", BUGS)
+def test_finds(bug, tmp_path):
+    right, wrong, says = BUGS[bug]
+    source = (emulated.ROOT / "csrc" / "cuda" / "conv2d_tensor.cuh").read_text()
+    assert right in source, "the place where the bug is sown is gone"
+    emulated.library_path()
+    library = emulated.compile_changed(tmp_path, {"conv2d_tensor.cuh": source.replace(right, wrong, 1)})
+    said = said_of(library)
+    assert re.search(says, said), said

@@ -1,0 +1,61 @@
+"""benchmarks/predict.py: the model behaves as times do, and the committed file says that it is a prediction."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import predict  # noqa: E402
+
+LAYER = predict.Layer("layer", 256, 256, 3, 1, 14, 1)
+FACTORS = {8: 1.2, 16: 1.1, 32: 1.1, 64: 1.1}
+
+
+@pytest.fixture(scope="module")
+def patterns():
+    table = json.loads((predict.RESULTS / "gpu_static.json").read_text())
+    return predict.patterns({(row["kernel"], row["arch"]): row for row in table["kernels"]}, FACTORS)
+
+
+@pytest.mark.parametrize("device", predict.DEVICES, ids=lambda d: d.name)
+def test_fewer_weights_take_no_longer(patterns, device):
+    for name, (_, seconds) in patterns.items():
+        for kept in (False, True):
+            times = [seconds(device, LAYER, 32, density, kept) for density in (1.0, 0.5, 0.2, 0.05)]
+            assert times == sorted(times, reverse=True), name
+            assert times[-1] > predict.launches(1)
+        assert seconds(device, LAYER, 32, 0.1, True) < seconds(device, LAYER, 32, 0.1, False)
+
+
+def test_dense_is_bounded_by_arithmetic_or_by_bytes():
+    a100 = predict.DEVICES[0]
+    # 4 * 256 * 256 * 9 * 196 multiply-adds at half of 108 * 1024 * 1.41e9 a second, and a launch.
+    seconds = predict.dense(a100, LAYER, 4, "fp16")
+    assert seconds == pytest.approx(4 * 256 * 256 * 9 * 196 / (0.5 * 108 * 1024 * 1.41e9) + 2e-6)
+    thin = predict.Layer("thin", 64, 64, 1, 1, 56, 1)
+    moved = 2 * (2 * 32 * 64 * 56 * 56) + 2 * 64 * 64
+    assert predict.dense(a100, thin, 32, "fp16") == pytest.approx(moved / (2039e9 * 0.85) + 2e-6)
+
+
+def test_break_even():
+    assert predict.break_even(lambda density: 10 * density, 2.0) == pytest.approx(0.8, abs=1e-3)
+    assert predict.break_even(lambda density: 1 + density, 0.5) is None
+    assert predict.break_even(lambda density: density, 2.0) == 0.0
+
+
+def test_the_committed_prediction():
+    written = json.loads((predict.RESULTS / "predicted.json").read_text())
+    assert "prediction" in written["what"] and "Nothing here was measured" in written["what"]
+    assert set(written["assumptions"]) == set(predict.ASSUMPTIONS)
+    assert {d["name"] for d in written["devices"]} == {"A100", "H100", "RTX 4090"}
+    assert sum(layer["count"] for layer in written["layers"]) == 52
+    for row in written["predictions"]:
+        assert len(row["layers"]) == len(written["layers"])
+        for part in [row, *row["layers"]]:
+            for times in (part["sparse_ms"], part["kept_ms"], part["dense_ms"].values()):
+                assert all(math.isfinite(ms) and ms > 0 for ms in times)
+            assert part["sparse_ms"] == sorted(part["sparse_ms"], reverse=True)
