@@ -21,7 +21,10 @@ except ImportError as error:
         f"{torch.__version__}, got: {error}. Build it with `pip install --no-build-isolation .`"
     ) from error
 
+from ..kernels import registration
 from . import op_rules  # noqa: F401  (on top of what was registered)
+
+_triton_kernels = registration.register()  # on CUDA; kept, as they are gone with it
 
 _ops = torch.ops.sparsekd
 
