@@ -7,6 +7,8 @@ as on a GPU. What the interpreter of Triton 3.8 gets wrong is put right, and wha
 - a load or store outside of every tensor, whether or not the launcher owns the memory (:class:`OutOfBounds`);
 - two stores to one element within a launch, which on a GPU is a race (:class:`Overlap`).
 
+Programs run in an order shuffled by ``order_seed``, as a GPU keeps none.
+
 Another version of Triton is left as it is: ``SUPPORTED`` is then False and the tests that need this skip. Where there is
 a GPU the kernels are tested on it.
 """
@@ -19,6 +21,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch._library.triton import set_wrap_triton_enabled
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsekd.kernels import registration
 
@@ -43,6 +46,8 @@ class Overlap(RuntimeError):
 
 # Of the launch that runs: [(first byte, byte after the last, was it stored to)] of each tensor.
 _extents: list[tuple[int, int, np.ndarray]] = []
+_registered = []
+order_seed = 0  # of the order in which a launch's programs run
 
 
 def _seen(tensor):
@@ -119,7 +124,19 @@ def _patches():
                 _seen(tensor)
         return args, kwargs
 
+    plain_dim, plain_idx = builder.set_grid_dim, builder.set_grid_idx
+
+    def set_grid_dim(self, *grid):
+        plain_dim(self, *grid)
+        self.order = np.random.default_rng(order_seed).permutation(int(np.prod(grid)))
+
+    def set_grid_idx(self, *index):
+        chosen = self.order[np.ravel_multi_index(index, self.grid_dim)]
+        plain_idx(self, *map(int, np.unravel_index(chosen, self.grid_dim)))
+
     def run(self, *args, grid, warmup, **kwargs):
+        if any(isinstance(arg, FakeTensor) for arg in args):
+            return None  # as where a graph is traced
         with np.errstate(all="ignore"):  # as a GPU does
             return interpreter.InterpretedFunction(self.fn).run(*args, grid=grid, warmup=warmup, **kwargs)
 
@@ -132,6 +149,8 @@ def _patches():
         *((builder, name, cast) for name in casts),
         (builder, "create_masked_load", create_masked_load),
         (builder, "create_masked_store", create_masked_store),
+        (builder, "set_grid_dim", set_grid_dim),
+        (builder, "set_grid_idx", set_grid_idx),
         (executor, "_init_args_hst", init_args),
         (triton.runtime.jit.JITFunction, "run", run),
         (triton.runtime.jit.JITFunction, "__call__", call),
@@ -151,12 +170,23 @@ def interpreting():
 def as_cpu_ops():
     """The project's ops run these kernels, interpreted, for tensors on the CPU."""
     library = registration.register("CPU")
+    _registered.append(library)
     try:
         # New tensors hold NaN, so that what is read before it was written, or never written, shows.
         with interpreting(), filled_with_nan():
             yield
     finally:
-        library._destroy()
+        _registered.pop()._destroy()
+
+
+@contextlib.contextmanager
+def cpu_kernels():
+    """Within :func:`as_cpu_ops`, the CPU's own kernels again."""
+    _registered.pop()._destroy()
+    try:
+        yield
+    finally:
+        _registered.append(registration.register("CPU"))
 
 
 @contextlib.contextmanager
