@@ -21,8 +21,8 @@ from torch.library import Library
 # Below, CUDA cores do as well where a kernel for them was built; mma's narrowest side is 8.
 LEAST_VECTOR = 16
 
-# op: (file that holds its launcher, V of a call's arguments)
-OPS: dict[str, tuple[str, Callable[[tuple], int]]] = {
+# op: (file that holds its launcher, V of a call's arguments where the op has one)
+OPS: dict[str, tuple[str, Callable[[tuple], int] | None]] = {
     "conv2d": ("conv2d", lambda args: args[1].shape[1]),
     "conv2d_fused": ("conv2d", lambda args: args[1].shape[1]),
     "conv2d_input_grad": ("conv2d", lambda args: args[1].shape[1]),
@@ -30,6 +30,7 @@ OPS: dict[str, tuple[str, Callable[[tuple], int]]] = {
     "linear": ("linear", lambda args: args[1].shape[1]),
     "linear_input_grad": ("linear", lambda args: args[1].shape[1]),
     "linear_weight_grad": ("linear", lambda args: args[5]),
+    "kd_loss_forward": ("kd_loss", None),
 }
 
 
@@ -54,7 +55,7 @@ def register(key: str = "CUDA") -> Library | None:
     for name in OPS:
         if key != "CUDA" or not _is_registered(name, key):
             library.impl(name, _triton(name), key)
-        elif hasattr(torch.library, "get_kernel"):  # else CUDA C++ keeps the key to itself
+        elif OPS[name][1] and hasattr(torch.library, "get_kernel"):  # else CUDA C++ keeps the key to itself
             library.impl(name, _choice(name, torch.library.get_kernel(f"sparsekd::{name}", key)), key, with_keyset=True)
     if key != "CUDA" or not _is_registered("transpose_pattern", key):
         library.impl("transpose_pattern", _transpose_pattern, key)
