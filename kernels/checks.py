@@ -20,6 +20,19 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def uses_tf32(convolution: bool) -> bool:
+    """Whether torch's own convolutions, or its matrix products, compute fp32 in TF32 by the user's settings."""
+    if hasattr(torch.backends, "fp32_precision"):  # allow_tf32, its older name, raises where both are used
+        backend = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul
+        return backend.fp32_precision == "tf32"
+    return torch.backends.cudnn.allow_tf32 if convolution else torch.backends.cuda.matmul.allow_tf32
+
+
+def precision_of(dtype: torch.dtype, convolution: bool = True) -> str:
+    """``tl.dot``'s ``input_precision``."""
+    return "tf32" if dtype == torch.float32 and uses_tf32(convolution) else "ieee"
+
+
 def check_dim(tensor: Tensor, name: str, dim: int) -> None:
     if tensor.dim() != dim:
         raise ValueError(f"Expected {name} with {dim} dimensions, got shape {tuple(tensor.shape)}")

@@ -1,8 +1,8 @@
 """Tile sizes: a small set per architecture, a first guess, and what a tuner found, kept on disk.
 
-Nothing is timed on a first call: without a tuned entry a kernel runs with :func:`default_conv2d`. :func:`tune` times the
-candidates of one layer when it is asked to (a second or two) and writes the winner to
-``$SPARSEKD_CACHE`` or ``~/.cache/sparsekd``, in a file named after the device and the versions.
+Nothing is timed on a first call: without a tuned entry a kernel runs with :func:`default_conv2d`. :func:`tune` times
+the candidates of one layer when it is asked to (a second or two) and writes the winner to ``$SPARSEKD_CACHE`` or
+``~/.cache/sparsekd``, in a file named after the device and the versions.
 """
 
 from __future__ import annotations
@@ -98,7 +98,15 @@ class Problem:
         pixels, out_channels, columns, n_vectors = map(_hint, (pixels, out_channels, columns, n_vectors))
         density = n_vectors / max(_hint(row_groups) * columns, 1)
         return cls(
-            op, str(dtype).removeprefix("torch."), vector, pixels, out_channels, columns, round(density, 1), taps, stride
+            op,
+            str(dtype).removeprefix("torch."),
+            vector,
+            pixels,
+            out_channels,
+            columns,
+            round(density, 1),
+            taps,
+            stride,
         )
 
     @property

@@ -1,7 +1,8 @@
 """The distillation loss and its gradient from raw logits, in one kernel.
 
     loss = (1 - alpha) * CE(student, target) + alpha * T^2 * D(teacher, student at temperature T)
-    D    = KL(p || q), KL(q || p), or JSD_beta = beta * KL(p || m) + (1 - beta) * KL(q || m),  m = beta * p + (1 - beta) * q
+    D    = KL(p || q), KL(q || p), or
+           JSD_beta = beta * KL(p || m) + (1 - beta) * KL(q || m),  m = beta * p + (1 - beta) * q
 
     gradient of D in the student's logits, times T:   q - p  |  q (log q/p - KL(q || p))  |
                                                       (1 - beta) q (log q/m - KL(q || m))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,7 +33,7 @@ class Lanes(NamedTuple):
 
 
 def layout(batch: int, positions: tuple[int, int], step: tuple[int, int], reach: tuple[int, int]) -> Lanes:
-    """For a convolution of ``positions`` whose neighbours are ``step`` apart and which reads ``reach`` beyond the last."""
+    """For a convolution of ``positions`` that are ``step`` apart, which reads ``reach`` beyond the last."""
     strips = min(max(LANES // max(batch, 1), 1), positions[0])
     strip_positions = cdiv(positions[0], strips)
     rows = (strip_positions - 1) * step[0] + reach[0] + 1

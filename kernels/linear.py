@@ -21,6 +21,10 @@ def _as_maps(rows: Tensor, name: str) -> Tensor:
     return rows[:, :, None, None]
 
 
+def _precision(tensor: Tensor) -> str:
+    return checks.precision_of(tensor.dtype, convolution=False)
+
+
 def linear(
     input: Tensor,
     values: Tensor,
@@ -34,7 +38,16 @@ def linear(
 ) -> Tensor:
     """``[M, in_features]`` to ``[M, out_features]``; arguments as :func:`sparsekd.sparse.ops.linear`'s."""
     pattern = (crow_indices, col_indices, row_indices, None)
-    output = conv2d(_as_maps(input, "input"), values, *pattern, bias, out_features, *_POINT, config=config)
+    output = conv2d(
+        _as_maps(input, "input"),
+        values,
+        *pattern,
+        bias,
+        out_features,
+        *_POINT,
+        config=config,
+        precision=_precision(input),
+    )
     return output.flatten(1)
 
 
@@ -51,7 +64,9 @@ def linear_input_grad(
     pattern = (crow_indices, col_indices, row_indices, None)
     maps = _as_maps(grad_output, "grad_output")
     size = [grad_output.shape[0], in_features, 1, 1]
-    return conv2d_input_grad(maps, values, *pattern, size, *_POINT, config=config).flatten(1)
+    return conv2d_input_grad(
+        maps, values, *pattern, size, *_POINT, config=config, precision=_precision(grad_output)
+    ).flatten(1)
 
 
 def linear_weight_grad(
@@ -64,4 +79,5 @@ def linear_weight_grad(
     config: configs.Config | None = None,
 ) -> Tensor:
     maps = _as_maps(input, "input"), _as_maps(grad_output, "grad_output")
-    return conv2d_weight_grad(*maps, crow_indices, col_indices, row_indices, vector, *_POINT, config=config)
+    pattern = (crow_indices, col_indices, row_indices, vector)
+    return conv2d_weight_grad(*maps, *pattern, *_POINT, config=config, precision=_precision(input))

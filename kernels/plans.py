@@ -1,7 +1,7 @@
-"""What the kernels need of a pattern beyond its canonical format: an order, and its transpose. Made on the device, once.
+"""What the kernels need of a pattern beyond its canonical format, made on the device, once: an order, its transpose.
 
-Nothing here waits for the device: sizes follow from shapes alone. A plan is kept for as long as the index tensors that it
-was made from, and made anew when one of them was written to.
+Nothing here waits for the device: sizes follow from shapes alone. A plan is kept for as long as the index tensors that
+it was made from, and made anew when one of them was written to.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def _once(indices: tuple[Tensor | None, ...], key: tuple, make: Callable):
     found = _kept.setdefault(first, {}).get(key)
     if found is not None:
         others, made_of, plan = found
-        same = all((ref is None) == (t is None) and (ref is None or ref() is t) for ref, t in zip(others, indices))
+        pairs = zip(others, indices, strict=True)
+        same = all((ref is None) == (t is None) and (ref is None or ref() is t) for ref, t in pairs)
         if same and made_of == versions:
             return plan
     plan = make()

@@ -22,7 +22,6 @@ from torch.library import wrap_triton
 
 from . import checks, configs, plans
 from .checks import cdiv
-from .conv2d import precision_of
 
 
 @triton.jit
@@ -135,6 +134,7 @@ def conv2d_weight_grad(
     dilation: list[int],
     groups: int,
     config: configs.Config | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """``[n_vectors, V]`` in the input's dtype; arguments as the op's in ``csrc/ops.cpp``."""
     checks.check_floating(input, "input")
@@ -199,7 +199,7 @@ def conv2d_weight_grad(
         DILATION_W=geometry.dilation[1],
         HAS_ROWS=row_indices is not None,
         ACCUMULATOR=tl.float64 if double else tl.float32,
-        PRECISION=precision_of(input.dtype, convolution=True),
+        PRECISION=precision or checks.precision_of(input.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

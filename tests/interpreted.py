@@ -1,7 +1,7 @@
 """The Triton kernels run by Triton's interpreter on CPU tensors, and watched while they run.
 
-Within :func:`interpreting` a launch of a compiled kernel is interpreted instead; the same launchers and the same kernels
-as on a GPU. What the interpreter of Triton 3.8 gets wrong is put right, and what it lets pass is an error:
+Within :func:`interpreting` a launch of a compiled kernel is interpreted instead; the same launchers and kernels as on a
+GPU. What the interpreter of Triton 3.8 gets wrong is put right, and what it lets pass is an error:
 
 - ``tl.dot`` on bfloat16 multiplied the bits; a cast from fp32 to bfloat16 cut instead of rounding;
 - a load or store outside of every tensor, whether or not the launcher owns the memory (:class:`OutOfBounds`);
@@ -9,8 +9,8 @@ as on a GPU. What the interpreter of Triton 3.8 gets wrong is put right, and wha
 
 Programs run in an order shuffled by ``order_seed``, as a GPU keeps none.
 
-Another version of Triton is left as it is: ``SUPPORTED`` is then False and the tests that need this skip. Where there is
-a GPU the kernels are tested on it.
+Another version of Triton is left as it is: ``SUPPORTED`` is then False and the tests that need this skip. Where there
+is a GPU the kernels are tested on it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from unittest import mock
 
 import numpy as np
 import torch
+from sparsekd.kernels import registration
 from torch._library.triton import set_wrap_triton_enabled
 from torch._subclasses.fake_tensor import FakeTensor
-
-from sparsekd.kernels import registration
 
 try:
     import triton
@@ -73,7 +72,9 @@ def _check(pointers, mask, size, store):
                 raise Overlap("two stores to one element in one launch")
             stored[at] = True
     if not known.all():
-        raise OutOfBounds(f"{'store to' if store else 'load from'} {int((~known).sum())} addresses outside of every tensor")
+        raise OutOfBounds(
+            f"{'store to' if store else 'load from'} {int((~known).sum())} addresses outside of every tensor"
+        )
 
 
 def _round_to_bfloat16(data):

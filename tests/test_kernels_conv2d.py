@@ -11,12 +11,13 @@ import random
 import interpreted
 import pytest
 import test_conv2d
+import test_conv2d_registered as registered
 import torch
 import torch.nn.functional as F
 from conftest import assert_near, check_gradients, check_op
+from sparsekd.kernels import configs, registration
 from test_conv2d import OPS, Case, check_case, int32, make, run_op
 
-from sparsekd.kernels import configs, registration
 from sparsekd.sparse import ops, reference
 
 pytestmark = pytest.mark.skipif(not interpreted.SUPPORTED, reason=interpreted.REASON)
@@ -93,13 +94,13 @@ def check_random(monkeypatch, seed):
         assert got.stride() == F.conv2d(input, weight, bias, *case.geometry).stride()
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(24))
 def test_random_configurations(monkeypatch, seed):
     check_random(monkeypatch, seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(60, 400))
+@pytest.mark.parametrize("seed", range(24, 300))
 def test_more_random_configurations(monkeypatch, seed):
     check_random(monkeypatch, seed)
 
@@ -112,9 +113,17 @@ def test_worked_by_hand():
 
 
 SAMPLES = {
-    "vectors": Case(batch=2, filters_per_group=11, vector=8, padding=(1, 1)),
+    "vectors": Case(batch=2, filters_per_group=11, vector=8, padding=(1, 1), size=(4, 5)),
     "permuted, strided, grouped": Case(
-        batch=2, groups=2, filters_per_group=9, vector=8, permuted=True, stride=(2, 1), padding=(1, 2), dilation=(1, 2)
+        batch=2,
+        groups=2,
+        filters_per_group=9,
+        vector=8,
+        permuted=True,
+        stride=(2, 1),
+        padding=(1, 2),
+        dilation=(1, 2),
+        size=(5, 4),
     ),
     "one pixel": Case(kernel=(1, 1), size=(1, 1), vector=16, filters_per_group=16),
     "no column": Case(density=0.0, vector=8, filters_per_group=8),
@@ -126,14 +135,14 @@ SAMPLES = {
 @pytest.mark.parametrize("sample", SAMPLES)
 @pytest.mark.parametrize("name", ["conv2d", "conv2d_input_grad", "conv2d_weight_grad"])
 def test_opcheck(name, sample):
-    arguments = test_conv2d.op_arguments(SAMPLES[sample])[name]
-    check_op(getattr(OPS, name), arguments, test_conv2d.DIFFERENTIABLE[name] if sample == "vectors" else ())
+    arguments = registered.op_arguments(SAMPLES[sample])[name]
+    check_op(getattr(OPS, name), arguments, registered.DIFFERENTIABLE[name] if sample == "vectors" else ())
 
 
 @pytest.mark.parametrize("name", ["conv2d", "conv2d_input_grad", "conv2d_weight_grad"])
 def test_opcheck_of_the_triton_op(name):
     """Without gradients of its own: those are of the op that it stands behind. Symbolic sizes pass through."""
-    arguments = test_conv2d.op_arguments(SAMPLES["permuted, strided, grouped"])[name]
+    arguments = registered.op_arguments(SAMPLES["permuted, strided, grouped"])[name]
     op = registration.triton_op(name)
     assert str(op._schema).replace("triton_", "") == str(getattr(OPS, name).default._schema)
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -145,8 +154,8 @@ def test_opcheck_of_the_triton_op(name):
 def test_gradcheck(monkeypatch, name, lanes):
     with_config(monkeypatch, configs.Config(16, 8, 16, lanes=lanes))
     case = Case(channels_per_group=2, filters_per_group=3, size=(3, 2), kernel=(2, 2), vector=8, dtype=torch.float64)
-    arguments = test_conv2d.op_arguments(dataclasses.replace(case, density=0.6, stride=(2, 1), padding=(1, 0)))[name]
-    check_gradients(getattr(OPS, name), arguments, test_conv2d.DIFFERENTIABLE[name])
+    arguments = registered.op_arguments(dataclasses.replace(case, density=0.6, stride=(2, 1), padding=(1, 0)))[name]
+    check_gradients(getattr(OPS, name), arguments, registered.DIFFERENTIABLE[name])
 
 
 FUSED = Case(batch=2, filters_per_group=11, vector=8, permuted=True, padding=(1, 1), size=(5, 6))
@@ -158,16 +167,21 @@ def test_fused(monkeypatch, split_k, layout):
     from test_conv2d_fused import finished
 
     with_config(monkeypatch, configs.Config(64, 16, 32, split_k=split_k))
-    for dtype, flags in zip((torch.float32, torch.float64, torch.float16, torch.bfloat16), FLAGS, strict=True):
+    for dtype, flags, activation in FINISHES:
         case = dataclasses.replace(FUSED, layout=layout, dtype=dtype)
         input, _, packed, _ = make(case)
-        for activation in reference.ACTIVATIONS:
-            got, want = finished(case, packed, input, *flags, activation)
-            assert_near(got, want, dtype, f"{flags} {activation}")
-            assert got.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+        got, want = finished(case, packed, input, *flags, activation)
+        assert_near(got, want, dtype, f"{flags} {activation}")
+        assert got.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
 
 
-FLAGS = [(True, True, True), (False, True, False), (True, False, True), (False, False, True)]
+# dtype, (scale, shift, residual), activation
+FINISHES = [
+    (torch.float32, (True, True, True), "silu"),
+    (torch.float64, (False, True, False), "relu6"),
+    (torch.float16, (True, False, True), "hardswish"),
+    (torch.bfloat16, (False, False, True), "relu"),
+]
 
 
 @pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
@@ -200,9 +214,9 @@ def test_infinity_and_nan_reach_only_their_own_outputs(monkeypatch, lanes):
 
 def test_wrong_indices_read_and_write_nothing_foreign():
     """interpreted.py raises on an address outside of the tensors. Wrong indices give wrong numbers at worst."""
-    case = Case(batch=2, filters_per_group=16, vector=8, permuted=True, padding=(1, 1))
+    case = Case(filters_per_group=16, vector=8, permuted=True, padding=(1, 1), size=(4, 5))
     input, _, packed, bias = make(case)
-    grad = torch.randn(2, 16, 8, 9)
+    grad = torch.randn(1, 16, 4, 5)
     big, columns = 2**31 - 1, 27
     n = packed.col_indices.shape[0]
     for crow in (int32(0, big, n), int32(-5, 3, n), int32(4, 2, 0), int32(-big, big, big)):
@@ -222,10 +236,10 @@ def test_wrong_indices_read_and_write_nothing_foreign():
 def test_the_same_in_every_run(monkeypatch):
     """Split sums are added in order, so that no digit depends on which program is first."""
     with_config(monkeypatch, configs.Config(64, 16, 16, split_k=2))
-    case = Case(channels_per_group=8, filters_per_group=16, vector=8, padding=(1, 1))
-    first = test_conv2d.gradients(*once(case))
+    case = Case(channels_per_group=8, filters_per_group=16, vector=8, padding=(1, 1), size=(4, 5))
+    first = registered.gradients(*once(case))
     monkeypatch.setattr(interpreted, "order_seed", 1)
-    second = test_conv2d.gradients(*once(case))
+    second = registered.gradients(*once(case))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -293,7 +307,7 @@ def test_a_plan_is_made_once_and_anew_when_the_pattern_changes(monkeypatch):
 )
 def test_what_it_refuses(position, value, said):
     case = Case(batch=2, filters_per_group=11, vector=8, permuted=True)
-    arguments = list(test_conv2d.op_arguments(case)["conv2d"])
+    arguments = list(registered.op_arguments(case)["conv2d"])
     arguments[position] = value
     with pytest.raises((ValueError, TypeError), match=said):
         OPS.conv2d(*arguments)

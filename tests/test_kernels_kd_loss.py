@@ -106,7 +106,9 @@ def test_any_number_of_classes():
     student, teacher = (torch.randn(2, 20011, generator=generator) * 3 for _ in range(2))
     target = torch.tensor([20010, 7])
     got, grad = test_kd_loss.with_gradient(ops.kd_loss, student, teacher, target)
-    want, want_grad = test_kd_loss.with_gradient(reference.kd_loss_reference, student.double(), teacher.double(), target)
+    want, want_grad = test_kd_loss.with_gradient(
+        reference.kd_loss_reference, student.double(), teacher.double(), target
+    )
     assert float(got) == pytest.approx(float(want), rel=1e-5)
     assert float((grad - want_grad).abs().max()) <= 1e-6 * float(want_grad.abs().max())
 

@@ -24,7 +24,8 @@ except ImportError as error:
 from ..kernels import registration
 from . import op_rules  # noqa: F401  (on top of what was registered)
 
-_triton_kernels = registration.register()  # on CUDA; kept, as they are gone with it
+_backends_on_cuda = registration.register()  # kept, as they are gone with it
+fallbacks, strict_backends = registration.fallbacks, registration.strict
 
 _ops = torch.ops.sparsekd
 
