@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -100,6 +101,28 @@ def check_values(values: Tensor, like: Tensor, like_name: str, col: Tensor) -> N
     check_like(values, "values", like, like_name)
     if values.shape[0] != col.shape[0]:
         raise ValueError(f"Expected values of size {col.shape[0]} (the number of col_indices), got {values.shape[0]}")
+
+
+def check_loss_settings(temperature: float, alpha: float, label_smoothing: float, target: Tensor | None) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"Expected temperature to be positive and finite, got {temperature}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"Expected alpha in [0, 1], got {alpha}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"Expected label_smoothing in [0, 1], got {label_smoothing}")
+    if target is None and alpha != 1:
+        raise ValueError(f"Expected a target unless alpha is 1, got none with alpha={alpha}")
+
+
+def check_target(target: Tensor | None, like: Tensor, rows: int) -> None:
+    if target is None:
+        return
+    if target.dtype != torch.int64:
+        raise TypeError(f"Expected target of dtype int64 (class indices), got {target.dtype}")
+    if target.device != like.device:
+        raise ValueError(f"Expected target on {like.device}, got {target.device}")
+    if target.shape != (rows,):
+        raise ValueError(f"Expected target of shape ({rows},), got {tuple(target.shape)}")
 
 
 class Geometry(NamedTuple):

@@ -34,7 +34,6 @@ from .checks import cdiv, power_of_2
 
 ONE_BLOCK = 8192  # classes that stay in registers
 BLOCK_C = 4096  # classes at a time beyond
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
 @triton.jit
@@ -72,6 +71,7 @@ def _kd_loss_kernel(
     alpha: tl.float64,
     beta: tl.float64,
     label_smoothing: tl.float64,
+    grad_scale: tl.float64,
     ignore_index,
     s_row,
     s_class,
@@ -97,6 +97,7 @@ def _kd_loss_kernel(
     temperature, alpha = tl.full((), temperature, tl.float64), tl.full((), alpha, tl.float64)
     beta, label_smoothing = tl.full((), beta, tl.float64), tl.full((), label_smoothing, tl.float64)
     inverse = (1.0 / temperature).to(DTYPE)
+    up = tl.full((), grad_scale, tl.float64).to(DTYPE)
 
     known = in_row
     scale_hard = tl.full((), 0, DTYPE)
@@ -196,7 +197,7 @@ def _kd_loss_kernel(
                         grad += (share * inverse)[:, None] * q * (distance - entropy[:, None])
             if WITH_GRAD and LAST:
                 to = grad_ptr + (row * g_row)[:, None] + position[None, :]
-                tl.store(to, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+                tl.store(to, (grad * up).to(grad_ptr.dtype.element_ty), mask=inside)
     if SOFT and DIVERGENCE != "forward_kl":
         if DIVERGENCE == "jsd":
             loss += soft * lot * entropy
@@ -223,6 +224,7 @@ def launch(
     divergence: str = "forward_kl",
     beta: float = 0.5,
     block_c: int | None = None,
+    grad_scale: float = 1.0,
 ) -> None:
     """Loss of each row into ``losses [rows]`` and the gradient into ``grad``, which may be ``student`` itself.
 
@@ -230,6 +232,7 @@ def launch(
         labelled: the number of rows with a label, over which CE is averaged; int64, on the device. None: no target.
         distilled: the number of rows over which the divergence is averaged unless it is ``labelled``.
         block_c: classes at a time, if not all of them.
+        grad_scale: a factor of the gradient alone, for a dtype in which it would vanish.
     """
     rows, classes = student.shape
     one_block = block_c is None and classes <= ONE_BLOCK
@@ -250,6 +253,7 @@ def launch(
         float(alpha),
         float(beta),
         float(label_smoothing),
+        float(grad_scale),
         ignore_index,
         *student.stride(),
         *teacher.stride(),
@@ -282,28 +286,6 @@ def total(losses: Tensor, labelled: Tensor | None, distill_ignored: bool, dtype:
     return loss.to(dtype)
 
 
-def check_settings(temperature: float, alpha: float, label_smoothing: float, target: Tensor | None) -> None:
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"Expected temperature to be positive and finite, got {temperature}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"Expected alpha in [0, 1], got {alpha}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"Expected label_smoothing in [0, 1], got {label_smoothing}")
-    if target is None and alpha != 1:
-        raise ValueError(f"Expected a target unless alpha is 1, got none with alpha={alpha}")
-
-
-def check_target(target: Tensor | None, like: Tensor, rows: int) -> None:
-    if target is None:
-        return
-    if target.dtype != torch.int64:
-        raise TypeError(f"Expected target of dtype int64 (class indices), got {target.dtype}")
-    if target.device != like.device:
-        raise ValueError(f"Expected target on {like.device}, got {target.device}")
-    if target.shape != (rows,):
-        raise ValueError(f"Expected target of shape ({rows},), got {tuple(target.shape)}")
-
-
 def kd_loss_forward(
     student: Tensor,
     teacher: Tensor,
@@ -328,8 +310,8 @@ def kd_loss_forward(
     rows, classes = student.shape
     if classes == 0:
         raise ValueError("Expected at least one class, got 0")
-    check_settings(temperature, alpha, label_smoothing, target)
-    check_target(target, student, rows)
+    checks.check_loss_settings(temperature, alpha, label_smoothing, target)
+    checks.check_target(target, student, rows)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     losses = student.new_empty((rows,), dtype=dtype)
     grad = student.new_empty(student.shape if with_grad else (0,), dtype=dtype)

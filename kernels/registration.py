@@ -69,6 +69,7 @@ OPS: dict[str, Op] = {
     "linear_input_grad": Op("linear", _columns_of_values, False),
     "linear_weight_grad": Op("linear", lambda args: args[5], False),
     "kd_loss_forward": Op("kd_loss", None),
+    "linear_kd_loss": Op("linear_kd_loss", None),
 }
 
 # (op, the backend that CHOICES names, the one that served): calls, since the process began
@@ -130,6 +131,8 @@ def register(key: str = "CUDA") -> Library:
         native = native_kernel(name)
         if native is not None or has_triton:
             library.impl(name, _chosen(name, native, has_triton), key, with_keyset=True)
+    if key == "CUDA":  # of this op the CPU's half is there too, as it needs no kernel of its own
+        library.impl("linear_kd_loss", _linear_kd_loss_cpu, "CPU")
     if has_triton and (key != "CUDA" or not _is_registered("transpose_pattern", key)):
         library.impl("transpose_pattern", _transpose_pattern, key)
     return library
@@ -173,6 +176,12 @@ def _chosen(name: str, native: Any, has_triton: bool) -> Callable:
         return triton_op(name)(*args) if backend == "triton" else native.call_boxed(keys, *args)
 
     return run
+
+
+def _linear_kd_loss_cpu(*args):
+    from .linear_kd_loss import linear_kd_loss_cpu
+
+    return linear_kd_loss_cpu(*args)
 
 
 def _transpose_pattern(*args):

@@ -2,7 +2,7 @@
 
 Launchers are run on tensors of the device ``meta``, so that each launch is recorded with the arguments, alignments and
 options that it would have, and then compiled as Triton would on a GPU: 16 where a pointer or a number divides by it.
-:func:`compiled_kernels` lists the kernels with their configurations; ``tests`` and ``make gpu-static`` read it.
+:data:`CASES` has the layers, each with its default configuration; :func:`rows` is the table of all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -26,6 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from . import configs, conv2d, kd_loss, linear, weight_grad
+
 _TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -35,6 +37,18 @@ _TYPES = {
     torch.int64: "i64",
     torch.uint8: "u8",
     torch.bool: "i1",
+}
+
+
+# Tensor cores, how their operands come to shared memory and from there, and whole 16-byte vectors from global memory.
+NOTED = {
+    "mma.sync": r"\bmma\.sync",
+    "ldmatrix": r"\bldmatrix\.sync",
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05.mma": r"\btcgen05\.mma\b",
+    "cp.async": r"\bcp\.async\.c[ag]\.shared\.global",
+    "cp.async 16": r"\bcp\.async\.c[ag]\.shared\.global[^;]*, 0x10[,;]",
+    "ld.global 16": r"\bld\.global(?:\.\w+(?:::\w+)?)*\.v4\.b32|\bld\.global(?:\.\w+(?:::\w+)?)*\.v2\.b64",
 }
 
 
@@ -59,9 +73,10 @@ class Compiled:
     ptx: str
     cubin: bytes
 
-    def count(self, instruction: str) -> int:
-        """How often the pattern occurs in the PTX."""
-        return len(re.findall(instruction, self.ptx))
+    @functools.cached_property
+    def instructions(self) -> dict[str, int]:
+        """How often those of :data:`NOTED` occur in the PTX."""
+        return {name: len(re.findall(pattern, self.ptx)) for name, pattern in NOTED.items()}
 
     @functools.cached_property
     def registers_and_spills(self) -> tuple[int, int]:
@@ -112,7 +127,7 @@ def compile_launch(launch: Launch, architecture: int, case: str) -> Compiled:
             if value.storage_offset() * value.element_size() % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
-            signature[name] = "fp32"
+            signature[name] = launch.kernel.params[position].annotation_type or "fp32"
         elif value == 1:
             signature[name], constants[(position,)] = "constexpr", 1
         else:
@@ -130,3 +145,147 @@ def compile_launch(launch: Launch, architecture: int, case: str) -> Compiled:
         made.asm["ptx"],
         made.asm["cubin"],
     )
+
+
+# --- the layers that are compiled ------------------------------------------------------------------------------------
+
+MULTIPROCESSORS = 108  # of an A100; decides where K is split
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution (or, with size 1, a linear layer of as many rows as the batch) at a tenth of its columns."""
+
+    dtype: torch.dtype
+    vector: int
+    kernel: int = 3
+    size: int = 28
+    batch: int = 8
+    channels: int = 128
+    stride: int = 1
+    tf32: bool = True
+
+    def __str__(self) -> str:
+        kind = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}.get(self.dtype)
+        kind = kind or ("tf32" if self.tf32 else "fp32")
+        map_ = f"{self.kernel}x{self.kernel} {self.size}^2 batch {self.batch}" if self.size > 1 else "linear"
+        return f"{kind} V={self.vector} {map_}" + (f" stride {self.stride}" if self.stride > 1 else "")
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Input, values, crow_indices, col_indices, on meta."""
+        row_groups = self.channels // self.vector
+        n = row_groups * (self.channels * self.kernel**2 // 10)
+        integers = dict(dtype=torch.int32, device="meta")
+        return (
+            torch.empty(self.batch, self.channels, self.size, self.size, dtype=self.dtype, device="meta"),
+            torch.empty(n, self.vector, dtype=self.dtype, device="meta"),
+            torch.empty(row_groups + 1, **integers),
+            torch.empty(n, **integers),
+        )
+
+    @property
+    def geometry(self) -> tuple:
+        pair = [self.kernel // 2] * 2
+        return [self.kernel] * 2, [self.stride] * 2, pair, [1, 1], 1
+
+    @property
+    def precision(self) -> str:
+        return "tf32" if self.tf32 and self.dtype == torch.float32 else "ieee"
+
+
+def _forward(layer: Layer) -> None:
+    input, *packed = layer.tensors()
+    bias = torch.empty(layer.channels, dtype=layer.dtype, device="meta")
+    epilogue = (None, bias, None, "relu", layer.channels)
+    conv2d.conv2d_fused(input, *packed, None, *epilogue, *layer.geometry, precision=layer.precision)
+
+
+def _input_grad(layer: Layer) -> None:
+    input, *packed = layer.tensors()
+    grad = input[:, :, :: layer.stride, :: layer.stride].contiguous()
+    sizes = (list(input.shape), *layer.geometry)
+    conv2d.conv2d_input_grad(grad, *packed, None, None, *sizes, precision=layer.precision)
+
+
+def _weight_grad(layer: Layer) -> None:
+    input, _, crow, col = layer.tensors()
+    grad = input[:, :, :: layer.stride, :: layer.stride].contiguous()
+    pattern = (crow, col, None, layer.vector)
+    weight_grad.conv2d_weight_grad(input, grad, *pattern, *layer.geometry, precision=layer.precision)
+
+
+def _linear(layer: Layer) -> None:
+    input, *packed = layer.tensors()
+    linear.linear(input.flatten(1), *packed, None, None, None, layer.channels)
+
+
+@dataclass(frozen=True)
+class Loss:
+    dtype: torch.dtype
+    classes: int
+    divergence: str = "forward_kl"
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {self.classes} classes {self.divergence}"
+
+
+def _loss(loss: Loss) -> None:
+    logits = torch.empty(512, loss.classes, dtype=loss.dtype, device="meta")
+    target, labelled = (torch.empty(n, dtype=torch.int64, device="meta") for n in ((512,), ()))
+    losses, grad = logits.new_empty(512, dtype=torch.float32), logits.new_empty(logits.shape, dtype=torch.float32)
+    settings = (512, 4.0, 0.5, -100, 0.0, False, loss.divergence)
+    kd_loss.launch(logits, logits, target, labelled, losses, grad, *settings)
+
+
+_F16, _BF16, _F32 = torch.float16, torch.bfloat16, torch.float32
+CASES: list[tuple[Callable, Layer | Loss]] = [
+    *((_forward, Layer(_F16, vector)) for vector in (8, 16, 32, 64, 128)),
+    *((_forward, Layer(_F32, vector)) for vector in (8, 16, 32, 64, 128)),
+    (_forward, Layer(_BF16, 32)),
+    (_forward, Layer(_F16, 16, stride=2)),
+    (_forward, Layer(_F16, 32, kernel=1)),
+    (_forward, Layer(_F16, 64, kernel=1)),
+    (_forward, Layer(_F16, 16, size=7, batch=1, channels=512)),
+    (_forward, Layer(_F32, 8, tf32=False)),
+    *((_input_grad, Layer(_F16, vector)) for vector in (8, 16, 64)),
+    (_input_grad, Layer(_F32, 16)),
+    (_input_grad, Layer(_F16, 16, stride=2)),
+    *((_weight_grad, Layer(_F16, vector)) for vector in (8, 16, 64)),
+    (_weight_grad, Layer(_F32, 16)),
+    (_linear, Layer(_F16, 16, kernel=1, size=1, batch=256, channels=1024)),
+    (_linear, Layer(_F32, 64, kernel=1, size=1, batch=256, channels=1024, tf32=False)),
+    *((_loss, Loss(dtype, classes)) for dtype in (_F16, _F32) for classes in (10, 1000, 32000)),
+    *((_loss, Loss(_F32, classes, divergence)) for classes in (1000, 32000) for divergence in ("reverse_kl", "jsd")),
+]
+
+
+def compiled(case: tuple[Callable, Layer | Loss], architecture: int) -> list[Compiled]:
+    """Every launch of one of :data:`CASES`."""
+    run, layer = case
+    with recording() as launches, mock.patch.object(configs, "multiprocessors", lambda device: MULTIPROCESSORS):
+        with mock.patch.object(configs, "architecture_of", lambda device: architecture):
+            run(layer)
+    return [compile_launch(launch, architecture, str(layer)) for launch in launches]
+
+
+def rows(architectures: Iterable[int] = configs.ARCHITECTURES) -> list[dict]:
+    """One dictionary for each launch of :data:`CASES` and architecture, for the table of ``make gpu-static``.
+
+    Keys: kernel, arch ("sm_80"), registers (a thread), shared_bytes (a block), spills (bytes a thread), instructions
+    (:data:`NOTED`, those that occur).
+    """
+    found = {}
+    for case in CASES:
+        for architecture in architectures:
+            for made in compiled(case, architecture):
+                name = f"{made.kernel.removeprefix('_').removesuffix('_kernel')} {case[0].__name__.removeprefix('_')}"
+                registers, spills = made.registers_and_spills
+                found[name, made.case, architecture] = dict(
+                    kernel=f"{name} {made.case}",
+                    arch=f"sm_{architecture}",
+                    registers=registers,
+                    shared_bytes=made.shared,
+                    spills=spills,
+                    instructions={name: count for name, count in made.instructions.items() if count},
+                )
+    return list(found.values())

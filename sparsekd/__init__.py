@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .compress import compress
-from .distillation import DistillationLoss, Distiller, KDLoss, TeacherCache, evaluate
+from .distillation import DistillationLoss, Distiller, KDLoss, LinearKDLoss, TeacherCache, evaluate, linear_kd_loss
 from .pruning import CubicSL, IterativeSL, LinearSL, Pruner, RigL, recalibrate_batch_norm, sensitivity
 from .reporting import report, would_it_be_faster
 from .sparse.checkpoint import load, save
@@ -22,6 +22,7 @@ __all__ = [
     "Distiller",
     "IterativeSL",
     "KDLoss",
+    "LinearKDLoss",
     "LinearSL",
     "Pruner",
     "RigL",
@@ -34,6 +35,7 @@ __all__ = [
     "convert",
     "dense_state_dict",
     "evaluate",
+    "linear_kd_loss",
     "load",
     "optimize_for_inference",
     "recalibrate_batch_norm",
