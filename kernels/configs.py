@@ -128,14 +128,17 @@ def _split_k(problem: Problem, config_m: int, block_k: int, columns_kept: float,
 
 
 def default_conv2d(problem: Problem, multiprocessor_count: int) -> Config:
-    """The first guess: wide tiles where there are pixels for them, split-K where there are not."""
+    """The first guess: wide tiles where there are pixels for them, split-K where there are not.
+
+    Without lanes each gathered element has an address and a mask of its own in registers, so tiles are smaller there.
+    """
     block_n = _block_n(problem.vector)
     kept = max(problem.columns * problem.density, 1)
-    wide = {2: 64, 4: 32, 8: 16}[problem.element_size]
-    block_k = min(max(power_of_2(int(kept)), 16), wide)
-    block_m = min(max(power_of_2(problem.pixels), 16), 128 if block_n < 128 else 64)
     lanes = problem.element_size == 2 and problem.taps > 1 and problem.pixels >= 64 and problem.op == "conv2d"
-    warps = 4 if block_m * block_n < 128 * 128 else 8
+    deep = {2: 64 if lanes else 32, 4: 32, 8: 16}[problem.element_size]
+    block_k = min(max(power_of_2(int(kept)), 16), deep)
+    block_m = min(max(power_of_2(problem.pixels), 16), 128 if lanes and block_n < 128 else 64)
+    warps = 8 if block_n == 128 and not lanes else 4
     split = _split_k(problem, block_m, block_k, kept, multiprocessor_count)
     return Config(block_m, block_n, block_k, warps, 3 if lanes or problem.element_size > 2 else 2, split, lanes)
 

@@ -152,8 +152,8 @@ def _kd_loss_kernel(
     entropy = tl.zeros((BLOCK_R,), DTYPE)  # KL(q || p) or KL(q || m)
     loss = tl.zeros((BLOCK_R,), DTYPE)
     lot = (1.0 - beta).to(DTYPE)
-    for sweep in tl.static_range(2 if TWICE else 1):
-        LAST: tl.constexpr = sweep == (1 if TWICE else 0)
+    SWEEPS: tl.constexpr = 2 if TWICE else 1
+    for sweep in tl.static_range(SWEEPS):
         for first in range(0, classes, BLOCK_C):
             position = first + c
             inside = in_row[:, None] & (position < classes)[None, :]
@@ -162,7 +162,7 @@ def _kd_loss_kernel(
                 t = tl.load(t_rows + position[None, :].to(tl.int64) * t_class, mask=inside, other=-float("inf"))
                 s, t = s.to(DTYPE), t.to(DTYPE)
             grad = tl.zeros((BLOCK_R, BLOCK_C), DTYPE)
-            if HARD and LAST:
+            if HARD and sweep == SWEEPS - 1:
                 log_q = (s - s_top[:, None]) - log_hard[:, None]
                 is_label = position[None, :] == label[:, None]
                 smooth = (label_smoothing / classes).to(DTYPE)
@@ -184,18 +184,18 @@ def _kd_loss_kernel(
                     else:
                         m = beta.to(DTYPE) * p + lot * q
                         of_q, distance = _terms(q, m, tl.log(m) - log_q, DTYPE), log_q - tl.log(m)
-                        if LAST:
+                        if sweep == SWEEPS - 1:
                             of_p = tl.where(inside, _terms(p, m, tl.log(m) - log_p, DTYPE), 0.0)
                             loss += soft * beta.to(DTYPE) * tl.sum(of_p, axis=1)
-                    if not LAST or not TWICE:
+                    if sweep == 0:
                         entropy += tl.sum(tl.where(inside, of_q, 0.0), axis=1)
                     distance = tl.where(inside & (q > 0), distance, 0.0)
-                    if LAST:
+                    if sweep == SWEEPS - 1:
                         share = soft
                         if DIVERGENCE == "jsd":
                             share = soft * lot
                         grad += (share * inverse)[:, None] * q * (distance - entropy[:, None])
-            if WITH_GRAD and LAST:
+            if WITH_GRAD and sweep == SWEEPS - 1:
                 to = grad_ptr + (row * g_row)[:, None] + position[None, :]
                 tl.store(to, (grad * up).to(grad_ptr.dtype.element_ty), mask=inside)
     if SOFT and DIVERGENCE != "forward_kl":

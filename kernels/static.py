@@ -74,6 +74,22 @@ class Compiled:
     cubin: bytes
 
     @functools.cached_property
+    def loop(self) -> dict[str, int]:
+        """As :attr:`instructions`, of the smallest loop that has a product of tensor cores."""
+        lines = self.ptx.splitlines()
+        labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\$\w+):", line))}
+        found = []
+        for end, line in enumerate(lines):
+            to = re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)
+            if to and labels.get(to[1], end) < end:
+                body = "\n".join(lines[labels[to[1]] : end])
+                if any(re.search(NOTED[name], body) for name in ("mma.sync", "wgmma", "tcgen05.mma")):
+                    found.append(body)
+        if not found:
+            return {}
+        return {name: len(re.findall(pattern, min(found, key=len))) for name, pattern in NOTED.items()}
+
+    @functools.cached_property
     def instructions(self) -> dict[str, int]:
         """How often those of :data:`NOTED` occur in the PTX."""
         return {name: len(re.findall(pattern, self.ptx)) for name, pattern in NOTED.items()}
