@@ -135,12 +135,14 @@ def default_conv2d(problem: Problem, multiprocessor_count: int) -> Config:
     block_n = _block_n(problem.vector)
     kept = max(problem.columns * problem.density, 1)
     lanes = problem.element_size == 2 and problem.taps > 1 and problem.pixels >= 64 and problem.op == "conv2d"
-    deep = {2: 64 if lanes else 32, 4: 32, 8: 16}[problem.element_size]
+    narrow_grad = problem.op == "conv2d_weight_grad" and block_n <= 16
+    deep = {2: 64 if lanes or narrow_grad else 32, 4: 32, 8: 16}[problem.element_size]
     block_k = min(max(power_of_2(int(kept)), 16), deep)
     block_m = min(max(power_of_2(problem.pixels), 16), 128 if lanes and block_n < 128 else 64)
     warps = 8 if block_n == 128 and not lanes else 4
     split = _split_k(problem, block_m, block_k, kept, multiprocessor_count)
-    return Config(block_m, block_n, block_k, warps, 3 if lanes or problem.element_size > 2 else 2, split, lanes)
+    stages = 3 if lanes or (problem.element_size > 2 and problem.op != "conv2d_input_grad") else 2
+    return Config(block_m, block_n, block_k, warps, stages, split, lanes)
 
 
 def candidates_conv2d(problem: Problem, architecture: int, multiprocessor_count: int) -> list[Config]:

@@ -268,7 +268,7 @@ def launch(
         ONE_BLOCK=one_block,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
-        num_warps=4 if block_r * block_c <= 2048 else 8 if block_r * block_c <= 4096 else 16,
+        num_warps=4 if block_r * block_c <= 2048 else 8 if block_r * block_c <= 4096 and one_block else 16,
     )
 
 
