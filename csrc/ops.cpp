@@ -102,6 +102,13 @@ TORCH_LIBRARY(sparsekd, m) {
         "float label_smoothing, bool distill_ignored) -> Tensor", &sparsekd::kd_loss);
   m.def("kd_loss_forward(Tensor student, Tensor teacher, Tensor? target, float temperature, float alpha, "
         "int ignore_index, float label_smoothing, bool distill_ignored, bool with_grad) -> (Tensor, Tensor)");
+  // The same of two linear layers' outputs, hidden states [B, M, features] at a time so that no logits lie in memory as a
+  // whole. D is forward_kl, reverse_kl or jsd(beta). wanted: gradients of student, student_weight, student_bias, which
+  // are made in the forward, in the dtype of the loss, and are [0] where not wanted. chunk_rows: 0 for a size by memory.
+  m.def("linear_kd_loss(Tensor student, Tensor student_weight, Tensor? student_bias, Tensor teacher, "
+        "Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, float temperature, float alpha, str divergence, "
+        "float beta, int ignore_index, float label_smoothing, bool distill_ignored, SymInt chunk_rows, bool[3] wanted) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
   // The instruction set that the CPU kernels use: baseline, avx2 or avx512.
   m.def("cpu_isa() -> str", [] { return std::string(sparsekd::cpu_isa()); });
 }

@@ -8,10 +8,12 @@ from .distillation import (
     DistillationLoss,
     Distiller,
     KDLoss,
+    LinearKDLoss,
     TeacherCache,
     TeacherEnsemble,
     TensorBoardLog,
     evaluate,
+    linear_kd_loss,
 )
 from .interop import (
     BlockSparseConfig,
@@ -44,6 +46,7 @@ __all__ = [
     "Distiller",
     "IterativeSL",
     "KDLoss",
+    "LinearKDLoss",
     "LinearSL",
     "NMSparseConfig",
     "Pruner",
@@ -63,6 +66,7 @@ __all__ = [
     "dense_state_dict",
     "evaluate",
     "hold_masks",
+    "linear_kd_loss",
     "load",
     "optimize_for_inference",
     "prepare",

@@ -1,4 +1,4 @@
-"""The command line: sparsekd demo | train | distill | prune | sensitivity | convert | report | bench | doctor | completion."""
+"""The command line: sparsekd demo | train | distill | prune | sensitivity | convert | report | bench | doctor | ..."""
 
 from __future__ import annotations
 

@@ -95,6 +95,107 @@ class KDLoss(nn.Module):
         return ", ".join(parts)
 
 
+class LinearKDLoss(nn.Module):
+    """:class:`KDLoss` of two heads, from what goes into them: neither network's logits are ever in memory as a whole.
+
+    For many classes (language models) and many rows (segmentation, where each pixel is one) the logits, their
+    log-softmax and gradients are what memory goes to. Here they are made a chunk of rows at a time, with the gradients
+    of the student's hidden states and head.
+
+    Args:
+        divergence: "forward_kl" (that of :class:`KDLoss`), "reverse_kl" or "jsd"; see
+            :func:`sparsekd.sparse.ops.linear_kd_loss`.
+        beta: of "jsd", in (0, 1).
+        chunk_rows: rows at a time; None: as many as take an eighth of the memory of inputs and gradients.
+        The others as in :class:`KDLoss`.
+
+    Call it with
+        student_hidden: what the student's head takes: ``[..., features]``, or ``[N, features, ...]`` for a convolution.
+        student_head: ``nn.Linear``, or a 1 x 1 convolution without stride, padding and groups.
+        teacher_hidden, teacher_head: the same of the teacher; take no gradient.
+        target: int64 of the hidden states' shape without the features; None needs alpha = 1.
+
+    It returns a scalar. In place of ``loss(student(x), teacher(x), target)``::
+
+        loss = LinearKDLoss(temperature=2.0)
+        loss(student.features(x), student.head, teacher.features(x), teacher.head, target)
+
+    Raises:
+        ValueError, TypeError, IndexError: as :class:`KDLoss`, and for heads that are neither of the two.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        alpha: float = 0.5,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        distill_ignored: bool = False,
+        chunk_rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        checked = KDLoss(temperature, alpha, ignore_index, label_smoothing, distill_ignored)
+        if divergence not in ("forward_kl", "reverse_kl", "jsd"):
+            raise ValueError(f"Expected divergence to be forward_kl, reverse_kl or jsd, got {divergence!r}")
+        if not 0 < _number("beta", beta) < 1:
+            raise ValueError(f"Expected beta in (0, 1), got {beta}")
+        if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int)):
+            raise TypeError(f"Expected chunk_rows to be an int or None, got {chunk_rows!r}")
+        if chunk_rows is not None and chunk_rows < 1:
+            raise ValueError(f"Expected chunk_rows of at least 1, got {chunk_rows}")
+        self.settings = dict(
+            temperature=checked.temperature,
+            alpha=checked.alpha,
+            divergence=divergence,
+            beta=float(beta),
+            ignore_index=checked.ignore_index,
+            label_smoothing=checked.label_smoothing,
+            distill_ignored=checked.distill_ignored,
+            chunk_rows=chunk_rows,
+        )
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_head: nn.Module,
+        teacher_hidden: Tensor,
+        teacher_head: nn.Module,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        weight, of_maps = _weight_of_head("student_head", student_head)
+        teacher_weight, teacher_of_maps = _weight_of_head("teacher_head", teacher_head)
+        if of_maps != teacher_of_maps:
+            raise ValueError("Expected two linear heads or two convolutions, got one of each")
+        return ops.linear_kd_loss(
+            student_hidden,
+            weight,
+            teacher_hidden,
+            teacher_weight,
+            target,
+            student_bias=student_head.bias,
+            teacher_bias=teacher_head.bias,
+            features_dim=1 if of_maps else -1,
+            **self.settings,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+def _weight_of_head(name: str, head: nn.Module) -> tuple[Tensor, bool]:
+    """``[classes, features]``, and whether the head works on maps."""
+    if isinstance(head, nn.Linear):
+        return head.weight, False
+    if not isinstance(head, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise TypeError(f"Expected {name} to be nn.Linear or a 1 x 1 convolution, got {type(head).__name__}")
+    plain = (set(head.kernel_size), set(head.stride), head.groups) == ({1}, {1}, 1)
+    if not plain or (head.padding not in ("same", "valid") and any(head.padding)):
+        raise ValueError(f"Expected {name} to be a 1 x 1 convolution without stride, padding and groups, got {head}")
+    return head.weight.flatten(1), True
+
+
 # --- penalties -------------------------------------------------------------------------------------------------------
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

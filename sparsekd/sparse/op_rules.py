@@ -109,6 +109,30 @@ def _kd_loss_forward_fake(
     return student.new_empty((), dtype=dtype), student.new_empty(student.shape if with_grad else (0,), dtype=dtype)
 
 
+@torch.library.register_fake("sparsekd::linear_kd_loss")
+def _linear_kd_loss_fake(
+    student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, target, temperature, alpha,
+    divergence, beta, ignore_index, label_smoothing, distill_ignored, chunk_rows, wanted
+):  # fmt: skip
+    _check_same_device(
+        student,
+        {
+            "student_weight": student_weight,
+            "student_bias": student_bias,
+            "teacher": teacher,
+            "teacher_weight": teacher_weight,
+            "teacher_bias": teacher_bias,
+            "target": target,
+        },
+    )
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    grads = [
+        torch.empty_like(t, dtype=dtype) if wants and t is not None else student.new_empty((0,), dtype=dtype)
+        for t, wants in zip((student, student_weight, student_bias), wanted, strict=True)
+    ]
+    return student.new_empty((), dtype=dtype), *grads
+
+
 # --- gradients -------------------------------------------------------------------------------------------------------
 # conv2d is linear in (input) and in (values); writing f for conv2d, f_x for the input gradient and f_w for the weight
 # gradient, <f(x, w), g> = <x, f_x(g, w)> = <w, f_w(x, g)>. So the gradient of each is one of the other two.
@@ -224,6 +248,38 @@ def _linear_weight_grad_backward(ctx, grad):
         to_grad_output = _ops.linear(input, grad, crow, col, rows, None, None, grad_output.shape[1])
     return to_input, to_grad_output, *[None] * 4
 
+
+def _linear_kd_loss_setup(ctx, inputs, output):
+    ctx.wanted, ctx.dtypes = inputs[-1], [None if t is None else t.dtype for t in inputs[:3]]
+    ctx.inputs = len(inputs)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _linear_kd_loss_backward(ctx, grad, *_):
+    if torch.is_grad_enabled():  # the gradients would be taken for constants
+        raise RuntimeError(
+            "Expected linear_kd_loss to be differentiated once: its gradients are made in the forward; got a backward "
+            "with create_graph=True"
+        )
+    result = [None] * ctx.inputs
+    if grad is None:
+        return tuple(result)
+    # loss.backward() hands in 1. The gradients are then passed on as they are: a copy would double their memory.
+    plain = type(grad) is Tensor and grad.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(grad)
+    factor = None if plain and grad.item() == 1 else grad
+    for i, (made, wants, dtype) in enumerate(zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)):
+        if ctx.needs_input_grad[i]:
+            if not wants:
+                raise RuntimeError(f"Expected wanted[{i}] of an input that requires a gradient, got False")
+            result[i] = (made if factor is None else made * factor).to(dtype)
+    return tuple(result)
+
+
+torch.library.register_autograd(
+    "sparsekd::linear_kd_loss", _linear_kd_loss_backward, setup_context=_linear_kd_loss_setup
+)
 
 for _name in ("conv2d", "conv2d_input_grad", "conv2d_weight_grad", "linear", "linear_input_grad", "linear_weight_grad"):
     torch.library.register_autograd(

@@ -125,3 +125,42 @@ def kd_loss_reference(
             log_student, log_teacher, reduction="batchmean", log_target=True
         )
     return loss
+
+
+def linear_kd_loss_reference(
+    student: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    target: Tensor | None = None,
+    temperature: float = 4.0,
+    alpha: float = 0.5,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    distill_ignored: bool = False,
+) -> Tensor:
+    """(1 - alpha) * CE + alpha * T^2 * D of two linear layers of ``[M, features]``; see ``ops.linear_kd_loss``."""
+    s = F.linear(student, student_weight, student_bias)
+    t = F.linear(teacher, teacher_weight, teacher_bias).detach().to(s.dtype)
+    if divergence == "forward_kl":
+        return kd_loss_reference(s, t, target, temperature, alpha, ignore_index, label_smoothing, distill_ignored)
+    loss = kd_loss_reference(s, t, target, temperature, 0.0, ignore_index, label_smoothing, distill_ignored)
+    loss = (1 - alpha) * loss if alpha < 1 and target is not None else s.new_zeros(())
+    if alpha > 0:
+        rows = slice(None) if target is None or distill_ignored else target != ignore_index
+        log_q, log_p = (F.log_softmax(logits[rows] / temperature, dim=1) for logits in (s, t))
+
+        def kl(log_a, log_b):
+            return F.kl_div(log_b, log_a, reduction="batchmean", log_target=True)
+
+        if divergence == "reverse_kl":
+            distance = kl(log_q, log_p)
+        else:
+            log_m = torch.log(beta * log_p.exp() + (1 - beta) * log_q.exp())
+            distance = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+        loss = loss + alpha * temperature**2 * distance
+    return loss

@@ -1,0 +1,254 @@
+"""Tile sizes: a small set per architecture, a first guess, and what a tuner found, kept on disk.
+
+Nothing is timed on a first call: without a tuned entry a kernel runs with :func:`default_conv2d`. :func:`tune` times
+the candidates of one layer when it is asked to (a second or two) and writes the winner to ``$SPARSEKD_CACHE`` or
+``~/.cache/sparsekd``, in a file named after the device and the versions.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from .checks import cdiv, power_of_2
+
+# Bytes of shared memory that one block may have: CUDA C++ Programming Guide, "Technical specifications".
+SHARED_BYTES = {70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+ARCHITECTURES = (80, 86, 90, 100)  # those that are compiled for where there is no GPU
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one launch is tiled."""
+
+    block_m: int  # pixels
+    block_n: int  # output channels
+    block_k: int  # columns
+    num_warps: int = 4
+    num_stages: int = 3
+    split_k: int = 1
+    lanes: bool = False  # read the input through lanes.py
+    programs: int = 0  # of the persistent grid; 0: one for each tile
+
+
+def shared_limit(architecture: int) -> int:
+    known = [a for a in SHARED_BYTES if a <= architecture]
+    return SHARED_BYTES[max(known)] if known else 48 << 10
+
+
+def architecture_of(device: torch.device) -> int:
+    if device.type != "cuda":
+        return ARCHITECTURES[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """1 where there is no GPU to ask, as when a graph is traced."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 1
+    return _multiprocessors(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def fits(config: Config, element_size: int, architecture: int) -> bool:
+    """Whether the staged tiles fit in shared memory, and sums and addresses in registers. A guess that leaves room."""
+    staged = (config.block_m + config.block_n) * config.block_k * element_size + 8 * config.block_k
+    if staged * max(config.num_stages, 1) > shared_limit(architecture):
+        return False
+    threads = 32 * config.num_warps
+    gathered = config.block_m * config.block_k * (element_size / 4 if config.lanes else 1.5) / threads
+    return config.block_m * config.block_n / threads + gathered <= 160
+
+
+def _hint(size: int) -> int:
+    """A number, for a size that is symbolic while a graph is traced."""
+    return size if isinstance(size, int) else size.node.hint if size.node.has_hint() else 1 << 14
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice of tiles depends on. The density is that of the columns, in steps of a tenth."""
+
+    op: str
+    dtype: str
+    vector: int
+    pixels: int
+    out_channels: int
+    columns: int  # of a row group, kept and not
+    density: float
+    taps: int
+    stride: int
+
+    @classmethod
+    def of(cls, op: str, dtype: torch.dtype, vector: int, pixels: int, out_channels: int, columns: int, taps: int,
+           stride: int, n_vectors: int, row_groups: int) -> Problem:  # fmt: skip
+        pixels, out_channels, columns, n_vectors = map(_hint, (pixels, out_channels, columns, n_vectors))
+        density = n_vectors / max(_hint(row_groups) * columns, 1)
+        return cls(
+            op,
+            str(dtype).removeprefix("torch."),
+            vector,
+            pixels,
+            out_channels,
+            columns,
+            round(density, 1),
+            taps,
+            stride,
+        )
+
+    @property
+    def element_size(self) -> int:
+        return getattr(torch, self.dtype).itemsize
+
+
+def _block_n(vector: int) -> int:
+    return min(max(power_of_2(vector), 16 if vector > 8 else 8), 128)
+
+
+def _split_k(problem: Problem, config_m: int, block_k: int, columns_kept: float, multiprocessor_count: int) -> int:
+    """Enough tiles for every multiprocessor, as long as each keeps a few steps of work."""
+    tiles = cdiv(problem.pixels, config_m) * max(cdiv(problem.out_channels, problem.vector), 1)
+    split = 1
+    while split < 16 and tiles * split * 2 <= 2 * multiprocessor_count and columns_kept / (split * 2) >= 2 * block_k:
+        split *= 2
+    return split
+
+
+def default_conv2d(problem: Problem, multiprocessor_count: int) -> Config:
+    """The first guess: wide tiles where there are pixels for them, split-K where there are not.
+
+    Without lanes each gathered element has an address and a mask of its own in registers, so tiles are smaller there.
+    """
+    block_n = _block_n(problem.vector)
+    kept = max(problem.columns * problem.density, 1)
+    lanes = problem.element_size == 2 and problem.taps > 1 and problem.pixels >= 64 and problem.op == "conv2d"
+    narrow_grad = problem.op == "conv2d_weight_grad" and block_n <= 16
+    deep = {2: 64 if lanes or narrow_grad else 32, 4: 32, 8: 16}[problem.element_size]
+    block_k = min(max(power_of_2(int(kept)), 16), deep)
+    block_m = min(max(power_of_2(problem.pixels), 16), 128 if lanes and block_n < 128 else 64)
+    warps = 8 if block_n == 128 and not lanes else 4
+    split = _split_k(problem, block_m, block_k, kept, multiprocessor_count)
+    stages = 3 if lanes or (problem.element_size > 2 and problem.op != "conv2d_input_grad") else 2
+    return Config(block_m, block_n, block_k, warps, stages, split, lanes)
+
+
+def candidates_conv2d(problem: Problem, architecture: int, multiprocessor_count: int) -> list[Config]:
+    """The small set that is timed: at most a dozen, the first guess first."""
+    default = default_conv2d(problem, multiprocessor_count)
+    found = [default]
+    kept = max(problem.columns * problem.density, 1)
+    for lanes in (True, False) if problem.op == "conv2d" else (False,):
+        for block_m in (64, 128, 256):
+            for block_k in (32, 64):
+                for stages in (2, 4):
+                    if block_m > max(power_of_2(problem.pixels), 16):
+                        continue
+                    warps = 4 if block_m * default.block_n <= 128 * 64 else 8
+                    split = _split_k(problem, block_m, block_k, kept, multiprocessor_count)
+                    config = Config(block_m, default.block_n, block_k, warps, stages, split, lanes)
+                    if config not in found and fits(config, problem.element_size, architecture):
+                        found.append(config)
+    return found
+
+
+# --- what was tuned, on disk -----------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("SPARSEKD_CACHE") or Path.home() / ".cache" / "sparsekd")
+
+
+@functools.cache
+def _device_name(kind: str, index: int | None) -> str:
+    return torch.cuda.get_device_name(index) if kind == "cuda" and torch.cuda.is_available() else kind
+
+
+def cache_file(device: torch.device) -> Path:
+    name = f"{_device_name(device.type, device.index)}-torch{torch.__version__}-triton{triton.__version__}"
+    return cache_folder() / f"tiles-{''.join(c if c.isalnum() or c in '.-+' else '_' for c in name)}.json"
+
+
+_read: dict[Path, dict[str, dict]] = {}
+
+
+def _entries(file: Path) -> dict[str, dict]:
+    if file not in _read:
+        try:
+            _read[file] = json.loads(file.read_text())
+        except (OSError, ValueError):
+            _read[file] = {}  # none yet, or cut short: tuned again when asked
+    return _read[file]
+
+
+def _key(problem: Problem) -> str:
+    return json.dumps(asdict(problem), sort_keys=True)
+
+
+def config_for(problem: Problem, device: torch.device) -> Config:
+    """What the tuner found for such a layer, else the first guess."""
+    found = _entries(cache_file(device)).get(_key(problem))
+    if found is not None:
+        try:
+            return Config(**found)
+        except TypeError:
+            pass  # written by another version
+    return default_conv2d(problem, multiprocessors(device))
+
+
+def tune(
+    problem: Problem, device: torch.device, run: Callable[[Config], object], time: Callable[[Callable], float]
+) -> tuple[Config, dict[Config, float]]:
+    """Times the candidates and keeps the fastest on disk.
+
+    Args:
+        run: launches the layer with a configuration.
+        time: seconds that a callable takes on the device.
+
+    Returns:
+        The winner, and the seconds of each candidate that ran (inf: it did not compile or launch).
+    """
+    seconds: dict[Config, float] = {}
+    for config in candidates_conv2d(problem, architecture_of(device), multiprocessors(device)):
+        try:
+            seconds[config] = time(functools.partial(run, config))
+        except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, RuntimeError):
+            seconds[config] = float("inf")
+    best = min(seconds, key=seconds.__getitem__)
+    if seconds[best] < float("inf"):
+        _remember(cache_file(device), {_key(problem): asdict(best)})
+    return best, seconds
+
+
+def _remember(file: Path, entries: dict[str, dict]) -> None:
+    """Added to what is there by now, in one step: processes may tune at the same time."""
+    _read.pop(file, None)
+    merged = {**_entries(file), **entries}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".json")
+    with os.fdopen(handle, "w") as stream:
+        json.dump(merged, stream, indent=1)
+    os.replace(name, file)
+    _read[file] = merged
+
+
+def names(configs: Iterable[Config]) -> list[str]:
+    """For tables: what tells one configuration from another."""
+    return [
+        f"{c.block_m}x{c.block_n}x{c.block_k} w{c.num_warps} s{c.num_stages}"
+        + (f" k{c.split_k}" if c.split_k > 1 else "")
+        + (" lanes" if c.lanes else "")
+        for c in configs
+    ]

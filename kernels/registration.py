@@ -1,0 +1,190 @@
+"""The kernels here as operators, ``sparsekd::triton_conv2d`` and so on, and who serves ``sparsekd::conv2d`` on CUDA.
+
+Each launcher is a ``torch.library.triton_op`` of the very schema of the op that it computes, so that ``torch.compile``
+can see the kernels inside. Fakes and gradients are those of the op. On the dispatch key CUDA there may be two backends
+for an op, "triton" and "cuda" (CUDA C++, csrc/cuda): :data:`CHOICES` says which one a call goes to. Where that one is
+not built the other serves; :data:`fallbacks` counts such calls, the first of each kind warns, and under
+:func:`strict` it is an error.
+
+Triton, and what torch needs for a triton_op, take seconds to import: that waits for the first call.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.library import Library
+
+from . import checks
+
+
+class Call(NamedTuple):
+    """What the choice of a backend looks at."""
+
+    dtype: torch.dtype
+    vector: int | None  # V; None for an op without a sparse weight
+    tf32: bool
+
+
+class Choice(NamedTuple):
+    backend: str
+    serves: Callable[[Call], bool]
+    because: str
+
+
+# The first row that serves a call decides.
+CHOICES = (
+    Choice("triton", lambda c: c.dtype == torch.float64, "the CUDA C++ kernels compute in float32"),
+    Choice("triton", lambda c: c.vector is None, "rows of a loss need no more than Triton gives"),
+    Choice("cuda", lambda c: c.vector < 8, "the narrowest side of a tensor core's tile is 8: CUDA cores do as well"),
+    Choice("cuda", lambda c: c.dtype == torch.float32 and not c.tf32, "float32 products are the work of CUDA cores"),
+    Choice("triton", lambda c: True, "V of at least 8 in half precision or TF32 fills tensor cores"),
+)
+
+
+class Op(NamedTuple):
+    file: str  # that holds its launcher
+    vector: Callable[[tuple], int] | None  # V, from a call's arguments
+    convolution: bool = True  # whose TF32 setting counts
+
+
+def _columns_of_values(args: tuple) -> int:
+    return args[1].shape[1]
+
+
+OPS: dict[str, Op] = {
+    "conv2d": Op("conv2d", _columns_of_values),
+    "conv2d_fused": Op("conv2d", _columns_of_values),
+    "conv2d_input_grad": Op("conv2d", _columns_of_values),
+    "conv2d_weight_grad": Op("weight_grad", lambda args: args[5]),
+    "linear": Op("linear", _columns_of_values, False),
+    "linear_input_grad": Op("linear", _columns_of_values, False),
+    "linear_weight_grad": Op("linear", lambda args: args[5], False),
+    "kd_loss_forward": Op("kd_loss", None),
+    "linear_kd_loss": Op("linear_kd_loss", None),
+}
+
+# (op, the backend that CHOICES names, the one that served): calls, since the process began
+fallbacks: collections.Counter[tuple[str, str, str]] = collections.Counter()
+_strict = False
+
+
+@contextlib.contextmanager
+def strict() -> Iterator[None]:
+    """Within it a backend that is not built is an error."""
+    global _strict
+    before, _strict = _strict, True
+    try:
+        yield
+    finally:
+        _strict = before
+
+
+def choice(call: Call) -> Choice:
+    return next(row for row in CHOICES if row.serves(call))
+
+
+def _check_built(name: str, call: Call, wanted: Choice, serving: str) -> None:
+    """Of a call that goes to another backend than the one that CHOICES names."""
+    of_v = "" if call.vector is None else f", V = {call.vector}"
+    said = (
+        f"Expected the {wanted.backend} backend of {name} for {str(call.dtype).removeprefix('torch.')}{of_v} "
+        f"({wanted.because}), got none built"
+    )
+    if _strict:
+        raise RuntimeError(said)
+    kind = (name, wanted.backend, serving)
+    fallbacks[kind] += 1
+    if fallbacks[kind] == 1:
+        warnings.warn(f"{said}: the {serving} backend serves it", RuntimeWarning, stacklevel=2)
+
+
+@functools.cache
+def triton_op(name: str) -> torch._ops.OpOverload:
+    """``sparsekd::triton_<name>`` for one of :data:`OPS`, registered on the first call."""
+    launcher = getattr(importlib.import_module(f".{OPS[name].file}", __package__), name)
+    schema = str(getattr(torch.ops.sparsekd, name).default._schema)
+    schema = schema[schema.index("(") :]
+    torch.library.triton_op(f"sparsekd::triton_{name}", launcher, mutates_args=(), schema=schema)
+    return getattr(torch.ops.sparsekd, f"triton_{name}").default
+
+
+def register(key: str = "CUDA") -> Library:
+    """Puts the backends behind ``sparsekd::<op>`` on a dispatch key, for as long as the library that it returns lives.
+
+    On another key than CUDA, as a test asks for, these kernels alone serve.
+    """
+    library = Library("sparsekd", "IMPL")
+    has_triton = importlib.util.find_spec("triton") is not None
+    for name in OPS:
+        if key != "CUDA":
+            library.impl(name, _triton(name), key)
+            continue
+        native = native_kernel(name)
+        if native is not None or has_triton:
+            library.impl(name, _chosen(name, native, has_triton), key, with_keyset=True)
+    if key == "CUDA":  # of this op the CPU's half is there too, as it needs no kernel of its own
+        library.impl("linear_kd_loss", _linear_kd_loss_cpu, "CPU")
+    if has_triton and (key != "CUDA" or not _is_registered("transpose_pattern", key)):
+        library.impl("transpose_pattern", _transpose_pattern, key)
+    return library
+
+
+def native_kernel(name: str) -> Any:
+    """The CUDA C++ kernel of an op, looked up before anything is put in front of it; None where none is built."""
+    if not _is_registered(name, "CUDA"):
+        return None
+    if not hasattr(torch.library, "get_kernel"):  # before torch 2.9
+        warnings.warn(
+            f"Expected torch 2.9 or newer to choose between two backends of {name}, got {torch.__version__}: "
+            "the Triton backend alone serves it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return torch.library.get_kernel(f"sparsekd::{name}", "CUDA")
+
+
+def _is_registered(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekd::{name}", key)
+
+
+def _triton(name: str) -> Callable:
+    return lambda *args: triton_op(name)(*args)
+
+
+def _chosen(name: str, native: Any, has_triton: bool) -> Callable:
+    op = OPS[name]
+    built = {"cuda": native is not None, "triton": has_triton}
+
+    def run(keys, *args):
+        vector = None if op.vector is None else op.vector(args)
+        call = Call(args[0].dtype, vector, checks.uses_tf32(op.convolution))
+        wanted = choice(call)
+        backend = wanted.backend
+        if not built[backend]:
+            backend = "triton" if has_triton else "cuda"
+            _check_built(name, call, wanted, backend)
+        return triton_op(name)(*args) if backend == "triton" else native.call_boxed(keys, *args)
+
+    return run
+
+
+def _linear_kd_loss_cpu(*args):
+    from .linear_kd_loss import linear_kd_loss_cpu
+
+    return linear_kd_loss_cpu(*args)
+
+
+def _transpose_pattern(*args):
+    from .plans import transpose_pattern
+
+    return transpose_pattern(*args)
