@@ -7,8 +7,9 @@
 A teacher of twice the width is trained once, with augmentation. For each seed a dense student is
 trained on labels alone; every cell of that seed starts from it and has the same number of further steps, in which the
 sparsity rises on a cubic schedule over the first half. "Dense, trained on" has those steps too, without pruning. Cells
-differ in nothing but what their name says; no choice is made by looking at test images, the accuracy is that after the
-last step.
+differ in nothing but what their name says, and no step, epoch or checkpoint of a cell is chosen by test images: the
+accuracy is that after the last step. The net, the amount of data and the budget that all cells share (ERK) were chosen
+once, by a trial of one seed that looked at them.
 
 Each cell is one JSON file in ``benchmarks/results/accuracy/<data>``, written when it is done: whatever stops the run,
 the same command goes on with the cells that are missing, one seed of all before the next seed. Checkpoints and the
