@@ -171,3 +171,30 @@ def check_sample():
 
 def test_instruction_sets(isa_checks):
     assert isa_checks["conv2d_fused"] == "ok"
+
+
+@pytest.mark.parametrize("kernel, padding", [((3, 3), (1, 1)), ((5, 5), (2, 2)), ((1, 1), (0, 0)), ((3, 2), (1, 0))])
+@pytest.mark.parametrize("vector", [1, 4])
+def test_ends_of_lines_and_images_hold_their_own(two_thread_counts, kernel, padding, vector):
+    """What a vector has beyond the end of a line is overwritten, and beyond an image never written."""
+    for size in ((14, 14), (7, 7), (28, 28), (5, 13), (3, 3), (40, 9), (1, 31), (2, 56), (64, 60)):
+        case = Case(
+            batch=2,
+            channels_per_group=24,
+            filters_per_group=20,
+            kernel=kernel,
+            padding=padding,
+            size=size,
+            vector=vector,
+        )
+        if size[0] + 2 * padding[0] < kernel[0] or size[1] + 2 * padding[1] < kernel[1]:
+            continue
+        input, _, packed, _ = make(case)
+
+        def once(case=case, packed=packed, input=input):
+            torch.manual_seed(1)
+            return finished(case, packed, input, False, True, True, "relu")
+
+        (one, want), (two, _) = two_thread_counts(once)
+        assert_near(one, want, case.dtype, f"{size}")
+        assert torch.equal(one, two), size
