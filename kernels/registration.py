@@ -29,6 +29,7 @@ from . import checks
 class Call(NamedTuple):
     """What the choice of a backend looks at."""
 
+    op: str
     dtype: torch.dtype
     vector: int | None  # V; None for an op without a sparse weight
     tf32: bool
@@ -40,12 +41,17 @@ class Choice(NamedTuple):
     because: str
 
 
-# The first row that serves a call decides.
+TENSOR_CORES = ("conv2d", "conv2d_fused")  # whose CUDA C++ kernels use them, for 16-bit values
+
+# The first row that serves a call decides. By counts of instructions and of what shared memory delivers: none of it was
+# measured on a GPU.
 CHOICES = (
     Choice("triton", lambda c: c.dtype == torch.float64, "the CUDA C++ kernels compute in float32"),
-    Choice("triton", lambda c: c.vector is None, "rows of a loss need no more than Triton gives"),
+    Choice("triton", lambda c: c.op == "linear_kd_loss", "its products are Triton's work"),
+    Choice("cuda", lambda c: c.vector is None, "a row in registers, and no compiler at the first call"),
     Choice("cuda", lambda c: c.vector < 8, "the narrowest side of a tensor core's tile is 8: CUDA cores do as well"),
     Choice("cuda", lambda c: c.dtype == torch.float32 and not c.tf32, "float32 products are the work of CUDA cores"),
+    Choice("cuda", lambda c: c.dtype != torch.float32 and c.op in TENSOR_CORES, "ldmatrix gathers whole aligned rows"),
     Choice("triton", lambda c: True, "V of at least 8 in half precision or TF32 fills tensor cores"),
 )
 
@@ -167,7 +173,7 @@ def _chosen(name: str, native: Any, has_triton: bool) -> Callable:
 
     def run(keys, *args):
         vector = None if op.vector is None else op.vector(args)
-        call = Call(args[0].dtype, vector, checks.uses_tf32(op.convolution))
+        call = Call(name, args[0].dtype, vector, checks.uses_tf32(op.convolution))
         wanted = choice(call)
         backend = wanted.backend
         if not built[backend]:

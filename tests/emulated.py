@@ -56,14 +56,18 @@ def compile_object(source, folder=BUILD):
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob(f"{source.name}-*.o"):
             old.unlink()
-        subprocess.run([*command, str(source), "-o", str(folder / name)], check=True)
+        made = folder / f"{name}.{os.getpid()}"  # whole or not there, for runs side by side
+        subprocess.run([*command, str(source), "-o", str(made)], check=True)
+        made.replace(folder / name)
         return folder / name
     return BUILD / name
 
 
 def link(objects, library):
     libraries = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
-    subprocess.run([CXX, "-shared", *map(str, objects), *libraries, "-o", str(library)], check=True)
+    made = library.with_name(f"{library.name}.{os.getpid()}")
+    subprocess.run([CXX, "-shared", *map(str, objects), *libraries, "-o", str(made)], check=True)
+    made.replace(library)
     return library
 
 

@@ -303,7 +303,7 @@ def test_an_unfinished_run_is_kept_when_a_new_one_begins(monkeypatch, capsys):
 
 
 def test_an_interrupt_where_nothing_can_be_resumed(monkeypatch, capsys):
-    def interrupt():
+    def interrupt(findings):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sparsekd.measure.doctor.print_report", interrupt)

@@ -14,15 +14,18 @@ F16, F32, F64 = torch.float16, torch.float32, torch.float64
 @pytest.mark.parametrize(
     "call, backend",
     [
-        ((F32, 1, False), "cuda"),
-        ((F32, 4, True), "cuda"),
-        ((F16, 4, False), "cuda"),
-        ((F32, 64, False), "cuda"),
-        ((F32, 8, True), "triton"),
-        ((F16, 8, False), "triton"),
-        ((torch.bfloat16, 128, False), "triton"),
-        ((F64, 1, False), "triton"),
-        ((F32, None, False), "triton"),
+        (("conv2d", F32, 1, False), "cuda"),
+        (("conv2d", F32, 4, True), "cuda"),
+        (("conv2d", F16, 4, False), "cuda"),
+        (("conv2d", F32, 64, False), "cuda"),
+        (("conv2d", F32, 8, True), "triton"),
+        (("conv2d", F16, 8, False), "cuda"),
+        (("conv2d_fused", torch.bfloat16, 128, False), "cuda"),
+        (("conv2d_input_grad", F16, 8, False), "triton"),
+        (("linear", torch.bfloat16, 128, False), "triton"),
+        (("conv2d", F64, 1, False), "triton"),
+        (("kd_loss_forward", F32, None, False), "cuda"),
+        (("linear_kd_loss", F32, None, False), "triton"),
     ],
 )
 def test_the_table(call, backend):
@@ -49,7 +52,7 @@ def arguments(vector):
 
 
 def test_the_first_choice_serves_in_silence(counted):
-    run = registration._chosen("conv2d", Native(), True)
+    run = registration._chosen("conv2d_input_grad", Native(), True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run(None, *arguments(1)) == "cuda"
@@ -61,14 +64,16 @@ def test_the_first_choice_serves_in_silence(counted):
     "native, has_triton, wanted, got", [(None, True, "cuda", "triton"), (1, False, "triton", "cuda")]
 )
 def test_a_backend_that_is_not_built_is_counted_and_said_once(counted, native, has_triton, wanted, got):
-    run = registration._chosen("conv2d", native and Native(), has_triton)
+    run = registration._chosen("conv2d_input_grad", native and Native(), has_triton)
     call = arguments(1) if wanted == "cuda" else [t.half() for t in arguments(8)]
-    with pytest.warns(RuntimeWarning, match=f"Expected the {wanted} backend of conv2d .* the {got} backend serves it"):
+    with pytest.warns(
+        RuntimeWarning, match=f"Expected the {wanted} backend of conv2d_input_grad .* the {got} backend serves it"
+    ):
         assert run(None, *call) == got
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run(None, *call) == got
-    assert ops.fallbacks == {("conv2d", wanted, got): 2}
+    assert ops.fallbacks == {("conv2d_input_grad", wanted, got): 2}
     with ops.strict_backends(), pytest.raises(RuntimeError, match=f"Expected the {wanted} backend .* got none built"):
         run(None, *call)
     assert run(None, *call) == got
