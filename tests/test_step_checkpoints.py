@@ -119,6 +119,7 @@ def one_rank(rank, folder, meeting, seed, kill):
     student = nn.parallel.DistributedDataParallel(network())
     torch.manual_seed(seed + 100 + rank)  # dropout
     random.seed(seed)  # a fork draws anew
+    numpy.random.seed(seed)
     optimizer = torch.optim.SGD(student.parameters(), 0.1, 0.9)
     schedule = CubicSL(start=0, end=10, update_frequency=2)
     pruner = Pruner(student, 0.5, "gradient", schedule=schedule, optimizer=optimizer, ignored_layers=())
@@ -146,7 +147,9 @@ def one_rank(rank, folder, meeting, seed, kill):
 
 
 def start(folder, meeting, seed, kill=None):
-    processes = multiprocessing.get_context("fork")  # without torch's long import
+    # Forks, without torch's long import, but of a process in which autograd has started no thread yet.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["torch", "sparsekd"])
     ranks = [processes.Process(target=one_rank, args=(rank, folder, meeting, seed, kill)) for rank in range(2)]
     for rank in ranks:
         rank.start()
