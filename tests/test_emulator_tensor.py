@@ -8,7 +8,9 @@ from pathlib import Path
 import emulated
 import pytest
 
-# what stands in conv2d_tensor.cuh, what is put in its place, what the checker says of it.
+FILES = ("conv2d_tensor.cuh", "conv2d_tensor_pattern.cuh")
+
+# what stands in one of FILES, what is put in its place, what the checker says of it.
 BUGS = {
     "no barrier after the copies": (
         "    __syncthreads();  // what other threads copied\n",
@@ -99,9 +101,10 @@ def test_nothing_is_said_of_the_kernels_as_they_are():
 @pytest.mark.parametrize("bug", BUGS)
 def test_finds(bug, tmp_path):
     right, wrong, says = BUGS[bug]
-    source = (emulated.ROOT / "csrc" / "cuda" / "conv2d_tensor.cuh").read_text()
-    assert right in source, "the place where the bug is sown is gone"
+    sources = {name: (emulated.ROOT / "csrc" / "cuda" / name).read_text() for name in FILES}
+    holding = [name for name, source in sources.items() if right in source]
+    assert len(holding) == 1, "the place where the bug is sown is gone"
     emulated.library_path()
-    library = emulated.compile_changed(tmp_path, {"conv2d_tensor.cuh": source.replace(right, wrong, 1)})
+    library = emulated.compile_changed(tmp_path, {holding[0]: sources[holding[0]].replace(right, wrong, 1)})
     said = said_of(library)
     assert re.search(says, said), said

@@ -1,0 +1,313 @@
+// The pattern of a convolution on tensor cores (conv2d_tensor.cuh): which channel lies in which plane, in which order slices
+// are taken, and which column is which place of an octet, so that what is gathered lies in different banks.
+#pragma once
+#include "conv2d.cuh"
+#include "conv2d_tensor.h"
+
+namespace sparsekd::cuda {
+
+// Of an entry: its channel, and its distance in vectors within a plane. channel -1: not one that `pack` makes.
+struct Tap {
+  int channel, in_plane;
+};
+
+__device__ __forceinline__ Tap tap_at(const TensorPatternParams& p, int column) {
+  const int kernel_w = p.axes[1].kernel, taps = p.axes[0].kernel * kernel_w;
+  if (column < 0 || column >= p.channels_per_group * taps) return {-1, 0};
+  int phase_y, phase_x, y, x;
+  if (!tap_of(p.axes[0], column % taps / kernel_w, phase_y, y)) return {-1, 0};
+  if (!tap_of(p.axes[1], column % taps % kernel_w, phase_x, x)) return {-1, 0};
+  return {column / taps, ((phase_y * p.tile_rows + y) * p.phases_x + phase_x) * p.tile_columns + x};
+}
+
+struct Range {
+  int begin, end;
+};
+
+__device__ __forceinline__ Range range_of(const TensorPatternParams& p, int row_group) {
+  const int begin = min(max(p.crow[row_group], 0), p.n_vectors);
+  return {begin, min(max(p.crow[row_group + 1], begin), p.n_vectors)};
+}
+
+// How often each residue modulo 8 occurs among a channel's taps, four bits each. More than 15, of very large kernels,
+// run over into the next: the planes are then chosen less well.
+__device__ __forceinline__ unsigned rotated(unsigned counts, int residue) {
+  return residue ? counts << 4 * residue | counts >> (32 - 4 * residue) : counts;
+}
+
+// A block of threads per block of rows and block of channels: the order of slices, and which channel lies in which plane.
+__global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternParams p) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int block = blockIdx.x, group = blockIdx.y / p.row_blocks, row_block = blockIdx.y % p.row_blocks;
+  const int first_channel = block * p.block_channels;
+  const int channels = min(p.block_channels, p.channels_per_group - first_channel);
+  auto* counts = shared_memory<unsigned>();                                  // [block_slices][block_channels]
+  int* sums = reinterpret_cast<int*>(counts + p.block_slices * p.block_channels);  // [block_slices][8]
+  int* weights = sums + kMostSlices * 8;                                     // [block_channels]
+  int* by_weight = weights + p.block_channels;                               // [block_channels]
+  int* slices = by_weight + p.block_channels;                                // [block_slices]
+
+  for (int i = threadIdx.x; i < p.block_slices * p.block_channels; i += blockDim.x) counts[i] = 0;
+  for (int i = threadIdx.x; i < kMostSlices * 8; i += blockDim.x) sums[i] = 0;
+  for (int i = threadIdx.x; i < p.block_slices; i += blockDim.x) slices[i] = -1;
+  __syncthreads();  // before slices are found
+  // The rank of a slice is the number of slices before it.
+  for (int local = threadIdx.x; local < p.slices_per_group; local += blockDim.x) {
+    const int slice = group * p.slices_per_group + local;
+    const Range own = range_of(p, slice / p.slices);
+    int rank = 0;
+    for (int i = 0; i < p.slices_per_group; ++i) {
+      const int other = group * p.slices_per_group + i;
+      const Range theirs = range_of(p, other / p.slices);
+      const int more = (theirs.end - theirs.begin) - (own.end - own.begin);
+      rank += more > 0 || (more == 0 && other < slice);
+    }
+    if (rank / p.block_slices != row_block) continue;
+    slices[rank % p.block_slices] = slice;
+    if (block == 0) p.order[group * p.slices_per_group + rank] = slice;
+  }
+  __syncthreads();  // slices, and counts of zero
+
+  for (int i = warp; i < p.block_slices; i += warps) {
+    if (slices[i] < 0) continue;
+    const Range range = range_of(p, slices[i] / p.slices);
+    for (int base = range.begin; base < range.end; base += 32) {
+      Tap tap{-1, 0};
+      if (base + lane < range.end) tap = tap_at(p, p.col[base + lane]);
+      const int channel = tap.channel - first_channel;
+      const bool used = tap.channel >= 0 && channel >= 0 && channel < channels;
+      const unsigned peers = __match_any_sync(kAll, used ? channel : -1);
+      const int turn_of = __popc(peers & ((1u << lane) - 1));
+      // Lanes with the same channel count one after another.
+      for (int turn = 0; __ballot_sync(kAll, used && turn_of >= turn) != 0; ++turn) {
+        if (used && turn_of == turn) counts[i * p.block_channels + channel] += 1u << 4 * (tap.in_plane % 8);
+        __syncwarp();
+      }
+    }
+  }
+  __syncthreads();  // counts
+  for (int channel = threadIdx.x; channel < channels; channel += blockDim.x) {
+    int weight = 0;
+    for (int i = 0; i < p.block_slices; ++i) {
+      const unsigned word = counts[i * p.block_channels + channel];
+      for (int r = 0; r < 8; ++r) weight += word >> 4 * r & 15;
+    }
+    weights[channel] = weight;
+  }
+  __syncthreads();  // weights
+  for (int channel = threadIdx.x; channel < channels; channel += blockDim.x) {
+    int rank = 0;
+    for (int other = 0; other < channels; ++other) {
+      const int more = weights[other] - weights[channel];
+      rank += more > 0 || (more == 0 && other < channel);
+    }
+    by_weight[rank] = channel;
+  }
+  __syncthreads();  // by_weight
+  if (warp != 0) return;
+
+  // Heaviest first, each channel goes to the residue that keeps the sums of squares smallest: lane r + 8 * q looks at
+  // residue r and every fourth slice. Plane i begins at residue i * pitch, and an odd pitch is its own inverse modulo 8.
+  const int residue = lane % 8, part = lane / 8;
+  int taken = 0;  // planes of the lane's residue
+  const int first_plane = residue * p.pitch % 8;
+  const int64_t at = int64_t(blockIdx.y) * p.channels_per_group + first_channel;
+  for (int i = 0; i < channels; ++i) {
+    const int channel = by_weight[i];
+    int cost = 0;
+    for (int s = part; s < p.block_slices; s += 4) {
+      const unsigned word = rotated(counts[s * p.block_channels + channel], residue);
+      for (int r = 0; r < 8; ++r) cost += sums[s * 8 + r] * static_cast<int>(word >> 4 * r & 15);
+    }
+    cost += __shfl_xor_sync(kAll, cost, 8);
+    cost += __shfl_xor_sync(kAll, cost, 16);
+    const int plane = first_plane + 8 * taken;
+    int best = plane < channels ? min(cost, (1 << 26) - 1) * 8 + residue : (1 << 29) + residue;
+    for (int distance = 1; distance < 8; distance *= 2) best = min(best, __shfl_xor_sync(kAll, best, distance));
+    const int chosen = best % 8;
+    __syncwarp();  // all have read the sums
+    for (int s = part; s < p.block_slices; s += 4) {
+      sums[s * 8 + residue] += rotated(counts[s * p.block_channels + channel], chosen) >> 4 * residue & 15;
+    }
+    __syncwarp();  // before the sums are read again
+    if (residue != chosen) continue;
+    if (part == 0) {
+      p.channel_at[at + plane] = first_channel + channel;
+      p.slot_of[at + channel] = plane;
+    }
+    ++taken;
+  }
+}
+
+// Where the value of a row and a place of an octet lies among its fragments.
+template <int kRows>
+__device__ __forceinline__ int fragment_place(int row, int place) {
+  const int lane = row % 8 * 4 + place / 2;
+  if constexpr (kRows == 8) {
+    return lane * 2 + place % 2;
+  } else {
+    // Two matrices of 16 rows lie together, so that a lane reads 16 bytes.
+    constexpr int kTogether = kRows == 16 ? 1 : 2;
+    const int matrix = row / 16;
+    return ((matrix / kTogether * 32 + lane) * kTogether + matrix % kTogether) * 4 + row % 16 / 8 * 2 + place % 2;
+  }
+}
+
+// One warp per slice. Columns are sorted by block of channels and residue, and dealt out to the octets of their block:
+// residue by residue, the most frequent first, to the octets that hold least. Those of a residue that has more columns
+// than there are octets share octets, and go where another residue is twice already.
+template <int kRows>
+__global__ __launch_bounds__(128, 4) void tensor_fragments_kernel(const TensorPatternParams p) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int ranked = blockIdx.x * warps + warp;
+  if (ranked >= p.row_groups * p.slices) return;  // a whole warp
+  const int group = ranked / p.slices_per_group, rank = ranked % p.slices_per_group;
+  const int slice = p.order[ranked], row_group = slice / p.slices, part = slice % p.slices;
+  const int row_block = group * p.row_blocks + rank / p.block_slices;
+  const int32_t* slot_of = p.slot_of + int64_t(row_block) * p.channels_per_group;
+  // [blocks][8] columns, [blocks][8] the first of them, and of each octet: columns, how often a residue is in it, by rank
+  int* counts = shared_memory<int>() + warp * (p.blocks * 16 + p.most_octets * 3);
+  int* firsts = counts + p.blocks * 8;
+  int *filled = firsts + p.blocks * 8, *most_equal = filled + p.most_octets, *by_rank = most_equal + p.most_octets;
+  const Range range = range_of(p, row_group);
+  int2* sorted = static_cast<int2*>(p.sorted) + int64_t(range.begin) * p.slices + int64_t(part) * (range.end - range.begin);
+
+  auto key_of = [&](int i, int& distance) {
+    const Tap tap = i < range.end ? tap_at(p, p.col[i]) : Tap{-1, 0};
+    if (tap.channel < 0) return -1;
+    distance = kZeros + slot_of[tap.channel] * p.pitch + tap.in_plane;
+    return tap.channel / p.block_channels * 8 + distance % 8;
+  };
+
+  for (int i = lane; i < p.blocks * 8; i += 32) counts[i] = 0;
+  __syncwarp();
+  for (int base = range.begin; base < range.end; base += 32) {
+    int distance = 0;
+    const int key = key_of(base + lane, distance);
+    const unsigned peers = __match_any_sync(kAll, key);
+    if (key >= 0 && __ffs(peers) - 1 == lane) counts[key] += __popc(peers);
+    __syncwarp();
+  }
+  const int before = range.begin / 8 + row_group * p.blocks, most = range.end / 8 - range.begin / 8 + p.blocks;
+  int octets = before * p.slices + part * most, columns = 0;
+  for (int base = 0; base < p.blocks; base += 32) {
+    int mine = 0;
+    if (base + lane < p.blocks) {
+      for (int r = 0; r < 8; ++r) mine += counts[(base + lane) * 8 + r];
+    }
+    int columns_before = mine, octets_before = (mine + 7) / 8;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int from = max(lane - distance, 0);
+      const int other = __shfl_sync(kAll, columns_before, from), more = __shfl_sync(kAll, octets_before, from);
+      if (lane >= distance) {
+        columns_before += other;
+        octets_before += more;
+      }
+    }
+    if (base + lane < p.blocks) {
+      int first = columns + columns_before - mine;
+      for (int r = 0; r < 8; ++r) {
+        firsts[(base + lane) * 8 + r] = first;
+        first += counts[(base + lane) * 8 + r];
+      }
+      p.starts[int64_t(slice) * (p.blocks + 1) + base + lane] = octets + octets_before - (mine + 7) / 8;
+    }
+    columns += __shfl_sync(kAll, columns_before, 31);
+    octets += __shfl_sync(kAll, octets_before, 31);
+  }
+  if (lane == 0) p.starts[int64_t(slice) * (p.blocks + 1) + p.blocks] = octets;
+  __syncwarp();
+  for (int base = range.begin; base < range.end; base += 32) {
+    int distance = 0;
+    const int key = key_of(base + lane, distance);
+    const unsigned peers = __match_any_sync(kAll, key);
+    const int to = key >= 0 ? firsts[key] + __popc(peers & ((1u << lane) - 1)) : 0;
+    __syncwarp();  // all have read before the first of the peers counts on
+    if (key >= 0 && __ffs(peers) - 1 == lane) firsts[key] += __popc(peers);
+    __syncwarp();
+    if (key >= 0) store_vector(sorted + to, int2{base + lane, distance});
+  }
+  __syncwarp();
+
+  auto* fragments = static_cast<uint16_t*>(p.fragments);
+  const auto* values = static_cast<const uint16_t*>(p.values);
+  for (int block = 0; block < p.blocks; ++block) {
+    const int64_t first = p.starts[int64_t(slice) * (p.blocks + 1) + block];
+    const int all = p.starts[int64_t(slice) * (p.blocks + 1) + block + 1] - static_cast<int>(first);
+    const int count = min(all, p.most_octets);  // more only where a row names a column twice
+    for (int i = lane; i < count; i += 32) {
+      filled[i] = 0;
+      most_equal[i] = 0;
+    }
+    __syncwarp();
+    unsigned dealt = 0;
+    for (int turn = 0; turn < 8; ++turn) {
+      int residue = 0, left = -1;
+      for (int r = 0; r < 8; ++r) {
+        if (dealt >> r & 1 || counts[block * 8 + r] <= left) continue;
+        residue = r;
+        left = counts[block * 8 + r];
+      }
+      dealt |= 1u << residue;
+      // `firsts` has been counted on to the end.
+      const int2* from = sorted + firsts[block * 8 + residue] - left;
+      for (int round = 1; left > 0; ++round) {
+        // Octets with room, the best first. A lane per octet counts those before its own.
+        auto worth = [&](int i) { return (most_equal[i] < round && round > 1 ? 16 : 0) + filled[i]; };
+        int room = 0;
+        for (int base = 0; base < count; base += 32) {
+          const int i = base + lane;
+          const bool open = i < count && filled[i] < 8;
+          room += __popc(__ballot_sync(kAll, open));
+          if (!open) continue;
+          int before_it = 0;
+          for (int j = 0; j < count; ++j) {
+            if (filled[j] < 8) before_it += worth(j) < worth(i) || (worth(j) == worth(i) && j < i);
+          }
+          by_rank[before_it] = i;
+        }
+        __syncwarp();
+        const int taken = min(left, room);
+        if (taken == 0) break;
+        for (int i = lane; i < taken; i += 32) {
+          const int octet = by_rank[i], place = filled[octet];
+          const int2 entry = load_vector(from + i);
+          store_vector(p.distances + (first + octet) * 8 + place, entry.y * 16);
+          for (int r = 0; r < kRows; ++r) {
+            const int row = part * kRows + r;
+            const uint16_t bits = row < p.vector ? values[int64_t(entry.x) * p.vector + row] : 0;
+            store_vector(fragments + (first + octet) * kRows * 8 + fragment_place<kRows>(r, place), bits);
+          }
+          filled[octet] = place + 1;
+          most_equal[octet] = max(most_equal[octet], round);
+        }
+        __syncwarp();  // before octets are ranked again
+        from += taken;
+        left -= taken;
+      }
+    }
+    // What is left of an octet points at zeros, in a bank that the octet does not use.
+    for (int i = lane; i < all; i += 32) {
+      const int used = i < count ? filled[i] : 0;
+      unsigned residues = 0;
+      for (int place = 0; place < 8; ++place) {
+        int32_t* distance = p.distances + (first + i) * 8 + place;
+        if (place < used) {
+          residues |= 1u << *distance / 16 % 8;
+          continue;
+        }
+        const int free = __ffs(~residues) - 1;
+        residues |= 1u << free;
+        store_vector(distance, free * 16);
+        for (int r = 0; r < kRows; ++r) {
+          store_vector(fragments + (first + i) * kRows * 8 + fragment_place<kRows>(r, place), uint16_t{0});
+        }
+      }
+    }
+    __syncwarp();  // before the next block's octets
+  }
+}
+
+}  // namespace sparsekd::cuda
