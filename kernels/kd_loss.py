@@ -33,7 +33,9 @@ from . import checks
 from .checks import cdiv, power_of_2
 
 ONE_BLOCK = 8192  # classes that stay in registers
-BLOCK_C = 4096  # classes at a time beyond
+# Classes at a time beyond, and a warp for each 256 of them. What the second pass of a divergence other than the forward KL
+# holds fits no 128 registers, which is all that 16 warps leave.
+BLOCK_C = {"forward_kl": 4096, "reverse_kl": 2048, "jsd": 2048}
 
 
 @triton.jit
@@ -236,8 +238,10 @@ def launch(
     """
     rows, classes = student.shape
     one_block = block_c is None and classes <= ONE_BLOCK
-    block_c = power_of_2(classes) if one_block else min(block_c or BLOCK_C, BLOCK_C)
+    block_c = power_of_2(classes) if one_block else min(block_c or BLOCK_C[divergence], BLOCK_C[divergence])
     block_r = min(max(2048 // block_c, 1), power_of_2(rows), 64)
+    elements = block_r * block_c
+    warps = (4 if elements <= 2048 else 8 if elements <= 4096 else 16) if one_block else max(elements // 256, 4)
     double = torch.float64 in (student.dtype, teacher.dtype)
     wrap_triton(_kd_loss_kernel)[(cdiv(rows, block_r),)](
         student,
@@ -268,7 +272,7 @@ def launch(
         ONE_BLOCK=one_block,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
-        num_warps=4 if block_r * block_c <= 2048 else 8 if block_r * block_c <= 4096 and one_block else 16,
+        num_warps=warps,
     )
 
 

@@ -34,7 +34,7 @@ def online(request, monkeypatch):
         from sparsekd.kernels import kd_loss
 
         monkeypatch.setattr(kd_loss, "ONE_BLOCK", 0)
-        monkeypatch.setattr(kd_loss, "BLOCK_C", 16)
+        monkeypatch.setattr(kd_loss, "BLOCK_C", dict.fromkeys(kd_loss.BLOCK_C, 16))
 
 
 def case(seed):
