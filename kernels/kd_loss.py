@@ -33,8 +33,8 @@ from . import checks
 from .checks import cdiv, power_of_2
 
 ONE_BLOCK = 8192  # classes that stay in registers
-# Classes at a time beyond, and a warp for each 256 of them. What the second pass of a divergence other than the forward KL
-# holds fits no 128 registers, which is all that 16 warps leave.
+# Classes at a time beyond, and a warp for each 256 of them. What the second pass of a divergence other than the forward
+# KL holds does not fit the 128 registers that 16 warps leave.
 BLOCK_C = {"forward_kl": 4096, "reverse_kl": 2048, "jsd": 2048}
 
 
