@@ -1,15 +1,14 @@
 """Who keeps the masks alive, and that they are the same in several processes."""
 
 import copy
-import datetime
 import functools
 import gc
 import math
-import os
 import warnings
 import weakref
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from test_mask_contract import backward, check_contract, is_zero, network, train
@@ -96,11 +95,8 @@ def same_on_all_ranks(pruner):
 
 def one_rank(rank, folder):
     """Its own seed, its own data; an AssertionError here fails the test."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
+    ranks.join(rank, f"{folder}/meeting")
     warnings.simplefilter("ignore")  # of batches left out on purpose
-    meeting, patience = f"file://{folder}/meeting", datetime.timedelta(seconds=60)  # a rank that waits in vain fails
-    dist.init_process_group("gloo", init_method=meeting, timeout=patience, rank=rank, world_size=2)
     torch.manual_seed(100 + rank)
     for importance in ("gradient", "magnitude", "random", lambda name, weight, gradient: torch.rand_like(weight)):
         model = nn.parallel.DistributedDataParallel(network())
@@ -148,7 +144,7 @@ def one_rank(rank, folder):
         pruner.step()
         assert pruner.masks["weight"].tolist() == [[False, True, True]]
         model.zero_grad()
-    dist.destroy_process_group()
+    ranks.leave()
 
 
 def test_masks_are_the_same_on_all_ranks(tmp_path):

@@ -1,10 +1,9 @@
 """Two processes: DDP and FSDP2 make the masks of a single one and hold them."""
 
 import copy
-import datetime
-import os
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -75,12 +74,10 @@ def check_same_as_alone(got, want):
 
 
 def one_rank(rank, folder):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    patience = datetime.timedelta(seconds=60)  # a rank that waits in vain fails
     # Alone, and before the others are there: nothing is reduced.
     alone = {kind: trained(kind, network()) for kind in KINDS}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", timeout=patience, rank=rank, world_size=2)
+    ranks.join(rank, f"{folder}/meeting")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -102,7 +99,7 @@ def one_rank(rank, folder):
         check_same_on_both_ranks(found[1])
         if KINDS[kind]["importance"] == "magnitude" and kind != "regrowth":
             check_same_as_alone(found, alone[kind])
-    dist.destroy_process_group()
+    ranks.leave()
 
 
 def test_masks_and_losses_of_two_processes(tmp_path):

@@ -1,6 +1,5 @@
 """Checkpoints within an epoch, on one rank and on two of which one is killed."""
 
-import datetime
 import multiprocessing
 import os
 import random
@@ -8,8 +7,8 @@ import signal
 
 import numpy
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
 from test_training_state import Shuffled, assert_same, batches, content, network, training
 from torch import nn
 
@@ -111,10 +110,7 @@ def test_steps_that_are_none(tmp_path, steps):
 
 
 def one_rank(rank, folder, meeting, seed, kill):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    patience = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{meeting}", timeout=patience, rank=rank, world_size=2)
+    ranks.join(rank, f"{folder}/{meeting}")
     torch.manual_seed(seed)
     student = nn.parallel.DistributedDataParallel(network())
     torch.manual_seed(seed + 100 + rank)  # dropout
@@ -143,19 +139,19 @@ def one_rank(rank, folder, meeting, seed, kill):
     loader = batches()[rank::2] + batches(6)[4 + rank :: 2]  # 3 for each
     Distiller(student, None).fit(loader, 4, optimizer, pruner=pruner, checkpoint=folder / "run", checkpoint_steps=1)
     (folder / f"{meeting}.steps{rank}").write_text(str(len(steps)))
-    dist.destroy_process_group()
+    ranks.leave()
 
 
 def start(folder, meeting, seed, kill=None):
     # Forks, without torch's long import, but of a process in which autograd has started no thread yet.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["torch", "sparsekd"])
-    ranks = [processes.Process(target=one_rank, args=(rank, folder, meeting, seed, kill)) for rank in range(2)]
-    for rank in ranks:
+    both = [processes.Process(target=one_rank, args=(rank, folder, meeting, seed, kill)) for rank in range(2)]
+    for rank in both:
         rank.start()
-    for rank in ranks:
+    for rank in both:
         rank.join(120)
-    return [rank.exitcode for rank in ranks]
+    return [rank.exitcode for rank in both]
 
 
 @pytest.fixture(scope="module")
