@@ -6,6 +6,10 @@
 
 #include <c10/util/Exception.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace sparsekd::cpu {
 namespace {
 
@@ -31,12 +35,24 @@ int cap_from_environment() {
   TORCH_CHECK_VALUE(false, "Expected SPARSEKD_CPU_ISA to be baseline, avx2 or avx512, got ", isa);
 }
 
+#if defined(__x86_64__)
+// Zen 4 takes vectors of 64 bytes in two halves, so that they gain nothing, and all of them straddle cache lines where
+// they aren't aligned.
+bool halves_wide_vectors() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx) return false;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+  const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+  return family == 0x19;
+}
+#endif
+
 const Kernels& choose() {
   const int cap = cap_from_environment();
   const int best = best_supported();
   const int level = cap < best ? cap : best;
 #if defined(__x86_64__)
-  if (level == 2) return avx512::kernels;
+  if (level == 2) return halves_wide_vectors() ? avx512::narrow_kernels : avx512::kernels;
   if (level == 1) return avx2::kernels;
 #endif
   (void)level;

@@ -15,8 +15,8 @@
 // outside the table is below no limit, so after the last block a cursor short of the row's end tells of it; nothing
 // outside is read.
 //
-// Vectors hold 32 bytes under AVX-512, too: more lanes would be idle on small maps, and twice the registers make
-// larger tiles.
+// Under AVX-512 there are both loops for vectors of 64 bytes and, with twice the registers, of 32: on small maps more lanes
+// may be idle than the wider vectors gain.
 #pragma once
 #include <cstdint>
 
@@ -124,18 +124,25 @@ struct KDLossRow {
   double kl_scale;    // alpha * T^2 / rows
 };
 
+// What depends on how many lanes a vector has.
 template <class T>
-struct TypeKernels {
+struct LaneKernels {
   TileShape (*tile_shape)(int vector);
   void (*spmm)(const SpmmTile<T>&, int64_t group_begin, int64_t group_end);
   TileShape (*grad_tile_shape)();
   void (*sddmm)(const SddmmTile<T>&, int64_t group_begin, int64_t group_end);
-  bool (*spmv)(const SpmvRows<T>&, int64_t group_begin, int64_t group_end);
-  // out[c * out_pitch + r] = in[r * in_pitch + c]
-  void (*transpose)(const T* in, int64_t rows, int64_t columns, int64_t in_pitch, T* out, int64_t out_pitch);
   // out[x * pitch + lane] = in[lane][x] for x < count, and back
   void (*gather_lanes)(const T* const* in, int64_t count, T* out, int64_t pitch);
   void (*scatter_lanes)(const T* in, int64_t pitch, int64_t count, T* const* out);
+};
+
+template <class T>
+struct TypeKernels {
+  int widths;                  // of vectors, out of which a call takes one
+  const LaneKernels<T>* lanes;  // [widths]
+  bool (*spmv)(const SpmvRows<T>&, int64_t group_begin, int64_t group_end);
+  // out[c * out_pitch + r] = in[r * in_pitch + c]
+  void (*transpose)(const T* in, int64_t rows, int64_t columns, int64_t in_pitch, T* out, int64_t out_pitch);
   void (*epilogue)(const EpilogueLine<T>&);
   double (*kd_loss_row)(const KDLossRow<T>&);  // the row's share of the loss
 };
@@ -149,7 +156,7 @@ struct Kernels {
 namespace baseline { extern const Kernels kernels; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Kernels kernels; }
-namespace avx512 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels, narrow_kernels; }  // narrow: without vectors of 64 bytes in the lanes
 #endif
 
 // The best table that this processor runs, capped by SPARSEKD_CPU_ISA=baseline|avx2|avx512 (read once).

@@ -21,20 +21,27 @@
 namespace sparsekd::cpu::avx2 {
 namespace {
 #include "simd.inc"
-#include "spmm.inc"
-#include "sddmm.inc"
+namespace narrow {
+constexpr int kLanesBytes = SPARSEKD_VECTOR_BYTES;
+#include "lane_kernels.inc"
+}  // namespace narrow
 #include "spmv.inc"
-#include "transpose.inc"
 #include "kd_loss.inc"
 #include "epilogue.inc"
+
+template <class T>
+constexpr LaneKernels<T> widths[] = {narrow::lane_kernels<T>};
+
+template <class T>
+constexpr TypeKernels<T> type_kernels(int count, const LaneKernels<T>* lanes) {
+  return {count, lanes, &spmv<T>, &narrow::transpose<T>, &epilogue<T>, &kd_loss_row<T>};
+}
 }  // namespace
 
 const Kernels kernels = {
     "avx2",
-    {&tile_shape<float>, &spmm<float>, &grad_tile_shape<float>, &sddmm<float>, &spmv<float>, &transpose<float>, &gather_lanes<float>,
-     &scatter_lanes<float>, &epilogue<float>, &kd_loss_row<float>},
-    {&tile_shape<double>, &spmm<double>, &grad_tile_shape<double>, &sddmm<double>, &spmv<double>, &transpose<double>, &gather_lanes<double>,
-     &scatter_lanes<double>, &epilogue<double>, &kd_loss_row<double>},
+    type_kernels<float>(1, widths<float>),
+    type_kernels<double>(1, widths<double>),
 };
 }  // namespace sparsekd::cpu::avx2
 #if defined(__clang__)

@@ -32,11 +32,14 @@ namespace sparsekd::cpu {
 
 // Where lanes lie, and how positions are cut into tiles and channels into blocks. A position is one vector.
 struct Grid {
+  int width = 0;      // of its vectors: type_kernels().lanes[width]
+  double cost = std::numeric_limits<double>::max();  // see `cycles`
   bool runs = false, aligned = false;
   int64_t lanes = 1, images = 1, down = 1, across = 1;
+  int64_t bands = 1;  // of lines in which an image is packed and multiplied
   Pair strip{1, 1};   // positions: of a strip; of a map of runs, in lines or in one
   Pair halo{0, 0};    // positions that taps reach beyond a tile
-  double loads = 1;   // of 32 bytes that a position costs
+  double loads = 1;   // that a position costs
   Pair tiles{1, 1};   // over a strip; they differ by at most one line or one position
   int64_t begin(int d, int64_t tile) const { return strip[d] * tile / tiles[d]; }
   int64_t count(int d, int64_t tile) const { return begin(d, tile + 1) - begin(d, tile); }
@@ -87,8 +90,7 @@ inline double cycles(const Work& work, const TileShape& shape, const Grid& grid)
 }
 
 // Takes the best tiles for the strips of a grid.
-inline double choose_tiles(const Work& work, const TileShape& shape, Grid& grid) {
-  double best = std::numeric_limits<double>::max();
+inline void choose_tiles(const Work& work, const TileShape& shape, Grid& grid) {
   Grid tried = grid;
   for (int64_t lines = 1; lines <= std::min<int64_t>(shape.lines, grid.strip[0]); ++lines) {
     const int64_t most = std::min<int64_t>(shape.positions / lines, grid.strip[1]);
@@ -96,13 +98,12 @@ inline double choose_tiles(const Work& work, const TileShape& shape, Grid& grid)
     for (int64_t width = std::max<int64_t>(most / 2, 1); width <= most; ++width) {
       tried.tiles = {ceil_div(grid.strip[0], lines), ceil_div(grid.strip[1], width)};
       const double cost = cycles(work, shape, tried);
-      if (cost < best) {
-        best = cost;
+      if (cost < grid.cost) {
+        grid.cost = cost;
         grid.tiles = tried.tiles;
       }
     }
   }
-  return best;
 }
 
 // Keeps the cheapest of the grids that it is shown.
@@ -110,14 +111,10 @@ struct Choice {
   const Work& work;
   const TileShape& shape;
   Grid grid;
-  double least = std::numeric_limits<double>::max();
   void consider(Grid tried) {
     tried.lanes = shape.lanes;
-    const double cost = choose_tiles(work, shape, tried);
-    if (cost < least) {
-      least = cost;
-      grid = tried;
-    }
+    choose_tiles(work, shape, tried);
+    if (tried.cost < grid.cost) grid = tried;
   }
 };
 
@@ -140,8 +137,9 @@ inline void consider_runs(Choice& choice) {
     Grid grid;
     grid.runs = true;
     grid.aligned = aligned;
-    // Every second load of 32 bytes that is not aligned straddles two cache lines.
-    grid.loads = aligned ? 1 + 0.5 * halo[1] / (halo[1] + 1) : 1.44;
+    // A load that is not aligned straddles two cache lines: each of 64 bytes does, every second of 32 bytes.
+    const double straddling = static_cast<double>(work.bytes) / 64;
+    grid.loads = aligned ? 1 + straddling * halo[1] / (halo[1] + 1) : 1 + straddling * (lanes - 1) / lanes;
     grid.strip = {1, ceil_div((work.pixels[0] - 1) * pitch + work.pixels[1], lanes)};
     grid.halo = {0, ceil_div(halo[0] * pitch + halo[1], lanes)};
     choice.consider(grid);
@@ -189,7 +187,21 @@ inline Grid best_grid(const Work& work, const TileShape& shape, int64_t bands, b
   band.pixels[0] = ceil_div(work.pixels[0], bands);
   Choice runs{band, shape, {}};
   consider_runs(runs);
-  return runs.least * bands < strips.least ? runs.grid : strips.grid;
+  runs.grid.cost *= bands;
+  runs.grid.bands = bands;
+  return runs.grid.cost < strips.grid.cost ? runs.grid : strips.grid;
+}
+
+// The best of the grids that `grid_of(kernels)` finds for each width of vectors.
+template <class T, class GridOf>
+Grid best_width(GridOf grid_of) {
+  Grid best;
+  for (int width = 0; width < type_kernels<T>().widths; ++width) {
+    Grid grid = grid_of(type_kernels<T>().lanes[width]);
+    grid.width = width;
+    if (grid.cost < best.cost) best = grid;
+  }
+  return best;
 }
 
 }  // namespace sparsekd::cpu

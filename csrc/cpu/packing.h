@@ -123,7 +123,7 @@ struct Epilogue {
 template <class T>
 void pack_strips(const Batch<const T>& batch, const Planes& planes, const Planes& whole, const Grid& grid, int64_t first,
                  int64_t begin, int64_t end, int64_t pitch, T* out) {
-  const auto gather = type_kernels<T>().gather_lanes;
+  const auto gather = type_kernels<T>().lanes[grid.width].gather_lanes;
   std::vector<const T*> from(grid.lanes);
   const Pair size = planes.phases[0].size;
   if (batch.last) {
@@ -245,7 +245,7 @@ struct StripStore {
 
   // `rows` rows, whose results are row_of[0 .. rows - 1]; -1 is none.
   void store(const T* from, int64_t pitch, const int64_t* row_of, int64_t rows, bool in_order) {
-    const auto scatter = type_kernels<T>().scatter_lanes;
+    const auto scatter = type_kernels<T>().lanes[grid.width].scatter_lanes;
     std::vector<T*> to(grid.lanes);
     if (batch.last) {
       while (rows > 0 && in_order && row_of[rows - 1] < 0) --rows;  // padding ends a convolution group

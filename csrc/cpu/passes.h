@@ -122,7 +122,7 @@ void over_strips(const Grid& grid, const Batch<const T>& source, const Pair& pix
               tile.line = line;
               tile.output = scratch.get();
               tile.output_pitch = tile.lines * tile.width * grid.lanes;
-              multiply_tile(rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
+              multiply_tile(grid, rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
               target.at(unit * grid.images, y, x, tile.lines, tile.width);
               target.store(scratch.get(), tile.output_pitch, rows.row_of + begin * rows.vector,
                            (end - begin) * rows.vector, rows.in_order);
@@ -139,8 +139,9 @@ void over_strips(const Grid& grid, const Batch<const T>& source, const Pair& pix
 
 // All passes over runs of the source's planes, band by band.
 template <class T, class PlanesFor>
-void over_runs(const Grid& grid, int64_t bands, const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for,
+void over_runs(const Grid& grid, const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for,
                std::vector<Pass<T>>& passes, const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
+  const int64_t bands = grid.bands;
   const Planes planes = planes_for({ceil_div(pixels[0], bands), pixels[1]}, &passes);
   const Layout layout = shared_layout(planes, source.size[1], pixels[1], grid.lanes, grid.aligned);
   // The last vector may reach past the last pixel.
@@ -196,7 +197,7 @@ void over_runs(const Grid& grid, int64_t bands, const Batch<const T>& source, co
             tile.input = input + first;
             tile.line = line;
             store.aim(tile, scratch.get(), begin, end, grid.lanes, limit, spills);
-            multiply_tile(rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
+            multiply_tile(grid, rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
             store.store(tile, begin, end);
           }
         });
@@ -210,12 +211,13 @@ void run_passes(const Batch<const T>& source, const Pair& pixels, PlanesFor plan
   const Pass<T>& main = *std::max_element(passes.begin(), passes.end(), [&](const Pass<T>& a, const Pass<T>& b) {
     return entries(a) < entries(b);
   });
-  const TileShape shape = type_kernels<T>().tile_shape(main.rows.vector);
   const Planes planes = planes_for(pixels, nullptr);
-  const Work work = work_of(main.rows, source.count, pixels, source.size[1], planes, shape.lanes);
-  const int64_t bands = bands_of(work, shape, source.channels);
-  const Grid grid = best_grid(work, shape, bands, !source.last);
-  if (grid.runs) return over_runs(grid, bands, source, pixels, planes_for, passes, init, epilogue, result);
+  const Grid grid = best_width<T>([&](const LaneKernels<T>& kernels) {
+    const TileShape shape = kernels.tile_shape(main.rows.vector);
+    const Work work = work_of(main.rows, source.count, pixels, source.size[1], planes, shape.lanes);
+    return best_grid(work, shape, bands_of(work, shape, source.channels), !source.last);
+  });
+  if (grid.runs) return over_runs(grid, source, pixels, planes_for, passes, init, epilogue, result);
   over_strips(grid, source, pixels, planes_for, passes, init, epilogue, result);
 }
 
@@ -226,16 +228,26 @@ void over_pixels(const Batch<const T>& source, const Pair& stride, const Pair& p
                  const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
   Pass<T>& pass = passes[0];
   const Rows<T>& rows = pass.rows;
-  const TileShape shape = type_kernels<T>().tile_shape(rows.vector);
-  const int64_t lanes = shape.lanes, bytes = lanes * static_cast<int64_t>(sizeof(T)), count = pixels[0] * pixels[1];
-  // In place if that is aligned. Channels a multiple of 1 KiB apart would share their cache sets.
-  const bool in_place = !source.last && stride[0] == 1 && stride[1] == 1 && count % lanes == 0 &&
-                        count * static_cast<int64_t>(sizeof(T)) % 1024 != 0 &&
-                        reinterpret_cast<uintptr_t>(source.data) % bytes == 0;
-  const int64_t images = in_place ? 1 : source.count, all = images * count;  // of a grid
+  const int64_t count = pixels[0] * pixels[1];
   const Planes planes{{Plane{pixels, {1, 1}, {0, 0}}}, {Tap{0, 0, 0}}, {0, 0}};
-  const Work work = work_of(rows, source.count / images, pixels, pixels[1], planes, lanes);
-  const Grid grid = flat_grid(work, shape, all);
+  // In place if that is aligned. Channels a multiple of 1 KiB apart would share their cache sets.
+  auto lies_well = [&](int64_t lanes) {
+    return !source.last && stride[0] == 1 && stride[1] == 1 && count % lanes == 0 &&
+           count * static_cast<int64_t>(sizeof(T)) % 1024 != 0 &&
+           reinterpret_cast<uintptr_t>(source.data) % (lanes * sizeof(T)) == 0;
+  };
+  auto work_for = [&](int64_t lanes) {
+    return work_of(rows, lies_well(lanes) ? source.count : 1, pixels, pixels[1], planes, lanes);
+  };
+  const Grid grid = best_width<T>([&](const LaneKernels<T>& kernels) {
+    const TileShape shape = kernels.tile_shape(rows.vector);
+    const Work work = work_for(shape.lanes);
+    return flat_grid(work, shape, source.count / work.batch * count);
+  });
+  const int64_t lanes = grid.lanes, bytes = lanes * static_cast<int64_t>(sizeof(T));
+  const bool in_place = lies_well(lanes);
+  const Work work = work_for(lanes);
+  const int64_t images = source.count / work.batch, all = images * count;  // of a grid
   const int64_t widest = grid.largest() * lanes;
   pass.blocks = static_cast<int>(blocks_of(work, grid));
   // What is packed is so in bands of whole tiles.
@@ -276,7 +288,7 @@ void over_pixels(const Batch<const T>& source, const Pair& stride, const Pair& p
               tile.ahead_lines = static_cast<int>(ceil_div(grid.count(1, t + 1) * bytes, 64));
             }
             store.aim(tile, scratch.get(), begin, end, lanes, count, false);
-            multiply_tile(rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
+            multiply_tile(grid, rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
             store.store(tile, begin, end);
           }
         });

@@ -5,7 +5,7 @@
 
 #include <limits>
 
-#include "kernels.h"
+#include "lanes.h"
 #include "pattern.h"
 #include "planes.h"
 
@@ -67,7 +67,7 @@ void check_cursors(const Rows<T>& rows, const int32_t* cursor, int64_t begin, in
 // Row groups begin .. end - 1, which lie in one convolution group, on one tile. Partial sums lie in `scratch`, where a
 // row takes the tile's vectors side by side; results go where the tile says, which may be the same.
 template <class T>
-void multiply_tile(const Rows<T>& rows, int blocks, SpmmTile<T> tile, int64_t begin, int64_t end, T* scratch,
+void multiply_tile(const Grid& grid, const Rows<T>& rows, int blocks, SpmmTile<T> tile, int64_t begin, int64_t end, T* scratch,
                    std::vector<int32_t>& cursor) {
   cursor.assign(rows.crow + begin, rows.crow + end);
   tile.crow = rows.crow + begin;
@@ -78,7 +78,7 @@ void multiply_tile(const Rows<T>& rows, int blocks, SpmmTile<T> tile, int64_t be
   tile.init = tile.init ? tile.init + begin * rows.vector : nullptr;
   const SpmmTile<T> finished = tile;
   tile.partial = tile.output = scratch;
-  tile.partial_pitch = tile.output_pitch = int64_t{tile.lines} * tile.width * type_kernels<T>().tile_shape(1).lanes;
+  tile.partial_pitch = tile.output_pitch = int64_t{tile.lines} * tile.width * grid.lanes;
   tile.places = nullptr;
   for (int block = 0; block < blocks; ++block) {
     tile.first = block == 0;
@@ -91,7 +91,7 @@ void multiply_tile(const Rows<T>& rows, int blocks, SpmmTile<T> tile, int64_t be
       tile.output_pitch = finished.output_pitch;
       tile.places = finished.places;
     }
-    type_kernels<T>().spmm(tile, 0, end - begin);
+    type_kernels<T>().lanes[grid.width].spmm(tile, 0, end - begin);
   }
   check_cursors(rows, cursor.data(), begin, end);
 }

@@ -31,16 +31,20 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
   std::fill(grad_values, grad_values + pattern.n_vectors * pattern.vector, T(0));
   if (shape.batch == 0 || shape.output[0] * shape.output[1] == 0) return;  // linear has no pixels for no rows
   const bool flat = is_flat(shape);
-  const TileShape tile_shape = type_kernels<T>().grad_tile_shape();
   const int64_t pixels = shape.output[0] * shape.output[1];
   const Planes of_image = input_planes(shape, shape.output);
-  const Work work = work_of(rows, shape.batch, shape.output, shape.input[1], of_image, tile_shape.lanes);
   // Pixels of so many images lie side by side that few lanes stay idle.
   const int64_t flat_images = std::clamp<int64_t>(kFlatPixels / pixels, 1, shape.batch);
-  // What is packed of both lies in L2 until all rows have passed.
-  const int64_t fit = flat || channels_last ? 1 : bands_of(work, tile_shape, shape.in_channels + shape.out_channels);
-  const int64_t band_lines = ceil_div(shape.output[0], fit), bands = ceil_div(shape.output[0], band_lines);
-  const Grid grid = flat ? flat_grid(work, tile_shape, flat_images * pixels) : best_grid(work, tile_shape, bands, !channels_last);
+  auto work_for = [&](int64_t lanes) { return work_of(rows, shape.batch, shape.output, shape.input[1], of_image, lanes); };
+  const Grid grid = best_width<T>([&](const LaneKernels<T>& kernels) {
+    const TileShape tile_shape = kernels.grad_tile_shape();
+    const Work work = work_for(tile_shape.lanes);
+    if (flat) return flat_grid(work, tile_shape, flat_images * pixels);
+    // What is packed of both lies in L2 until all rows have passed.
+    const int64_t fit = channels_last ? 1 : bands_of(work, tile_shape, shape.in_channels + shape.out_channels);
+    return best_grid(work, tile_shape, ceil_div(shape.output[0], ceil_div(shape.output[0], fit)), !channels_last);
+  });
+  const int64_t bands = grid.bands, band_lines = ceil_div(shape.output[0], bands);
   const int64_t lanes = grid.lanes, images_per_unit = flat ? flat_images : grid.images;
   const bool runs = grid.runs && !flat;
   const int64_t step = runs ? 1 : lanes;  // elements from one position to the next
@@ -62,7 +66,7 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
     side->pitch = spread<T>(side->layout.channel() * step + (runs ? of_image.halo[1] + 2 * lanes : 0));
   }
   const std::vector<int32_t> table = column_table(rows, in.pitch, in.planes.taps, in.layout, step);
-  const int64_t blocks = blocks_of(work, grid);
+  const int64_t blocks = blocks_of(work_for(lanes), grid);
 
   const int64_t bands_in_unit = runs ? bands : 1, units = ceil_div(shape.batch, images_per_unit) * bands_in_unit;
   Buffer<T> packed(in.elements()), packed_grads(grad.elements()), zeros(grad.pitch);
@@ -111,7 +115,7 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
             tile.grad_values = grad_values;
             for (int64_t block = 0; block < blocks; ++block) {
               tile.limit = block_limit(rows, static_cast<int>(block), static_cast<int>(blocks));
-              type_kernels<T>().sddmm(tile, 0, end - begin);
+              type_kernels<T>().lanes[grid.width].sddmm(tile, 0, end - begin);
             }
             check_cursors(rows, cursor.data(), begin, end);
           }
