@@ -1,6 +1,8 @@
 // Picks the instruction set once, at the first call.
 #include "kernels.h"
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <string>
 
@@ -60,6 +62,16 @@ const Kernels& choose() {
 }
 
 }  // namespace
+
+int64_t l1_budget() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const int64_t found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#else
+  static const int64_t found = 0;
+#endif
+  constexpr int64_t kUsual = 32 * 1024;
+  return (found > 0 ? found : kUsual) * 3 / 4;
+}
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();

@@ -3,17 +3,17 @@
 // Every sparse operator on the CPU comes down to two loops. Pixels lie in the lanes of vectors (lanes.h), so that a
 // column of the packed weight (channel c, tap r, s) is a whole vector at a fixed distance from that of the output pixel:
 //
-//   spmm    output[row][p]     = init[row] + sum_i values[i][row] * input[table[col[i]] + p]
+//   spmm    output[row][p]     = init[row] + sum_i values[i][row] * input[offset[i] + p],  offset[i] = table[col[i]]
 //   sddmm   grad_values[i][row] +=           sum_p grad[row][p]   * input[table[col[i]] + p]
 //
 // spmm is the convolution's forward, its input gradient (transposed pattern), and both of nn.Linear's; sddmm is the
 // weight gradient at the non-zeros. Constant distances are the idea of SkimCaffe (Park et al., "Faster CNNs with direct
 // sparse convolutions and guided pruning", ICLR 2017) and Escoin (Chen, 2018).
 //
-// A tile is a rectangle of `lines` x `width` positions, each one vector. Both loops go through the columns below a limit
-// and leave the cursor of each row there: a block of input channels stays in L1 while all rows pass. A column that is
-// outside the table is below no limit, so after the last block a cursor short of the row's end tells of it; nothing
-// outside is read.
+// A tile is a rectangle of `lines` x `width` positions, each one vector. Both loops go through the columns (or offsets,
+// which rise as they do) below a limit and leave the cursor of each row there: a block of input channels stays in L1 while
+// all rows pass. A column that is outside the table is below no limit, so after the last block a cursor short of the row's
+// end tells of it; nothing outside is read.
 //
 // Under AVX-512 there are both loops for vectors of 64 bytes and, with twice the registers, of 32: on small maps more lanes
 // may be idle than the wider vectors gain.
@@ -37,13 +37,12 @@ struct SpmmTile {
   const T* input;        // at the tile's first position
   int64_t line;          // elements from one line of positions to the next
   int lines, width;      // positions
-  const int32_t* table;  // [columns] elements from a position to the column's vector
   const int32_t* crow;   // [groups + 1]
-  const int32_t* col;    // [n_vectors]
+  const int32_t* offset; // [n_vectors] elements from a position to the column's vector, rising in a row
   const T* values;       // [n_vectors, vector]
   int vector;
   int32_t* cursor;       // [groups] where each row group stands, moved on
-  uint32_t limit;        // columns below this are taken
+  uint32_t limit;        // offsets below this are taken
   bool first;            // whether to start from init, else from the partial sums
   const T* init;         // [groups * vector], the bias by row, or null for zero
   const T* partial;      // of the first row of this call; lines * width vectors per row, side by side
@@ -68,12 +67,12 @@ struct SddmmTile {
   const T* input;
   int64_t line;
   int lines, width;
-  const int32_t* table;
+  const int32_t* table;  // [columns] elements from a position to the column's vector
   const int32_t* crow;
-  const int32_t* col;
+  const int32_t* col;    // [n_vectors]
   int vector;
   int32_t* cursor;
-  uint32_t limit;
+  uint32_t limit;        // columns below this are taken
   const T* grad;         // of result row 0, at the tile's first position; zero where there is no pixel
   int64_t grad_line;     // elements from one line of positions to the next
   int64_t grad_pitch;    // elements from one result row to the next
@@ -158,6 +157,9 @@ namespace baseline { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels, narrow_kernels; }  // narrow: without vectors of 64 bytes in the lanes
 #endif
+
+// Bytes of this processor's L1 that a block of channels may take.
+int64_t l1_budget();
 
 // The best table that this processor runs, capped by SPARSEKD_CPU_ISA=baseline|avx2|avx512 (read once).
 const Kernels& kernels();

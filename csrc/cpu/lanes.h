@@ -60,7 +60,6 @@ struct Work {
   int64_t bytes;           // of a vector of lanes
 };
 
-constexpr int64_t kL1Budget = 24 * 1024;  // bytes of a 32 KiB L1 that a block of channels may take
 constexpr double kMinBlockWork = 12;      // vectors per row and block that pay for reloading the partial sums
 
 // Blocks of channels, so that what a tile reads of one stays in L1 while all rows pass.
@@ -69,7 +68,7 @@ inline int64_t blocks_of(const Work& work, const Grid& grid) {
   const auto phases = static_cast<int64_t>(work.planes->phases.size());
   const int64_t footprint = phases * (tile[0] + grid.halo[0]) * (tile[1] + grid.halo[1]) * work.bytes;
   const auto least = static_cast<int64_t>(kMinBlockWork * work.channels / std::max(work.vectors_per_row, 1.0));
-  const int64_t block = std::max<int64_t>({kL1Budget / footprint, least, 1});
+  const int64_t block = std::max<int64_t>({l1_budget() / footprint, least, 1});
   return std::max<int64_t>(ceil_div(work.channels, block), 1);
 }
 

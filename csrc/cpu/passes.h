@@ -36,7 +36,7 @@ struct Pass {
   Target target;
   int blocks = 1;
   bool idle = false;  // without entries: its results are zero already
-  std::vector<int32_t> table;
+  Offsets offsets;
   std::vector<T> values;           // where the rows own a copy in their own order
   std::vector<int32_t> crow, col;  // likewise
 };
@@ -79,11 +79,10 @@ Work work_of(const Rows<T>& rows, int64_t batch, const Pair& pixels, int64_t wid
 }
 
 template <class T>
-SpmmTile<T> tile_of(const Grid& grid, const std::vector<int32_t>& table, int64_t ty, int64_t tx, const T* init) {
+SpmmTile<T> tile_of(const Grid& grid, int64_t ty, int64_t tx, const T* init) {
   SpmmTile<T> tile{};
   tile.lines = static_cast<int>(grid.count(0, ty));
   tile.width = static_cast<int>(grid.count(1, tx));
-  tile.table = table.data();
   tile.init = init;
   return tile;
 }
@@ -97,7 +96,7 @@ void over_strips(const Grid& grid, const Batch<const T>& source, const Pair& pix
   const Layout layout = plain_layout(planes);
   const int64_t pitch = spread<T>(layout.channel() * grid.lanes), line = layout.pitch * grid.lanes;
   for (Pass<T>& pass : passes) {
-    pass.table = column_table(pass.rows, pitch, pass.taps, layout, grid.lanes);
+    pass.offsets = stretch(pass.rows, pitch, column_table(pass.rows, pitch, pass.taps, layout, grid.lanes));
     pass.blocks = static_cast<int>(
         blocks_of(work_of(pass.rows, source.count, pixels, source.size[1], planes, grid.lanes), grid));
   }
@@ -117,12 +116,12 @@ void over_strips(const Grid& grid, const Batch<const T>& source, const Pair& pix
           for (int64_t ty = 0; ty < grid.tiles[0]; ++ty) {
             for (int64_t tx = 0; tx < grid.tiles[1]; ++tx) {
               const int64_t y = grid.begin(0, ty), x = grid.begin(1, tx);
-              SpmmTile<T> tile = tile_of(grid, pass.table, ty, tx, init);
+              SpmmTile<T> tile = tile_of<T>(grid, ty, tx, init);
               tile.input = input + y * line + x * grid.lanes;
               tile.line = line;
               tile.output = scratch.get();
               tile.output_pitch = tile.lines * tile.width * grid.lanes;
-              multiply_tile(grid, rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
+              multiply_tile(grid, rows, pass.offsets, pass.blocks, tile, begin, end, scratch.get(), cursor);
               target.at(unit * grid.images, y, x, tile.lines, tile.width);
               target.store(scratch.get(), tile.output_pitch, rows.row_of + begin * rows.vector,
                            (end - begin) * rows.vector, rows.in_order);
@@ -148,7 +147,7 @@ void over_runs(const Grid& grid, const Batch<const T>& source, const Pair& pixel
   const int64_t pitch = spread<T>(layout.channel() + planes.halo[1] + 2 * grid.lanes);
   const int64_t line = layout.pitch, widest = grid.largest() * grid.lanes;
   for (Pass<T>& pass : passes) {
-    pass.table = column_table(pass.rows, pitch, pass.taps, layout, 1);
+    pass.offsets = stretch(pass.rows, pitch, column_table(pass.rows, pitch, pass.taps, layout, 1));
     pass.blocks = static_cast<int>(
         blocks_of(work_of(pass.rows, source.count, pixels, source.size[1], planes, grid.lanes), grid));
   }
@@ -177,7 +176,7 @@ void over_runs(const Grid& grid, const Batch<const T>& source, const Pair& pixel
             // A vector at the end of a line spills into the next one, which then has to be stored later.
             const int64_t ty = tile_index / grid.tiles[1], across = tile_index % grid.tiles[1];
             const int64_t tx = grid.strip[0] > 1 ? grid.tiles[1] - 1 - across : across;
-            SpmmTile<T> tile = tile_of(grid, pass.table, ty, tx, init);
+            SpmmTile<T> tile = tile_of<T>(grid, ty, tx, init);
             const int64_t first = grid.begin(0, ty) * line + grid.begin(1, tx) * grid.lanes;
             const int64_t run = tile.width * grid.lanes;
             // The pixels of this tile that exist, line by line; the same for every row.
@@ -197,7 +196,7 @@ void over_runs(const Grid& grid, const Batch<const T>& source, const Pair& pixel
             tile.input = input + first;
             tile.line = line;
             store.aim(tile, scratch.get(), begin, end, grid.lanes, limit, spills);
-            multiply_tile(grid, rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
+            multiply_tile(grid, rows, pass.offsets, pass.blocks, tile, begin, end, scratch.get(), cursor);
             store.store(tile, begin, end);
           }
         });
@@ -255,7 +254,7 @@ void over_pixels(const Batch<const T>& source, const Pair& stride, const Pair& p
   const int64_t tiles_in_band = in_place ? grid.tiles[1] : std::clamp<int64_t>(kBandBudget / channel_bytes, 1, grid.tiles[1]);
   const int64_t bands = ceil_div(grid.tiles[1], tiles_in_band);
   const int64_t pitch = in_place ? count : spread<T>(tiles_in_band * widest);
-  pass.table = column_table(rows, pitch, planes.taps, plain_layout(planes), 1);
+  pass.offsets = stretch(rows, pitch, column_table(rows, pitch, planes.taps, plain_layout(planes), 1));
   auto band_begin = [&](int64_t band) { return grid.begin(1, std::min(band * tiles_in_band, grid.tiles[1])) * lanes; };
   run_units(
       source.count / images * bands, source.channels, in_place ? 0 : source.channels * pitch, passes,
@@ -272,7 +271,7 @@ void over_pixels(const Batch<const T>& source, const Pair& stride, const Pair& p
           const int64_t channels = group * rows.channels_per_group * pitch;
           const T* input = in_place ? source.image(n) + channels : packed + channels;
           for (int64_t t = band * tiles_in_band; t < std::min((band + 1) * tiles_in_band, grid.tiles[1]); ++t) {
-            SpmmTile<T> tile = tile_of(grid, pass.table, 0, t, init);
+            SpmmTile<T> tile = tile_of<T>(grid, 0, t, init);
             const int64_t first = grid.begin(1, t) * lanes, valid = std::min(tile.width * lanes, all - first);
             tile.input = input + first - (in_place ? 0 : band_begin(band));
             store.clear();
@@ -288,7 +287,7 @@ void over_pixels(const Batch<const T>& source, const Pair& stride, const Pair& p
               tile.ahead_lines = static_cast<int>(ceil_div(grid.count(1, t + 1) * bytes, 64));
             }
             store.aim(tile, scratch.get(), begin, end, lanes, count, false);
-            multiply_tile(grid, rows, pass.blocks, tile, begin, end, scratch.get(), cursor);
+            multiply_tile(grid, rows, pass.offsets, pass.blocks, tile, begin, end, scratch.get(), cursor);
             store.store(tile, begin, end);
           }
         });

@@ -49,6 +49,35 @@ std::vector<int32_t> column_table(const Rows<T>& rows, int64_t pitch, const std:
   return table;
 }
 
+// Where the columns of some rows are: entry i at offset[i], all below `limit`; channels are `pitch` apart.
+struct Offsets {
+  const int32_t* offset = nullptr;
+  int64_t pitch = 0;
+  uint32_t limit = 0;
+  std::vector<int32_t> own;  // where they were made for one call
+};
+
+constexpr int64_t kStretchGrain = 64 * 1024;  // entries that pay for another thread
+
+// Looks every column up. One that is outside becomes an offset beyond any limit.
+template <class T>
+Offsets stretch(const Rows<T>& rows, int64_t pitch, const std::vector<int32_t>& table) {
+  Offsets offsets;
+  const int32_t count = rows.crow[rows.packed()];
+  const auto columns = static_cast<uint32_t>(table.size());
+  offsets.own.resize(count);
+  at::parallel_for(0, count, kStretchGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto column = static_cast<uint32_t>(rows.col[i]);
+      offsets.own[i] = column < columns ? table[column] : -1;
+    }
+  });
+  offsets.offset = offsets.own.data();
+  offsets.pitch = pitch;
+  offsets.limit = table.empty() ? 0 : static_cast<uint32_t>(*std::max_element(table.begin(), table.end())) + 1;
+  return offsets;
+}
+
 // First column that is not of the first `block + 1` of `blocks` blocks of channels.
 template <class T>
 uint32_t block_limit(const Rows<T>& rows, int block, int blocks) {
@@ -67,11 +96,11 @@ void check_cursors(const Rows<T>& rows, const int32_t* cursor, int64_t begin, in
 // Row groups begin .. end - 1, which lie in one convolution group, on one tile. Partial sums lie in `scratch`, where a
 // row takes the tile's vectors side by side; results go where the tile says, which may be the same.
 template <class T>
-void multiply_tile(const Grid& grid, const Rows<T>& rows, int blocks, SpmmTile<T> tile, int64_t begin, int64_t end, T* scratch,
+void multiply_tile(const Grid& grid, const Rows<T>& rows, const Offsets& offsets, int blocks, SpmmTile<T> tile, int64_t begin, int64_t end, T* scratch,
                    std::vector<int32_t>& cursor) {
   cursor.assign(rows.crow + begin, rows.crow + end);
   tile.crow = rows.crow + begin;
-  tile.col = rows.col;
+  tile.offset = offsets.offset;
   tile.values = rows.values;
   tile.vector = rows.vector;
   tile.cursor = cursor.data();
@@ -82,9 +111,10 @@ void multiply_tile(const Grid& grid, const Rows<T>& rows, int blocks, SpmmTile<T
   tile.places = nullptr;
   for (int block = 0; block < blocks; ++block) {
     tile.first = block == 0;
-    tile.limit = block_limit(rows, block, blocks);
+    const int64_t past = rows.channels_per_group * (block + 1) / blocks;
+    tile.limit = static_cast<uint32_t>(std::min<int64_t>(past * offsets.pitch, offsets.limit));
     const int64_t channel = rows.channels_per_group * block / blocks;
-    tile.ahead_channels = rows.channels_per_group * (block + 1) / blocks - channel;
+    tile.ahead_channels = past - channel;
     if (finished.ahead) tile.ahead = finished.ahead + channel * finished.ahead_pitch;
     if (block + 1 == blocks) {
       tile.output = finished.output;
