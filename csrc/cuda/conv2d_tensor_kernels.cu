@@ -67,12 +67,12 @@ int sparsekd_to_lanes16(const ToLanes16Params* params, void* stream) {
 
 int sparsekd_tensor_plan(const TensorPatternParams* params, int groups, void* stream) {
   auto* on = static_cast<cudaStream_t>(stream);
-  const size_t ints = size_t(params->block_slices) * params->block_channels + kMostSlices * 8 +
-                      2 * params->block_channels + params->block_slices;
-  const cudaError_t error = SPARSEKD_LAUNCH(tensor_planes_kernel, dim3(params->blocks, groups * params->row_blocks),
-                                            dim3(128), sizeof(int) * ints, on, *params);
-  if (error != cudaSuccess) return error;
   constexpr int kWarps = 4;
+  const size_t ints = size_t(params->block_slices) * params->block_channels + kMostSlices * 8 +
+                      3 * params->block_channels + params->block_slices + kWarps;
+  const cudaError_t error = SPARSEKD_LAUNCH(tensor_planes_kernel, dim3(params->blocks, groups * params->row_blocks),
+                                            dim3(32 * kWarps), sizeof(int) * ints, on, *params);
+  if (error != cudaSuccess) return error;
   const dim3 grid((params->row_groups * params->slices + kWarps - 1) / kWarps);
   const size_t bytes = sizeof(int) * kWarps * (params->blocks * 16 + params->most_octets * 3);
   return SPARSEKD_LAUNCH(tensor_columns_kernel, grid, dim3(32 * kWarps), bytes, on, *params);

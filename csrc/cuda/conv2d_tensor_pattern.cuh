@@ -35,6 +35,19 @@ __device__ __forceinline__ unsigned rotated(unsigned counts, int residue) {
   return residue ? counts << 4 * residue | counts >> (32 - 4 * residue) : counts;
 }
 
+// What a slice's gathers cost that has so many columns of each residue in `octets` octets: their wavefronts above all, and
+// how far residues are above the mean, which prepares for less.
+__device__ __forceinline__ int wavefronts_of(const int (&columns)[8], int octets) {
+  int most = octets, above = 0;
+#pragma unroll
+  for (int r = 0; r < 8; ++r) {
+    most = max(most, columns[r]);
+    const int over = max(columns[r] - octets + 1, 0);
+    above += over * over;
+  }
+  return 64 * most + above;
+}
+
 // A block of threads per block of rows and block of channels: the order of slices, and which channel lies in which plane.
 __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternParams p) {
   constexpr unsigned kAll = 0xffffffffu;
@@ -46,7 +59,9 @@ __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternP
   int* sums = reinterpret_cast<int*>(counts + p.block_slices * p.block_channels);  // [block_slices][8]
   int* weights = sums + kMostSlices * 8;                                     // [block_channels]
   int* by_weight = weights + p.block_channels;                               // [block_channels]
-  int* slices = by_weight + p.block_channels;                                // [block_slices]
+  int* plane_of = by_weight + p.block_channels;                              // [block_channels]
+  int* slices = plane_of + p.block_channels;                                 // [block_slices]
+  int* best_of = slices + p.block_slices;                                    // [warps]
 
   for (int i = threadIdx.x; i < p.block_slices * p.block_channels; i += blockDim.x) counts[i] = 0;
   for (int i = threadIdx.x; i < kMostSlices * 8; i += blockDim.x) sums[i] = 0;
@@ -105,15 +120,13 @@ __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternP
     by_weight[rank] = channel;
   }
   __syncthreads();  // by_weight
-  if (warp != 0) return;
 
   // Heaviest first, each channel goes to the residue that keeps the sums of squares smallest: lane r + 8 * q looks at
   // residue r and every fourth slice. Plane i begins at residue i * pitch, and an odd pitch is its own inverse modulo 8.
   const int residue = lane % 8, part = lane / 8;
   int taken = 0;  // planes of the lane's residue
   const int first_plane = residue * p.pitch % 8;
-  const int64_t at = int64_t(blockIdx.y) * p.channels_per_group + first_channel;
-  for (int i = 0; i < channels; ++i) {
+  for (int i = 0; warp == 0 && i < channels; ++i) {
     const int channel = by_weight[i];
     int cost = 0;
     for (int s = part; s < p.block_slices; s += 4) {
@@ -132,11 +145,62 @@ __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternP
     }
     __syncwarp();  // before the sums are read again
     if (residue != chosen) continue;
-    if (part == 0) {
-      p.plan.channel_at[at + plane] = first_channel + channel;
-      p.slot_of[at + channel] = plane;
-    }
+    if (part == 0) plane_of[channel] = plane;
     ++taken;
+  }
+  __syncthreads();  // plane_of, sums
+
+  // Then each channel in turn changes places with the one that this makes cheapest, if any: a thread tries one other.
+  for (int channel = 0; channel < channels; ++channel) {
+    const int own = plane_of[channel] * p.pitch % 8;
+    int best = 0;  // the gain, negative, in its upper bits
+    for (int other = threadIdx.x; other < channels; other += blockDim.x) {
+      const int theirs = plane_of[other] * p.pitch % 8;
+      if (theirs == own) continue;
+      int gain = 0;
+      for (int s = 0; s < p.block_slices; ++s) {
+        const unsigned mine = counts[s * p.block_channels + channel], its = counts[s * p.block_channels + other];
+        if (mine == its) continue;
+        const unsigned less[] = {rotated(mine, own), rotated(its, theirs)};
+        const unsigned more[] = {rotated(mine, theirs), rotated(its, own)};
+        int before[8], after[8], all = 0;
+#pragma unroll
+        for (int r = 0; r < 8; ++r) {
+          const int nibble = 4 * r;
+          before[r] = sums[s * 8 + r];
+          after[r] = before[r] + int(more[0] >> nibble & 15) + int(more[1] >> nibble & 15) -
+                     int(less[0] >> nibble & 15) - int(less[1] >> nibble & 15);
+          all += before[r];
+        }
+        gain += wavefronts_of(after, (all + 7) / 8) - wavefronts_of(before, (all + 7) / 8);
+      }
+      best = min(best, max(gain, -(1 << 22)) * kMostBlockChannels + other);
+    }
+    for (int distance = 1; distance < 32; distance *= 2) best = min(best, __shfl_xor_sync(kAll, best, distance));
+    if (lane == 0) best_of[warp] = best;
+    __syncthreads();  // best_of, and all have read the sums
+    for (int i = 0; i < warps; ++i) best = min(best, best_of[i]);
+    if (best < 0) {
+      const int other = best & (kMostBlockChannels - 1), theirs = plane_of[other] * p.pitch % 8;
+      for (int i = threadIdx.x; i < p.block_slices * 8; i += blockDim.x) {
+        const unsigned mine = counts[i / 8 * p.block_channels + channel], its = counts[i / 8 * p.block_channels + other];
+        const int nibble = i % 8 * 4;
+        sums[i] += int(rotated(mine, theirs) >> nibble & 15) + int(rotated(its, own) >> nibble & 15) -
+                   int(rotated(mine, own) >> nibble & 15) - int(rotated(its, theirs) >> nibble & 15);
+      }
+      __syncthreads();  // all have read plane_of
+      if (threadIdx.x == 0) {
+        const int plane = plane_of[channel];
+        plane_of[channel] = plane_of[other];
+        plane_of[other] = plane;
+      }
+    }
+    __syncthreads();  // before they are read again
+  }
+  const int64_t at = int64_t(blockIdx.y) * p.channels_per_group + first_channel;
+  for (int channel = threadIdx.x; channel < channels; channel += blockDim.x) {
+    p.plan.channel_at[at + plane_of[channel]] = first_channel + channel;
+    p.slot_of[at + channel] = plane_of[channel];
   }
 }
 

@@ -116,7 +116,9 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
         const int64_t tiles = units * ceil_div(strip_rows, tile_h) * ceil_div(ax.positions, tile_w);
         const double block_slices = static_cast<double>(std::min(slices, tile.block_slices));
         const double octets = columns_of_row / 8 + 0.5 * static_cast<double>(tile.blocks);
-        const double gathered = block_slices * octets * positions * 1.2;
+        // The fewer columns a slice has in a block of channels, the less evenly they lie in the banks.
+        const double conflicts = 1 + 0.8 * static_cast<double>(tile.blocks) / (columns_of_row / 8 + 1);
+        const double gathered = block_slices * octets * positions * conflicts;
         const double copied = static_cast<double>(channels * tile.plane) / 8;
         const double weights = block_slices * octets * static_cast<double>(position_warps * rows) / 8;
         const double multiplied = block_slices * octets * static_cast<double>(positions * rows) / 16;
