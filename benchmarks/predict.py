@@ -3,12 +3,14 @@
     python benchmarks/predict.py                   # writes benchmarks/results/predicted.json
 
 A PREDICTION, nothing here was timed. For each layer, sparsity and pattern, time is the larger of what the arithmetic
-takes and what moving bytes takes, plus launches. What the sparse kernels do before (layout, preparation of the pattern)
-is counted as it is built today, at every call; "kept" is without it, as between consecutive sparse layers that keep
-layout and plan. The arithmetic of the sparse kernels follows from what nvcc made of them (`results/gpu_static.json`)
-and from the shared-memory wavefronts that the emulator counted (`results/gpu_wavefronts.json`). ASSUMPTIONS says the
-rest; they are in the file too. Break-even is the sparsity from which on the sparse layer is predicted to be faster than
-the dense one in the same precision, and for fp32 than the dense one in TF32 too.
+takes and what moving bytes takes, plus launches. What the sparse kernels do before is counted as it is built: on CUDA
+cores layout and preparation of the pattern at every call; on tensor cores, where the plan is kept, the layout
+and the order of the values. "kept" is with activations that stay in lanes from layer to layer, as they do on tensor
+cores after optimize_for_inference in batches divisible by 8. The arithmetic of sparse kernels follows from what nvcc
+made of them (`results/gpu_static.json`) and from the shared-memory wavefronts that the emulator counted
+(`results/gpu_wavefronts.json`). ASSUMPTIONS says the rest; they are in the file too. Break-even is the sparsity from
+which on the sparse layer is predicted to be faster than the dense one in the same precision, for fp32 than the dense
+one in TF32 too.
 """
 
 from __future__ import annotations
@@ -58,7 +60,6 @@ ASSUMPTIONS = {
     "bandwidth": 0.85,  # share of the memory's; the second-level cache is not modelled
     "latency": 0.8,  # share of its bound that a sparse kernel reaches, for what nobody hides
     "launch_us": 2.0,  # of each kernel, back to back in a stream
-    "prepare_us": 15.0,  # sorting a pattern's columns, done at every call as long as no plan is kept
     "columns_even": "each row group has its share of the non-zeros",
 }
 
@@ -140,7 +141,7 @@ def strips(layer: Layer, batch: int, slots: int) -> tuple[int, int]:
     return math.ceil(batch * math.ceil(layer.size / rows) / slots), rows
 
 
-def cuda_cores(device: Device, layer: Layer, batch: int, vector: int, density: float, kept: bool, static) -> float:
+def cuda_cores(device: Device, layer: Layer, batch: int, vector: int, density: float, static) -> float:
     """Seconds of conv2d_kernel in fp32."""
     slots = 16 if vector < 8 else 8
     name = f"conv2d_kernel<{vector}, {slots // 4},"
@@ -158,7 +159,7 @@ def cuda_cores(device: Device, layer: Layer, batch: int, vector: int, density: f
     arithmetic = device.seconds(cycles * max(math.ceil(blocks / device.multiprocessors), 1))
     read, written, weight = layer.bytes(batch, 4)
     pattern = weight * density * (1 + 1 / vector)
-    before = 0.0 if kept else moved(device, 2 * read) + launches(2)
+    before = moved(device, 2 * read) + launches(2)
     return before + max(arithmetic, moved(device, read + written + pattern)) + launches(1)
 
 
@@ -188,15 +189,17 @@ def tensor_cores(device: Device, layer: Layer, batch: int, vector: int, density:
                 copies = layer.in_channels * plane / 8
                 weights = block_slices * octets * position_warps * vector / 8
                 products = block_slices * octets * everywhere * vector * 64 / device.tensor_macs / device.sync_share
-                # Each sum is written to shared memory, two lanes to a bank, and read once.
-                results = block_slices * vector * everywhere * 8 * 4 / 128 * 3
+                # Each sum is written to shared memory and read once.
+                results = block_slices * vector * everywhere * 8 * 4 / 128 * 2
                 cycles = max(gathers + copies + weights, products) / ASSUMPTIONS["latency"] + results + 1000
                 tiles = units * math.ceil(rows / tile_h) * math.ceil(layer.size / tile_w)
                 blocks = tiles * math.ceil(slices / (row_warps * groups))
                 best = min(best, cycles * math.ceil(blocks / device.multiprocessors))
     read, written, weight = layer.bytes(batch, 2)
     pattern = weight * density * (1 + 2 / vector)
-    before = 0.0 if kept else moved(device, 2 * read) + ASSUMPTIONS["prepare_us"] * 1e-6 + launches(3)
+    before = moved(device, 2 * weight * density) + launches(1)
+    if not kept or batch % LANES:
+        before += moved(device, 2 * read) + launches(1)
     return before + max(device.seconds(best), moved(device, read + written + pattern)) + launches(1)
 
 
@@ -219,7 +222,7 @@ def patterns(static: dict, factors: dict) -> dict[str, tuple]:
     for vector in (1, 2, 4, 8):
         found[f"V={vector} fp32"] = (
             "fp32",
-            lambda *of, v=vector: cuda_cores(*of[:3], v, *of[3:], static),
+            lambda *of, v=vector: cuda_cores(*of[:3], v, of[3], static),  # nothing is kept
         )
     for vector in TENSOR_VARIANTS:
         found[f"V={vector} fp16"] = (
@@ -291,7 +294,7 @@ def main() -> None:
     factors = gather_factors(read("gpu_wavefronts.json", "benchmarks/gpu_wavefronts.py"))
     layers, rows = resnet50(), []
     print(
-        "PREDICTION, not measured: ms of ResNet-50's convolutions but the first (kept: layout and plan are there), and"
+        "PREDICTION, not measured: ms of ResNet-50's convolutions but the first (kept: activations stay in lanes), and"
     )
     print("the sparsity that breaks even")
     for device in DEVICES:

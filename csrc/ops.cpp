@@ -82,6 +82,17 @@ TORCH_LIBRARY(sparsekd, m) {
   m.def("conv2d_fused(Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? row_indices, "
         "Tensor? scale, Tensor? shift, Tensor? residual, str activation, SymInt out_channels, SymInt[2] kernel_size, "
         "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
+  // The same on tensor cores, with what depends on the pattern alone made once: a tiling (numbers that choose the kernel;
+  // none where tensor cores can't take the layer), a plan for it, and then any number of convolutions. Input, output and
+  // residual are [N, C, H, W], or in lanes [N / 8, C, H, W, 8].
+  m.def("conv2d_tiling(Tensor col_indices, int vector, SymInt[4] input_size, SymInt out_channels, "
+        "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> int[]");
+  m.def("conv2d_plan(Tensor crow_indices, Tensor col_indices, int[] tiling, int vector, SymInt[4] input_size, "
+        "SymInt out_channels, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+        "SymInt groups) -> Tensor");
+  m.def("conv2d_planned(Tensor input, Tensor values, Tensor plan, int[] tiling, Tensor? row_indices, Tensor? scale, "
+        "Tensor? shift, Tensor? residual, str activation, bool to_lanes, SymInt out_channels, SymInt[2] kernel_size, "
+        "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
   m.def("conv2d_input_grad(Tensor grad_output, Tensor values, Tensor crow_indices, Tensor col_indices, "
         "Tensor? row_indices, Tensor? transpose, SymInt[4] input_size, SymInt[2] kernel_size, SymInt[2] stride, "
         "SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");

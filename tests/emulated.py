@@ -23,6 +23,7 @@ EMULATOR = ROOT / "tests" / "emulator"
 BUILD = ROOT / "build" / "emulated"  # objects and libraries, named after what they are made of
 CXX = os.environ.get("CXX", "c++")
 OPERATORS = (
+    *("conv2d_tiling", "conv2d_plan", "conv2d_planned"),
     *("conv2d", "conv2d_fused", "conv2d_input_grad", "conv2d_weight_grad", "transpose_pattern"),
     *("linear", "linear_input_grad", "linear_weight_grad", "kd_loss_forward"),
 )

@@ -23,16 +23,20 @@ BUGS = {
         "asynchronous copy|no barrier between",
     ),
     "waits for too few copies": ("copy_async_wait<1>();", "copy_async_wait<2>();", "asynchronous copy"),
-    "rows of a matrix eight bytes apart": ("+ position16 * 16;", "+ position16 * 8;", "misaligned"),
-    "no zeros for what fills up an octet": (
-        "  if (threadIdx.x < 2 * kZeros) {",
-        "  if (false) {",
+    "rows of a matrix eight bytes apart": (
+        "(distance_ahead + position16) * 16;",
+        "(2 * distance_ahead + position16) * 8;",
+        "misaligned",
+    ),
+    "zeros for the first place of a tile alone": (
+        "    store_vector(buffers + i / p.zeros",
+        "    if (i % p.zeros < 8) store_vector(buffers + i / p.zeros",
         "before it was written",
     ),
-    "last octet never filled": (
-        "for (int i = lane; i < all; i += 32) {",
-        "for (int i = lane; i + 1 < all; i += 32) {",
-        "before it was written",
+    "values beyond the last octet": (
+        "  if (octet >= p.n_octets) return;\n",
+        "",
+        "out of bounds",
     ),
     "lanes make unequal numbers of steps": (
         "for (; i + 1 < end; i += 2) {",
@@ -56,8 +60,8 @@ BUGS = {
         "no barrier between",
     ),
     "column bound off by one": (
-        "column < p.axes[1].positions;",
-        "column <= p.axes[1].positions;",
+        "column < p.positions[1] &&",
+        "column <= p.positions[1] &&",
         "written by another block|out of bounds|no barrier between",
     ),
 }

@@ -154,10 +154,12 @@ Records make_records(Call& call, const Problem& problem, const Pattern& pattern,
 void run(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input, const Finish& finish,
          const at::Tensor& output) {
   if (problem.vector >= 8 && input.element_size() == 2 && !pattern.place.defined() &&
-      run_on_tensor_cores(call, {problem.batch, problem.in_channels, problem.out_channels, problem.groups,
-                                 problem.row_groups, {problem.axes[0], problem.axes[1]}, input, pattern.values,
-                                 pattern.crow, pattern.col, pattern.rows, finish.scale, finish.shift, finish.residual,
-                                 output, finish.activation})) {
+      run_on_tensor_cores(call,
+                          {problem.batch, problem.in_channels, problem.out_channels, problem.groups, problem.vector,
+                           problem.row_groups, pattern.col.size(0), {problem.axes[0], problem.axes[1]}},
+                          pattern.crow, pattern.col,
+                          {input, pattern.values, {}, pattern.rows, finish.scale, finish.shift, finish.residual, output,
+                           finish.activation})) {
     return;
   }
   const Choice c = checked_choice(problem);
@@ -222,14 +224,6 @@ TapAxis forward_axis(const Conv2dShape& shape, int d) {
 }
 
 namespace {
-
-at::Tensor checked_channels(const OptionalTensor& t, const char* name, const at::Tensor& input, int64_t channels) {
-  if (!t) return {};
-  check_dim(*t, name, 1);
-  check_size(*t, name, 0, channels, "output channels");
-  check_same(*t, name, input, "input");
-  return t->contiguous();
-}
 
 at::Tensor run_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& crow, const at::Tensor& col,
                       const OptionalTensor& rows, const OptionalTensor& scale, const OptionalTensor& shift,

@@ -232,18 +232,26 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
   const int64_t planes = int64_t(p.lanes.channels) * kG;
   const float4* source = reinterpret_cast<const float4*>(p.input) +
                          (unit * planes + int64_t(group) * p.channels_per_group * kG) * p.lanes.plane;
-  StagedPlane<kPlane> staged;
-  staged.set(p, lane, y0, x0);
+  // Where each vector of a staged plane comes from. In registers it would leave too few for the loop.
+  int* places = reinterpret_cast<int*>(buffers + 2 * buffer_size);  // [kPlane]
+  if constexpr (kPlane != 0) {
+    for (int i = threadIdx.x; i < kPlane; i += blockDim.x) places[i] = StagedPlane<32>::source(p, i, y0, x0);
+    __syncthreads();  // places
+  }
   auto stage = [&](int block) {
     const int first = block * p.block_channels * kG;
     const int count = min(p.block_channels * kG, p.channels_per_group * kG - first);
+    constexpr int kCopies = kPlane / 32;
+    int place[kCopies + 1];
+#pragma unroll
+    for (int j = 0; j < kCopies; ++j) place[j] = places[lane + j * 32];
     for (int i = warp; i < count; i += warps) {
       const float4* from = source + int64_t(first + i) * p.lanes.plane;
       float4* to = buffers + (block % 2) * buffer_size + i * plane;
       if constexpr (kPlane != 0) {
 #pragma unroll
-        for (int j = 0; j < StagedPlane<kPlane>::kCopies; ++j) {
-          const int at = staged.from[j];
+        for (int j = 0; j < kCopies; ++j) {
+          const int at = place[j];
           if (at != -2) copy_async16(to + lane + j * 32, from + max(at, 0), at >= 0);
         }
       } else {
@@ -259,7 +267,6 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
   if (p.blocks > 1) stage(1);
   copy_async_commit();
 
-  constexpr int kUnroll = kV == 2 && kPlane == 192 ? 1 : 2;  // there the second would spill on 10.0
   const int own = y * p.lanes.phases[1] * p.tile_columns + x;
   for (int block = 0; block < p.blocks; ++block) {
     copy_async_wait<1>();
@@ -268,17 +275,11 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
       if (slice[k] < 0) continue;
-      int i = next[k];
-      const int end = min(p.starts[int64_t(slice[k]) * (p.blocks + 1) + block + 1], p.n_records);
+      const int i = next[k], end = min(p.starts[int64_t(slice[k]) * (p.blocks + 1) + block + 1], p.n_records);
       next[k] = end;
       if (i >= end) continue;
       const unsigned char* from = p.records + int64_t(i) * kRecordBytes<kV>;
-      Record<kV> ahead = load_record<kV>(from);
-#pragma unroll kUnroll
-      for (; i < end; ++i) {
-        const Record<kV> record = ahead;
-        from += kRecordBytes<kV>;
-        if (i + 1 < end) ahead = load_record<kV>(from);  // while this one is used
+      auto multiply = [&](const Record<kV>& record) {
         const auto* at = reinterpret_cast<const float4*>(tile_data + record.distance);
 #pragma unroll
         for (int g = 0; g < kG; ++g) {
@@ -292,7 +293,17 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
             sum[3] += record.values[v] * in.w;
           }
         }
+      };
+      // The last one apart: a load under a condition would cost moves of what it might leave as it is.
+      Record<kV> ahead = load_record<kV>(from);
+#pragma unroll 2
+      for (int left = end - i - 1; left > 0; --left) {
+        const Record<kV> record = ahead;
+        from += kRecordBytes<kV>;
+        ahead = load_record<kV>(from);  // while this one is used
+        multiply(record);
       }
+      multiply(ahead);
     }
     __syncthreads();  // before the buffer is filled again
     if (block + 2 < p.blocks) stage(block + 2);

@@ -88,6 +88,11 @@ struct Weights {
   }
 };
 
+// A slice in the order of the plan, which may come from anywhere.
+__device__ __forceinline__ int slice_of(const TensorConv2dParams& p, int rank) {
+  return min(max(p.plan.order[rank], 0), p.all_slices - 1);
+}
+
 template <class T, int kRows, int kGroups, int kPositions, int kRun>
 __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const TensorConv2dParams p) {
   constexpr int kMatrices = Weights<kRows>::kMatrices;
@@ -106,8 +111,8 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
 #pragma unroll
   for (int k = 0; k < kGroups; ++k) {
     const int rank = (row_block * p.row_warps + row_warp) * kGroups + k;
-    slice[k] = rank < p.slices_per_group ? p.order[group * p.slices_per_group + rank] : -1;
-    next[k] = slice[k] < 0 ? 0 : p.starts[int64_t(slice[k]) * (p.blocks + 1)];
+    slice[k] = rank < p.slices_per_group ? slice_of(p, group * p.slices_per_group + rank) : -1;
+    next[k] = slice[k] < 0 ? 0 : max(p.plan.starts[int64_t(slice[k]) * (p.blocks + 1)], 0);
 #pragma unroll
     for (int m = 0; m < kMatrices; ++m) {
 #pragma unroll
@@ -118,22 +123,24 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
     }
   }
 
-  uint4* buffers = shared_memory<uint4>();  // [2][kZeros + block_channels * pitch]
-  const int buffer_size = kZeros + p.block_channels * p.pitch;
-  if (threadIdx.x < 2 * kZeros) {
-    store_vector(buffers + threadIdx.x / kZeros * buffer_size + threadIdx.x % kZeros, uint4{0, 0, 0, 0});
+  uint4* buffers = shared_memory<uint4>();  // [2][zeros + block_channels * pitch]
+  const int buffer_size = p.zeros + p.block_channels * p.pitch;
+  for (int i = threadIdx.x; i < 2 * p.zeros; i += blockDim.x) {
+    store_vector(buffers + i / p.zeros * buffer_size + i % p.zeros, uint4{0, 0, 0, 0});
   }
   const uint4* source = static_cast<const uint4*>(p.input) +
-                        (unit * p.lanes.channels + int64_t(group) * p.channels_per_group) * p.lanes.plane;
-  const int32_t* channel_at = p.channel_at + int64_t(blockIdx.y) * p.channels_per_group;
+                        (unit * p.source_channels + int64_t(group) * p.channels_per_group) * p.source_plane;
+  const int32_t* channel_at = p.plan.channel_at + int64_t(blockIdx.y) * p.channels_per_group;
   auto source_of = [&](int position) {
     const int column = x0 + position % p.tile_columns;
     int rest = position / p.tile_columns;
-    const int phase_x = rest % p.lanes.phases[1];
-    rest /= p.lanes.phases[1];
+    const int phase_x = rest % p.phases[1];
+    rest /= p.phases[1];
     const int row = y0 + rest % p.tile_rows, phase_y = rest / p.tile_rows;
-    if (column >= p.lanes.columns || row >= p.lanes.rows) return -1;  // zeros
-    return ((phase_y * p.lanes.rows + row) * p.lanes.phases[1] + phase_x) * p.lanes.columns + column;
+    const int y = row * p.source[0].step + phase_y * p.source[0].phase_step + p.source[0].origin;
+    const int x = column * p.source[1].step + phase_x * p.source[1].phase_step + p.source[1].origin;
+    const bool inside = y >= 0 && y < p.source[0].limit && x >= 0 && x < p.source[1].limit;
+    return inside ? y * p.source_pitch + x : -1;  // zeros
   };
   int from_lane[kCopies];
 #pragma unroll
@@ -142,8 +149,9 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
     const int first = block * p.block_channels;
     const int count = min(p.block_channels, p.channels_per_group - first);
     for (int i = warp; i < count; i += warps) {
-      const uint4* from = source + int64_t(channel_at[first + i]) * p.lanes.plane;
-      uint4* to = buffers + block % 2 * buffer_size + kZeros + i * p.pitch;
+      const int channel = min(max(channel_at[first + i], 0), p.channels_per_group - 1);
+      const uint4* from = source + int64_t(channel) * p.source_plane;
+      uint4* to = buffers + block % 2 * buffer_size + p.zeros + i * p.pitch;
 #pragma unroll
       for (int j = 0; j < kCopies; ++j) {
         if (from_lane[j] != -2) copy_async16(to + lane + j * 32, from + max(from_lane[j], 0), from_lane[j] >= 0);
@@ -161,7 +169,7 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
 
   // Lanes 8 * i ... 8 * i + 7 give the rows of matrix i: for K = 16 the columns of two octets at two positions, in the
   // order of the operand's words; for K = 8 of one octet at four.
-  const int row_pitch = p.lanes.phases[1] * p.tile_columns;
+  const int row_pitch = p.phases[1] * p.tile_columns;
   const int column16 = kRows == 8 ? lane % 8 + lane / 16 * 8 : lane % 16;
   const int position16 = kRows == 8 ? lane / 8 % 2 : lane / 16, position8 = lane / 8;
   const int place0 = position_warp * kPositions;
@@ -175,21 +183,22 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
     for (int k = 0; k < kGroups; ++k) {
       if (slice[k] < 0) continue;
       int i = next[k];
-      const int end = min(p.starts[int64_t(slice[k]) * (p.blocks + 1) + block + 1], p.n_octets);
+      const int end = min(p.plan.starts[int64_t(slice[k]) * (p.blocks + 1) + block + 1], p.n_octets);
       next[k] = end;
       if (i >= end) continue;
       Weights<kRows> ahead;
-      int distance_ahead = 0;
+      unsigned distance_ahead = 0;  // in vectors
       auto load = [&](int octet) {
         ahead.load(p.fragments, octet, 0, lane);
         const bool whole = octet + 1 < end;
         if (whole) ahead.load(p.fragments, octet + 1, 1, lane);
-        distance_ahead = p.distances[int64_t(octet) * 8 + (whole ? column16 : lane % 8)];
+        const int distance = p.plan.distances[int64_t(octet) * 8 + (whole ? column16 : lane % 8)];
+        distance_ahead = min(static_cast<unsigned>(distance), p.most_distance);
       };
       load(i);
       for (; i + 1 < end; i += 2) {
         const Weights<kRows> weights = ahead;
-        const SharedAddress row = base + distance_ahead + position16 * 16;
+        const SharedAddress row = base + (distance_ahead + position16) * 16;
         if (i + 2 < end) load(i + 2);  // while these are used
 #pragma unroll
         for (int j = 0; j < kPositions; j += 2) {
@@ -208,7 +217,7 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
         }
       }
       if (i >= end) continue;
-      const SharedAddress row = base + distance_ahead + position8 * 16;
+      const SharedAddress row = base + (distance_ahead + position8) * 16;
 #pragma unroll
       for (int j = 0; j < kPositions; j += 4) {
         uint32_t in[4];
@@ -231,24 +240,31 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
   }
   copy_async_wait<0>();
 
-  // Eight rows at a time go through shared memory, each warp's to itself, from where a lane takes one position's: the
-  // buffers are free.
-  constexpr int kPitch = kPositions + 1, kAtOnce = 32 / kPositions;  // lanes of the layout that a warp writes at once
-  float* results = shared_memory<float>() + warp * 64 * kPitch;      // [8 rows][8 lanes][kPitch]
+  // Eight rows at a time go through shared memory, each warp's to itself, from where a lane takes the 8 lanes of a row and
+  // position: the buffers are free. The pitch of rows is such that what is written lies in different banks.
+  constexpr int kPitch = kPositions * 8 + (kRows == 8 ? 4 : 8), kAtOnce = 32 / kPositions;
+  float* results = shared_memory<float>() + warp * 64 * (kPositions + 1);  // [8 rows][kPositions][8 lanes]
   const int g = lane / 4, t = lane % 4;
-  const int place = place0 + lane % kPositions;
+  const int own = lane % kPositions, upper = own / 4 % 2;  // which half is read first, for the banks' sake
+  const int place = place0 + own;
   const int row_in_strip = y0 + place / p.tile_w, column = x0 + place % p.tile_w;
-  const bool in_plane = row_in_strip < p.lanes.strip_rows && column < p.axes[1].positions;
-  const int64_t at_x = (int64_t(column) * p.axes[1].out_step + p.axes[1].out_begin) * p.out_w;
+  int64_t at[kLanes];  // -1: none
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) {
+    const int64_t slot = unit * kLanes + i, image = p.to_lanes ? unit : slot / p.strips;
+    const int64_t row = p.to_lanes ? row_in_strip : (slot - image * p.strips) * p.strip_rows + row_in_strip;
+    const bool inside = row_in_strip < p.strip_rows && column < p.positions[1] && row < p.positions[0];
+    at[i] = inside && (p.to_lanes || image < p.batch) ? image * p.out_n + row * p.out_h + column * p.out_w : -1;
+  }
   auto finish = [&](int k, int first_row) {
     int channel_of = -1;  // of row lane % 8
     float scale_of = 1.0f, shift_of = 0.0f;
     const int rank = (row_block * p.row_warps + row_warp) * kGroups + k;
     if (rank < p.slices_per_group) {
-      const int local = p.order[group * p.slices_per_group + rank] - group * p.slices_per_group;
+      const int local = slice_of(p, group * p.slices_per_group + rank) - group * p.slices_per_group;
       const int in_vector = local % p.slices * kRows + first_row + lane % 8;
       const int row = local / p.slices * p.vector + in_vector;
-      if (in_vector < p.vector && row < p.rows_per_group) {
+      if (local >= 0 && in_vector < p.vector && row < p.rows_per_group) {
         channel_of = group * p.rows_per_group + row;
         if (p.row_indices) channel_of = p.row_indices[channel_of];
         if (channel_of >= p.out_channels) channel_of = -1;
@@ -258,21 +274,42 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
     if (channel_of >= 0 && p.shift) shift_of = load_value(p.shift, p.dtype, channel_of);
     __syncwarp();  // results
 #pragma unroll 1
-    for (int i = 0; i < kLanes; i += kAtOnce) {
-      const int in_lanes = i + lane / kPositions;
-      const int64_t slot = unit * kLanes + in_lanes;
-      const int64_t image = slot / p.lanes.strips;
-      const int64_t row = (slot - image * p.lanes.strips) * p.lanes.strip_rows + row_in_strip;
-      const bool inside = in_plane && image < p.lanes.batch && row < p.axes[0].positions;
-      const int64_t at = image * p.out_n + (row * p.axes[0].out_step + p.axes[0].out_begin) * p.out_h + at_x;
-#pragma unroll 1
-      for (int r = 0; r < 8; ++r) {
-        const int channel = __shfl_sync(0xffffffffu, channel_of, r);
-        const float scale = __shfl_sync(0xffffffffu, scale_of, r), shift = __shfl_sync(0xffffffffu, shift_of, r);
-        if (!inside || channel < 0) continue;
-        float result = results[(r * kLanes + in_lanes) * kPitch + lane % kPositions] * scale + shift;
-        if (p.residual) result += load_value(p.residual, p.dtype, at + channel * p.out_c);
-        store_value(p.output, p.dtype, at + channel * p.out_c, activate(result, p.activation));
+    for (int i = 0; i < 8; i += kAtOnce) {
+      const int r = i + lane / kPositions;
+      const int channel = __shfl_sync(0xffffffffu, channel_of, r);
+      const float scale = __shfl_sync(0xffffffffu, scale_of, r), shift = __shfl_sync(0xffffffffu, shift_of, r);
+      if (channel < 0) continue;
+      const auto* from = reinterpret_cast<const float4*>(results + r * kPitch + own * 8);
+      const float4 first = load_vector(from + upper), second = load_vector(from + 1 - upper);
+      const float4 low = upper ? second : first, high = upper ? first : second;
+      float result[kLanes] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) result[j] = result[j] * scale + shift;
+      const int64_t of_channel = channel * p.out_c;
+      if (p.to_lanes) {
+        if (at[0] < 0) continue;
+        if (p.residual) {
+          const uint4 bits = load_vector(reinterpret_cast<const uint4*>(
+              static_cast<const uint16_t*>(p.residual) + at[0] + of_channel));
+          const uint32_t words[] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+          for (int j = 0; j < kLanes; ++j) result[j] += float_of_bits<T>(words[j / 2] >> 16 * (j % 2) & 0xffff);
+        }
+        uint32_t words[kLanes / 2];
+#pragma unroll
+        for (int j = 0; j < kLanes; j += 2) {
+          words[j / 2] = bits_of<T>(activate(result[j], p.activation)) |
+                         bits_of<T>(activate(result[j + 1], p.activation)) << 16;
+        }
+        store_vector(reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.output) + at[0] + of_channel),
+                     uint4{words[0], words[1], words[2], words[3]});
+        continue;
+      }
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) {
+        if (at[j] < 0) continue;
+        if (p.residual) result[j] += to_float(static_cast<const T*>(p.residual)[at[j] + of_channel]);
+        store_vector(static_cast<T*>(p.output) + at[j] + of_channel, from_float<T>(activate(result[j], p.activation)));
       }
     }
     __syncwarp();  // before the next results
@@ -283,9 +320,7 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
 #pragma unroll
       for (int i = 0; i < kPlaces; ++i) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          results[((2 * t + e % 2) * kLanes + g) * kPitch + 2 * i + e / 2] = sums[k][0][i][e];
-        }
+        for (int e = 0; e < 4; ++e) results[(2 * t + e % 2) * kPitch + (2 * i + e / 2) * 8 + g] = sums[k][0][i][e];
       }
       finish(k, 0);
     } else {  // rows g and g + 8, lanes 2 * t + {0, 1}
@@ -295,10 +330,8 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
           for (int i = 0; i < kPlaces; ++i) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              results[(g * kLanes + 2 * t + e) * kPitch + i] = sums[k][m][i][2 * half + e];
-            }
+            const float* two = &sums[k][m][i][2 * half];
+            store_vector(reinterpret_cast<float2*>(results + g * kPitch + i * 8 + 2 * t), float2{two[0], two[1]});
           }
           finish(k, 16 * m + 8 * half);
         }

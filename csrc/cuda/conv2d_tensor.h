@@ -17,8 +17,7 @@ constexpr TensorVariant kTensorVariants[] = {
     {16, 2, 16, 8}, {32, 1, 16, 8}, {32, 1, 16, 16}, {64, 1, 8, 8},
 };
 constexpr int kTensorWarps = 8;
-constexpr int kLanes = 8;            // images or strips side by side: 16 bytes
-constexpr int kZeros = 8;            // vectors of zeros before a staged block, one for each residue of an address
+constexpr int kLanes = 8;  // images or strips side by side: 16 bytes
 constexpr int kMostBlockChannels = 128;
 constexpr int kMostSlices = 4 * kTensorWarps;  // of a block of threads
 
@@ -32,44 +31,76 @@ struct ToLanes16Params {
   void* to;
 };
 
-// Eight columns of a slice are an octet: their distances within a staged block, and their values in the order in which
-// the lanes of a warp hold them (mma.cuh).
+// How an index of a staged tile, (phase, index) in an axis, becomes one of the source: index * step + phase * phase_step +
+// origin, outside of 0 ... limit - 1 a zero. A source made by to_lanes16_kernel has the phases one behind the other and
+// the padding in it; activations that lie in lanes from the layer before have neither.
+struct SourceAxis {
+  int step, phase_step, origin, limit;
+};
+
+// The plan of a pattern and tiling: what a convolution reads of it instead of crow_indices and col_indices, without the
+// values. Eight columns of a slice are an octet.
+struct TensorPlan {
+  int32_t* order;       // [groups][slices of a group], heaviest first
+  int32_t* starts;      // [slice][blocks + 1], in octets
+  int32_t* channel_at;  // [groups * row_blocks][channels_per_group], the channel that lies in a plane
+  int32_t* distances;   // [octet][8], in vectors from the begin of a staged block
+  int32_t* columns;     // [octet][8], packed vector * slices + slice of the vector; -1: fills up
+};
+
 struct TensorPatternParams {
-  const void* values;  // [n_vectors][vector], 16 bits each
   const int32_t *crow, *col;
-  int row_groups, row_groups_per_group, vector, slices, slices_per_group, rows;
+  int row_groups, row_groups_per_group, slices, slices_per_group;
   int n_vectors, channels_per_group, block_channels, blocks;
   TapAxis axes[2];
   int phases_x, tile_rows, tile_columns;  // of a staged plane: [phase y][tile_rows][phase x][tile_columns]
   int pitch;                              // from plane to plane, in vectors; odd
+  int zeros;                              // before the first plane, in vectors
   int row_blocks, block_slices;           // per group of the convolution; of a block of threads
   int most_octets;                        // of a slice and block of channels
-  int32_t* order;                         // [groups][slices of a group], heaviest first
-  int32_t *slot_of, *channel_at;          // [groups * row_blocks][channels_per_group]
-  int32_t* starts;                        // [slice][blocks + 1], in octets
+  int32_t* slot_of;                       // [groups * row_blocks][channels_per_group]
   void* sorted;                           // [n_vectors * slices] {vector, distance}
-  int32_t* distances;                     // [octet][8], in bytes
-  void* fragments;                        // [octet][rows * 8]
+  TensorPlan plan;
+};
+
+// Values in the order in which the lanes of a warp hold them (mma.cuh).
+struct TensorValuesParams {
+  const void* values;  // [n_vectors][vector], 16 bits each
+  const int32_t* columns;
+  int n_octets, n_vectors, vector, slices;
+  void* fragments;  // [octet][rows * 8]
 };
 
 struct TensorConv2dParams {
-  Lanes lanes;
-  TapAxis axes[2];
-  const void* input;  // in lanes
-  const int32_t *starts, *distances, *order, *channel_at, *row_indices;
+  const void* input;  // in lanes: planes of `source_plane` vectors, rows `source_pitch` apart
+  int source_channels, source_plane, source_pitch;
+  SourceAxis source[2];
+  int phases[2];
+  TensorPlan plan;
+  const int32_t* row_indices;
   const void* fragments;
-  int slices, slices_per_group, vector, rows_per_group, out_channels, channels_per_group, block_channels, blocks;
+  int all_slices, slices, slices_per_group, vector, rows_per_group, out_channels, channels_per_group, block_channels, blocks;
   int n_octets;
   int row_warps, position_warps, row_blocks;
-  int tile_h, tile_w, tiles_h, tiles_w, tile_rows, tile_columns, plane, pitch;
+  int tile_h, tile_w, tiles_h, tiles_w, tile_rows, tile_columns, plane, pitch, zeros;
+  unsigned most_distance;  // so that what is gathered lies in the staged block
   const void *scale, *shift, *residual;
   Activation activation;
   DType dtype;
   void* output;
-  int64_t out_n, out_c, out_h, out_w;  // strides of output and residual
+  int batch, strips, strip_rows, positions[2];
+  bool to_lanes;                       // the output lies in lanes: [unit][channel][positions y][out_h][8]
+  int64_t out_n, out_c, out_h, out_w;  // strides of output and residual, of units rather than images in lanes
 };
 
-constexpr int64_t staged_bytes(int64_t block_channels, int64_t pitch) { return (kZeros + block_channels * pitch) * 16; }
+// Where a column points that only fills up an octet, there are zeros at each place of the tile: one for each residue of
+// an address, and as many as lie between a tile's first and last place.
+constexpr int64_t zero_vectors(int64_t tile_h, int64_t tile_w, int64_t row_pitch) {
+  return (8 + (tile_h - 1) * row_pitch + tile_w - 1 + 7) / 8 * 8;
+}
+constexpr int64_t staged_bytes(int64_t block_channels, int64_t pitch, int64_t zeros) {
+  return (zeros + block_channels * pitch) * 16;
+}
 // Of one warp, at the end: 8 rows and lanes of each position, in a pitch that spreads them over the banks.
 constexpr int64_t result_bytes(int positions) { return int64_t(64) * (positions + 1) * 4; }
 
@@ -79,7 +110,8 @@ extern "C" {
 // {major, most shared memory of a block, multiprocessors} of a device.
 int sparsekd_device_limits(int device, int* limits);
 int sparsekd_to_lanes16(const sparsekd::cuda::ToLanes16Params* params, void* stream);
-int sparsekd_tensor_pattern(const sparsekd::cuda::TensorPatternParams* params, int groups, void* stream);
+int sparsekd_tensor_plan(const sparsekd::cuda::TensorPatternParams* params, int groups, void* stream);
+int sparsekd_tensor_values(const sparsekd::cuda::TensorValuesParams* params, int rows, void* stream);
 int sparsekd_conv2d_tensor(const sparsekd::cuda::TensorConv2dParams* params,
                            const sparsekd::cuda::TensorVariant* variant, int64_t grid_x, int grid_y, void* stream);
 }

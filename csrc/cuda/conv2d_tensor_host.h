@@ -1,22 +1,65 @@
-// The convolution on tensor cores, as conv2d.cpp calls it.
+// The convolution on tensor cores, as its operators call it: a tiling is chosen on the host, from it and a pattern a plan
+// is made on the device, and with both a convolution is run.
 #pragma once
 #include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "conv2d_tensor.h"
 #include "host.h"
 
 namespace sparsekd::cuda {
 
-// Tensors that are not given are undefined.
-struct TensorConv2d {
-  int64_t batch, in_channels, out_channels, groups, row_groups;
+struct TensorProblem {
+  int64_t batch, in_channels, out_channels, groups, vector, row_groups, n_vectors;
   TapAxis axes[2];
-  at::Tensor input, values, crow, col, rows, scale, shift, residual, output;
-  Activation activation;
 };
 
+struct TensorDevice {
+  int major, shared_bytes, multiprocessors;
+};
+TensorDevice tensor_device(Call& call, const at::Tensor& on);
+
+// What a plan depends on beside the pattern and the geometry. Any fits any size of input, though not as well.
+struct Tiling {
+  TensorVariant variant;
+  int row_warps, position_warps, tile_h, tile_w, block_channels;
+  std::vector<int64_t> numbers() const;
+};
+
+// What follows from a tiling.
+struct Tile {
+  int phases[2], tile_rows, tile_columns, plane, pitch, zeros;
+  int64_t slices, all_slices, slices_per_group, channels, blocks, block_slices, row_blocks, n_octets;
+  int64_t plan_ints() const;
+  TensorPlan plan(const at::Tensor& ints) const;  // [order | starts | channel_at | distances | columns]
+};
+Tile tile_of(const TensorProblem& problem, const Tiling& tiling);
+
+// None, with the reason, where tensor cores can't take the convolution.
+std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, std::string& reason);
+// Numbers from outside.
+Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, const TensorDevice& device);
+
+at::Tensor make_plan(Call& call, const TensorProblem& problem, const Tiling& tiling, const at::Tensor& crow,
+                     const at::Tensor& col);
+
+// Tensors that are not given are undefined. Input and output are [N, C, H, W], or in lanes [units, C, H, W, 8] with the
+// strides of `lanes_strides`; the residual lies as the output.
+struct TensorOperands {
+  at::Tensor input, values, plan, rows, scale, shift, residual, output;
+  Activation activation = Activation::none;
+};
+void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling, const TensorOperands& operands);
+
+// Of [units, C, H, W, 8]: rows begin at a 32-byte sector.
+std::vector<int64_t> lanes_strides(at::IntArrayRef size);
+
 // False, with the reason counted and said once, where tensor cores can't take it: nothing was launched then.
-bool run_on_tensor_cores(Call& call, const TensorConv2d& conv);
+bool run_on_tensor_cores(Call& call, const TensorProblem& problem, const at::Tensor& crow, const at::Tensor& col,
+                         TensorOperands operands);
 
 }  // namespace sparsekd::cuda
 

@@ -17,7 +17,7 @@ template <int kIndex>
 cudaError_t launch_variant(const TensorConv2dParams& params, dim3 grid, cudaStream_t stream) {
   constexpr TensorVariant v = kTensorVariants[kIndex];
   const int warps = params.row_warps * params.position_warps;
-  const size_t staged = 2 * staged_bytes(params.block_channels, params.pitch);
+  const size_t staged = 2 * staged_bytes(params.block_channels, params.pitch, params.zeros);
   const size_t bytes = std::max<size_t>(staged, warps * result_bytes(v.positions));
   if (params.dtype == DType::float16) {
     return SPARSEKD_LAUNCH((conv2d_tensor_kernel<Half, v.rows, v.groups, v.positions, v.run>), grid, dim3(32 * warps),
@@ -37,11 +37,11 @@ cudaError_t launch_conv2d(const TensorConv2dParams& params, const TensorVariant&
 }
 
 template <int kRows>
-cudaError_t launch_fragments(const TensorPatternParams& params, cudaStream_t stream) {
-  constexpr int kWarps = 4;
-  const dim3 grid((params.row_groups * params.slices + kWarps - 1) / kWarps);
-  const size_t bytes = sizeof(int) * kWarps * (params.blocks * 16 + params.most_octets * 3);
-  return SPARSEKD_LAUNCH(tensor_fragments_kernel<kRows>, grid, dim3(32 * kWarps), bytes, stream, params);
+cudaError_t launch_values(const TensorValuesParams& params, cudaStream_t stream) {
+  constexpr int kThreads = 256;
+  const int64_t words = int64_t(params.n_octets) * kRows * 4;
+  const dim3 grid(static_cast<unsigned>((words + kThreads - 1) / kThreads));
+  return SPARSEKD_LAUNCH(tensor_values_kernel<kRows>, grid, dim3(kThreads), 0, stream, params);
 }
 
 }  // namespace
@@ -65,18 +65,26 @@ int sparsekd_to_lanes16(const ToLanes16Params* params, void* stream) {
   return SPARSEKD_LAUNCH(to_lanes16_kernel, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), *params);
 }
 
-int sparsekd_tensor_pattern(const TensorPatternParams* params, int groups, void* stream) {
+int sparsekd_tensor_plan(const TensorPatternParams* params, int groups, void* stream) {
   auto* on = static_cast<cudaStream_t>(stream);
-  const dim3 grid(params->blocks, groups * params->row_blocks);
+  constexpr int kWarps = 4;
   const size_t ints = size_t(params->block_slices) * params->block_channels + kMostSlices * 8 +
-                      2 * params->block_channels + params->block_slices;
-  const cudaError_t error = SPARSEKD_LAUNCH(tensor_planes_kernel, grid, dim3(128), sizeof(int) * ints, on, *params);
+                      3 * params->block_channels + params->block_slices + kWarps;
+  const cudaError_t error = SPARSEKD_LAUNCH(tensor_planes_kernel, dim3(params->blocks, groups * params->row_blocks),
+                                            dim3(32 * kWarps), sizeof(int) * ints, on, *params);
   if (error != cudaSuccess) return error;
-  switch (params->rows) {
-    case 8: return launch_fragments<8>(*params, on);
-    case 16: return launch_fragments<16>(*params, on);
-    case 32: return launch_fragments<32>(*params, on);
-    default: return launch_fragments<64>(*params, on);
+  const dim3 grid((params->row_groups * params->slices + kWarps - 1) / kWarps);
+  const size_t bytes = sizeof(int) * kWarps * (params->blocks * 16 + params->most_octets * 3);
+  return SPARSEKD_LAUNCH(tensor_columns_kernel, grid, dim3(32 * kWarps), bytes, on, *params);
+}
+
+int sparsekd_tensor_values(const TensorValuesParams* params, int rows, void* stream) {
+  auto* on = static_cast<cudaStream_t>(stream);
+  switch (rows) {
+    case 8: return launch_values<8>(*params, on);
+    case 16: return launch_values<16>(*params, on);
+    case 32: return launch_values<32>(*params, on);
+    default: return launch_values<64>(*params, on);
   }
 }
 

@@ -1,4 +1,4 @@
-// The pattern of a convolution on tensor cores (conv2d_tensor.cuh): which channel lies in which plane, in which order slices
+// The plan of a convolution on tensor cores (conv2d_tensor.cuh): which channel lies in which plane, in which order slices
 // are taken, and which column is which place of an octet, so that what is gathered lies in different banks.
 #pragma once
 #include "conv2d.cuh"
@@ -35,6 +35,19 @@ __device__ __forceinline__ unsigned rotated(unsigned counts, int residue) {
   return residue ? counts << 4 * residue | counts >> (32 - 4 * residue) : counts;
 }
 
+// What a slice's gathers cost that has so many columns of each residue in `octets` octets: their wavefronts above all, and
+// how far residues are above the mean, which prepares for less.
+__device__ __forceinline__ int wavefronts_of(const int (&columns)[8], int octets) {
+  int most = octets, above = 0;
+#pragma unroll
+  for (int r = 0; r < 8; ++r) {
+    most = max(most, columns[r]);
+    const int over = max(columns[r] - octets + 1, 0);
+    above += over * over;
+  }
+  return 64 * most + above;
+}
+
 // A block of threads per block of rows and block of channels: the order of slices, and which channel lies in which plane.
 __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternParams p) {
   constexpr unsigned kAll = 0xffffffffu;
@@ -46,7 +59,9 @@ __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternP
   int* sums = reinterpret_cast<int*>(counts + p.block_slices * p.block_channels);  // [block_slices][8]
   int* weights = sums + kMostSlices * 8;                                     // [block_channels]
   int* by_weight = weights + p.block_channels;                               // [block_channels]
-  int* slices = by_weight + p.block_channels;                                // [block_slices]
+  int* plane_of = by_weight + p.block_channels;                              // [block_channels]
+  int* slices = plane_of + p.block_channels;                                 // [block_slices]
+  int* best_of = slices + p.block_slices;                                    // [warps]
 
   for (int i = threadIdx.x; i < p.block_slices * p.block_channels; i += blockDim.x) counts[i] = 0;
   for (int i = threadIdx.x; i < kMostSlices * 8; i += blockDim.x) sums[i] = 0;
@@ -65,7 +80,7 @@ __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternP
     }
     if (rank / p.block_slices != row_block) continue;
     slices[rank % p.block_slices] = slice;
-    if (block == 0) p.order[group * p.slices_per_group + rank] = slice;
+    if (block == 0) p.plan.order[group * p.slices_per_group + rank] = slice;
   }
   __syncthreads();  // slices, and counts of zero
 
@@ -105,15 +120,13 @@ __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternP
     by_weight[rank] = channel;
   }
   __syncthreads();  // by_weight
-  if (warp != 0) return;
 
   // Heaviest first, each channel goes to the residue that keeps the sums of squares smallest: lane r + 8 * q looks at
   // residue r and every fourth slice. Plane i begins at residue i * pitch, and an odd pitch is its own inverse modulo 8.
   const int residue = lane % 8, part = lane / 8;
   int taken = 0;  // planes of the lane's residue
   const int first_plane = residue * p.pitch % 8;
-  const int64_t at = int64_t(blockIdx.y) * p.channels_per_group + first_channel;
-  for (int i = 0; i < channels; ++i) {
+  for (int i = 0; warp == 0 && i < channels; ++i) {
     const int channel = by_weight[i];
     int cost = 0;
     for (int s = part; s < p.block_slices; s += 4) {
@@ -132,39 +145,75 @@ __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternP
     }
     __syncwarp();  // before the sums are read again
     if (residue != chosen) continue;
-    if (part == 0) {
-      p.channel_at[at + plane] = first_channel + channel;
-      p.slot_of[at + channel] = plane;
-    }
+    if (part == 0) plane_of[channel] = plane;
     ++taken;
   }
-}
+  __syncthreads();  // plane_of, sums
 
-// Where the value of a row and a place of an octet lies among its fragments.
-template <int kRows>
-__device__ __forceinline__ int fragment_place(int row, int place) {
-  const int lane = row % 8 * 4 + place / 2;
-  if constexpr (kRows == 8) {
-    return lane * 2 + place % 2;
-  } else {
-    // Two matrices of 16 rows lie together, so that a lane reads 16 bytes.
-    constexpr int kTogether = kRows == 16 ? 1 : 2;
-    const int matrix = row / 16;
-    return ((matrix / kTogether * 32 + lane) * kTogether + matrix % kTogether) * 4 + row % 16 / 8 * 2 + place % 2;
+  // Then each channel in turn changes places with the one that this makes cheapest, if any: a thread tries one other.
+  for (int channel = 0; channel < channels; ++channel) {
+    const int own = plane_of[channel] * p.pitch % 8;
+    int best = 0;  // the gain, negative, in its upper bits
+    for (int other = threadIdx.x; other < channels; other += blockDim.x) {
+      const int theirs = plane_of[other] * p.pitch % 8;
+      if (theirs == own) continue;
+      int gain = 0;
+      for (int s = 0; s < p.block_slices; ++s) {
+        const unsigned mine = counts[s * p.block_channels + channel], its = counts[s * p.block_channels + other];
+        if (mine == its) continue;
+        const unsigned less[] = {rotated(mine, own), rotated(its, theirs)};
+        const unsigned more[] = {rotated(mine, theirs), rotated(its, own)};
+        int before[8], after[8], all = 0;
+#pragma unroll
+        for (int r = 0; r < 8; ++r) {
+          const int nibble = 4 * r;
+          before[r] = sums[s * 8 + r];
+          after[r] = before[r] + int(more[0] >> nibble & 15) + int(more[1] >> nibble & 15) -
+                     int(less[0] >> nibble & 15) - int(less[1] >> nibble & 15);
+          all += before[r];
+        }
+        gain += wavefronts_of(after, (all + 7) / 8) - wavefronts_of(before, (all + 7) / 8);
+      }
+      best = min(best, max(gain, -(1 << 22)) * kMostBlockChannels + other);
+    }
+    for (int distance = 1; distance < 32; distance *= 2) best = min(best, __shfl_xor_sync(kAll, best, distance));
+    if (lane == 0) best_of[warp] = best;
+    __syncthreads();  // best_of, and all have read the sums
+    for (int i = 0; i < warps; ++i) best = min(best, best_of[i]);
+    if (best < 0) {
+      const int other = best & (kMostBlockChannels - 1), theirs = plane_of[other] * p.pitch % 8;
+      for (int i = threadIdx.x; i < p.block_slices * 8; i += blockDim.x) {
+        const unsigned mine = counts[i / 8 * p.block_channels + channel], its = counts[i / 8 * p.block_channels + other];
+        const int nibble = i % 8 * 4;
+        sums[i] += int(rotated(mine, theirs) >> nibble & 15) + int(rotated(its, own) >> nibble & 15) -
+                   int(rotated(mine, own) >> nibble & 15) - int(rotated(its, theirs) >> nibble & 15);
+      }
+      __syncthreads();  // all have read plane_of
+      if (threadIdx.x == 0) {
+        const int plane = plane_of[channel];
+        plane_of[channel] = plane_of[other];
+        plane_of[other] = plane;
+      }
+    }
+    __syncthreads();  // before they are read again
+  }
+  const int64_t at = int64_t(blockIdx.y) * p.channels_per_group + first_channel;
+  for (int channel = threadIdx.x; channel < channels; channel += blockDim.x) {
+    p.plan.channel_at[at + plane_of[channel]] = first_channel + channel;
+    p.slot_of[at + channel] = plane_of[channel];
   }
 }
 
 // One warp per slice. Columns are sorted by block of channels and residue, and dealt out to the octets of their block:
 // residue by residue, the most frequent first, to the octets that hold least. Those of a residue that has more columns
 // than there are octets share octets, and go where another residue is twice already.
-template <int kRows>
-__global__ __launch_bounds__(128, 4) void tensor_fragments_kernel(const TensorPatternParams p) {
+__global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatternParams p) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int ranked = blockIdx.x * warps + warp;
   if (ranked >= p.row_groups * p.slices) return;  // a whole warp
   const int group = ranked / p.slices_per_group, rank = ranked % p.slices_per_group;
-  const int slice = p.order[ranked], row_group = slice / p.slices, part = slice % p.slices;
+  const int slice = p.plan.order[ranked], row_group = slice / p.slices, part = slice % p.slices;
   const int row_block = group * p.row_blocks + rank / p.block_slices;
   const int32_t* slot_of = p.slot_of + int64_t(row_block) * p.channels_per_group;
   // [blocks][8] columns, [blocks][8] the first of them, and of each octet: columns, how often a residue is in it, by rank
@@ -177,7 +226,7 @@ __global__ __launch_bounds__(128, 4) void tensor_fragments_kernel(const TensorPa
   auto key_of = [&](int i, int& distance) {
     const Tap tap = i < range.end ? tap_at(p, p.col[i]) : Tap{-1, 0};
     if (tap.channel < 0) return -1;
-    distance = kZeros + slot_of[tap.channel] * p.pitch + tap.in_plane;
+    distance = p.zeros + slot_of[tap.channel] * p.pitch + tap.in_plane;
     return tap.channel / p.block_channels * 8 + distance % 8;
   };
 
@@ -212,12 +261,12 @@ __global__ __launch_bounds__(128, 4) void tensor_fragments_kernel(const TensorPa
         firsts[(base + lane) * 8 + r] = first;
         first += counts[(base + lane) * 8 + r];
       }
-      p.starts[int64_t(slice) * (p.blocks + 1) + base + lane] = octets + octets_before - (mine + 7) / 8;
+      p.plan.starts[int64_t(slice) * (p.blocks + 1) + base + lane] = octets + octets_before - (mine + 7) / 8;
     }
     columns += __shfl_sync(kAll, columns_before, 31);
     octets += __shfl_sync(kAll, octets_before, 31);
   }
-  if (lane == 0) p.starts[int64_t(slice) * (p.blocks + 1) + p.blocks] = octets;
+  if (lane == 0) p.plan.starts[int64_t(slice) * (p.blocks + 1) + p.blocks] = octets;
   __syncwarp();
   for (int base = range.begin; base < range.end; base += 32) {
     int distance = 0;
@@ -231,11 +280,9 @@ __global__ __launch_bounds__(128, 4) void tensor_fragments_kernel(const TensorPa
   }
   __syncwarp();
 
-  auto* fragments = static_cast<uint16_t*>(p.fragments);
-  const auto* values = static_cast<const uint16_t*>(p.values);
   for (int block = 0; block < p.blocks; ++block) {
-    const int64_t first = p.starts[int64_t(slice) * (p.blocks + 1) + block];
-    const int all = p.starts[int64_t(slice) * (p.blocks + 1) + block + 1] - static_cast<int>(first);
+    const int64_t first = p.plan.starts[int64_t(slice) * (p.blocks + 1) + block];
+    const int all = p.plan.starts[int64_t(slice) * (p.blocks + 1) + block + 1] - static_cast<int>(first);
     const int count = min(all, p.most_octets);  // more only where a row names a column twice
     for (int i = lane; i < count; i += 32) {
       filled[i] = 0;
@@ -274,12 +321,8 @@ __global__ __launch_bounds__(128, 4) void tensor_fragments_kernel(const TensorPa
         for (int i = lane; i < taken; i += 32) {
           const int octet = by_rank[i], place = filled[octet];
           const int2 entry = load_vector(from + i);
-          store_vector(p.distances + (first + octet) * 8 + place, entry.y * 16);
-          for (int r = 0; r < kRows; ++r) {
-            const int row = part * kRows + r;
-            const uint16_t bits = row < p.vector ? values[int64_t(entry.x) * p.vector + row] : 0;
-            store_vector(fragments + (first + octet) * kRows * 8 + fragment_place<kRows>(r, place), bits);
-          }
+          store_vector(p.plan.distances + (first + octet) * 8 + place, entry.y);
+          store_vector(p.plan.columns + (first + octet) * 8 + place, entry.x * p.slices + part);
           filled[octet] = place + 1;
           most_equal[octet] = max(most_equal[octet], round);
         }
@@ -293,21 +336,48 @@ __global__ __launch_bounds__(128, 4) void tensor_fragments_kernel(const TensorPa
       const int used = i < count ? filled[i] : 0;
       unsigned residues = 0;
       for (int place = 0; place < 8; ++place) {
-        int32_t* distance = p.distances + (first + i) * 8 + place;
+        const int64_t at = (first + i) * 8 + place;
         if (place < used) {
-          residues |= 1u << *distance / 16 % 8;
+          residues |= 1u << p.plan.distances[at] % 8;
           continue;
         }
         const int free = __ffs(~residues) - 1;
         residues |= 1u << free;
-        store_vector(distance, free * 16);
-        for (int r = 0; r < kRows; ++r) {
-          store_vector(fragments + (first + i) * kRows * 8 + fragment_place<kRows>(r, place), uint16_t{0});
-        }
+        store_vector(p.plan.distances + at, free);
+        store_vector(p.plan.columns + at, -1);
       }
     }
     __syncwarp();  // before the next block's octets
   }
+}
+
+// ---- values, at each call ----
+
+// A thread writes one word, the values of a row at two neighbouring places of an octet:
+//   8 rows:   [lane]
+//   16 rows:  [lane][half of the rows]
+//   more:     [pair of matrices][lane][matrix][half of the rows], so that a lane reads 16 bytes
+template <int kRows>
+__global__ void tensor_values_kernel(const TensorValuesParams p) {
+  constexpr int kWords = kRows * 4, kTogether = kRows > 16 ? 2 : 1, kHalves = kRows > 8 ? 2 : 1;
+  const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t octet = index / kWords;
+  if (octet >= p.n_octets) return;
+  int word = static_cast<int>(index % kWords);
+  const int half = word % kHalves;
+  word /= kHalves;
+  const int matrix = word / kTogether / 32 * kTogether + word % kTogether, lane = word / kTogether % 32;
+  const int in_slice = matrix * 16 + half * 8 + lane / 4;
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int column = p.columns[octet * 8 + lane % 4 * 2 + i];
+    if (column < 0) continue;
+    const int vector = column / p.slices, row = column % p.slices * kRows + in_slice;
+    if (vector >= p.n_vectors || row >= p.vector) continue;
+    bits |= uint32_t(static_cast<const uint16_t*>(p.values)[int64_t(vector) * p.vector + row]) << 16 * i;
+  }
+  store_vector(static_cast<uint32_t*>(p.fragments) + index, bits);
 }
 
 }  // namespace sparsekd::cuda

@@ -3,6 +3,9 @@
 #include "device.cuh"
 #include "dtype.h"
 
+#include <cstring>
+#include <type_traits>
+
 namespace sparsekd::cuda {
 
 __device__ __forceinline__ float load_value(const void* values, DType dtype, int64_t index) {
@@ -33,6 +36,24 @@ __device__ __forceinline__ float4 load_four(const void* from, DType dtype, int64
   }
   return {__uint_as_float(bits.x << 16), __uint_as_float(bits.x & 0xffff0000u), __uint_as_float(bits.y << 16),
           __uint_as_float(bits.y & 0xffff0000u)};
+}
+
+// The 16 bits of a value of type T.
+template <class T>
+__device__ __forceinline__ float float_of_bits(uint32_t bits) {
+  if constexpr (std::is_same_v<T, Half>) {
+    return half_of_bits(bits);
+  } else {
+    return __uint_as_float(bits << 16);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t bits_of(float value) {
+  const T rounded = from_float<T>(value);
+  uint16_t bits;
+  memcpy(&bits, &rounded, sizeof(bits));
+  return bits;
 }
 
 }  // namespace sparsekd::cuda

@@ -25,9 +25,15 @@ class FusedConv2d(nn.Module):
         conv: a :class:`SparseConv2d`, or a plain ``nn.Conv2d`` (after :func:`sparsekd.to_dense`).
         activation: "none", "relu", "relu6", "silu" or "hardswish".
 
-    Input ``[N, C, H, W]`` or ``[C, H, W]``; ``residual`` anything that can be added to the result. For inference: an
-    error where a tensor requires a gradient.
+    Input ``[N, C, H, W]`` or ``[C, H, W]``; ``residual`` anything that can be added to the result. Both may lie in
+    lanes (:func:`sparsekd.sparse.ops.to_lanes`). For inference: an error where a tensor requires a gradient.
+
+    Attributes:
+        lanes: the result stays in lanes where tensor cores compute it and N is divisible by 8; for one that only other
+            fused convolutions read.
     """
+
+    lanes = False
 
     def __init__(self, conv: nn.Module, activation: str = "none") -> None:
         super().__init__()
@@ -37,10 +43,17 @@ class FusedConv2d(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | float | None = None) -> Tensor:
         conv = self.conv
+        size = _image_size(input)
         fits = isinstance(conv, SparseConv2d) and conv.padding_mode == "zeros" and not conv.channels_last
+        plan = conv.plan_for(input, size) if fits else None
+        lanes = self.lanes and plan is not None and input.dim() > 3 and size[0] % ops.LANES == 0
+        if plan is None:
+            input = _lie(input, False)
+        residual = _lie(residual, lanes)
         fits = fits and not conv.runs_dense(input)
         if not fits or (residual is not None and not self._as_the_result(input, residual)):
-            output = conv(input)
+            output = conv(_lie(input, False))
+            residual = _lie(residual, False)
             return ACTIVATIONS[self.activation](output if residual is None else output + residual)
         return ops.conv2d_fused(
             input,
@@ -57,6 +70,8 @@ class FusedConv2d(nn.Module):
             dilation=conv.dilation,
             groups=conv.groups,
             row_indices=conv.row_indices,
+            plan=plan,
+            lanes=lanes,
         )
 
     def _as_the_result(self, input: Tensor, residual: Tensor | float) -> bool:
@@ -64,12 +79,29 @@ class FusedConv2d(nn.Module):
         conv = self.conv
         if not isinstance(residual, Tensor) or residual.dtype != input.dtype or isinstance(conv.padding, str):
             return False
-        geometry = zip(input.shape[-2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+        batch, _, *image = _image_size(input)
+        geometry = zip(image, conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
         size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
-        return residual.shape == (*input.shape[:-3], conv.out_channels, *size)
+        alike = residual.dim() == 5 or min(input.dim(), 4) == residual.dim()
+        return alike and _image_size(residual) == (batch, conv.out_channels, *size)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
+
+
+def _image_size(input: Tensor) -> tuple[int, ...]:
+    """(N, C, H, W) of images, of one image, or of images in lanes."""
+    if input.dim() == 5:
+        return (input.shape[0] * ops.LANES, *input.shape[1:4])
+    return (*(1,) * (4 - input.dim()), *input.shape)
+
+
+def _lie(activations: Tensor | float | None, lanes: bool) -> Tensor | float | None:
+    """The same activations in lanes, or as images; what is no batch of images stays as it is."""
+    dim = activations.dim() if isinstance(activations, Tensor) else 0
+    if dim == 4 and lanes and activations.shape[0] % ops.LANES == 0:
+        return ops.to_lanes(activations)
+    return ops.from_lanes(activations) if dim == 5 and not lanes else activations
 
 
 class MaxPool2d(nn.Module):

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..measure.machine import clock
 from ..measure.timing import compare
+from . import ops
 from .convert import Choices, choices, convert, to_dense
 from .fused_modules import FusedConv2d, MaxPool2d
 from .modules import SparseConv2d
@@ -322,7 +323,26 @@ def _turn_edges(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _fused(model: nn.Module, channels_last: bool, turn: bool) -> nn.Module:
+def _keep_lanes(graph: fx.GraphModule) -> None:
+    """What only sparse convolutions read stays in lanes from one to the next, where tensor cores compute them."""
+    count = _calls_of(graph)
+    for node in graph.graph.nodes:
+        conv = _module(graph, node)
+        if _plain(conv, (SparseConv2d,)) and count[id(conv)] == 1 and len(node.args) == 1:
+            graph.set_submodule(node.target, FusedConv2d(conv))  # as the residual of another, perhaps
+    fused = {node for node in graph.graph.nodes if isinstance(_module(graph, node), FusedConv2d)}
+    for node in fused:
+        once = _calls_of(graph)[id(_module(graph, node))] == 1
+        _module(graph, node).lanes = once and bool(node.users) and fused.issuperset(node.users)
+    graph.recompile()
+
+
+def _on_tensor_cores(model: nn.Module) -> bool:
+    sparse = [module for module in model.modules() if isinstance(module, SparseConv2d)]
+    return any(module.vector >= 8 and ops.takes_plans(module.values.device) for module in sparse)
+
+
+def _fused(model: nn.Module, channels_last: bool, turn: bool, lanes: bool = False) -> nn.Module:
     """A copy with the graphs' epilogues and pools fused, and the convolutions left dense stored in a format."""
     model = copy.deepcopy(model)
     for piece in [m for m in model.modules() if isinstance(m, fx.GraphModule)]:
@@ -330,6 +350,8 @@ def _fused(model: nn.Module, channels_last: bool, turn: bool) -> nn.Module:
         _slice_pools(piece)
         if turn:
             _turn_edges(piece)
+        if lanes:
+            _keep_lanes(piece)
     for module in model.modules():
         if type(module) is nn.Conv2d:
             module.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -342,12 +364,14 @@ def _fused(model: nn.Module, channels_last: bool, turn: bool) -> nn.Module:
 
 
 def _fastest(converted: nn.Module, example_inputs: object) -> nn.Module:
-    """The network as converted or fused, whichever is faster; fused in each of three layouts."""
+    """The network as converted or fused, whichever is faster; fused in each of several layouts."""
     networks = {"converted": converted, "lines": _fused(converted, False, False)}
     if any(type(module) is nn.Conv2d for module in converted.modules()):
         networks["channels_last"] = _fused(converted, True, False)
         if any(isinstance(module, SparseConv2d) for module in converted.modules()):
             networks["turned"] = _fused(converted, True, True)
+    if _on_tensor_cores(converted):
+        networks["lanes"] = _fused(converted, False, False, lanes=True)
     with torch.no_grad():
         expected = call(converted, example_inputs)
         for network in networks.values():

@@ -17,6 +17,8 @@ from torch._prims_common import suggest_memory_format
 from . import ops
 from .packed_module import SparseModule
 
+MOST_PLANS = 4  # of a layer, for as many sizes of its input
+
 
 def _options(parameter: Tensor) -> dict:
     return {"device": parameter.device, "dtype": parameter.dtype}
@@ -154,6 +156,7 @@ class SparseConv2d(_SparseConv):
     """
 
     _kind = nn.Conv2d
+    _plans_of: Tensor | None = None  # the col_indices that `_plans` are of, by size of the input
 
     def _take(self, conv: nn.Conv2d, mask: Tensor | None, vector: int | str, permute: bool | Tensor) -> None:
         # nn.Conv2d answers in channels_last when its weight is so stored, even to an input that is not.
@@ -173,6 +176,43 @@ class SparseConv2d(_SparseConv):
         self.channels_last = suggest_memory_format(fn(like)) == torch.channels_last
         return self
 
+    def plan_for(self, input: Tensor, size: tuple[int, ...]) -> ops.Plan | None:
+        """What tensor cores read in place of the pattern, made at the first inference of a size ``[N, C, H, W]``.
+
+        None where they don't take the layer, and in training, whose backward reads the pattern.
+        """
+        if self.vector < 8 or torch.is_grad_enabled() or isinstance(self.padding, str):
+            return None
+        device = input.device
+        lowered = torch.is_autocast_enabled(device.type)
+        if (torch.get_autocast_dtype(device.type) if lowered else input.dtype) not in (torch.float16, torch.bfloat16):
+            return None
+        if not ops.takes_plans(device):
+            return None
+        if self._plans_of is not self.col_indices:  # `functional_call` may have put in another pattern
+            if torch.compiler.is_compiling():
+                return None
+            self._plans, self._plans_of = {}, self.col_indices
+        if torch.compiler.is_compiling():  # a compiler traces what is there; any plan fits any size
+            return next(reversed(self._plans.values()), None)
+        size = tuple(size)
+        if size not in self._plans:
+            if len(self._plans) >= MOST_PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[size] = ops.conv2d_plan(
+                self.crow_indices,
+                self.col_indices,
+                vector=self.vector,
+                input_size=size,
+                out_channels=self.out_channels,
+                kernel_size=self.kernel_size,
+                stride=self.stride,
+                padding=self.padding,
+                dilation=self.dilation,
+                groups=self.groups,
+            )
+        return self._plans[size]
+
     def forward(self, input: Tensor) -> Tensor:
         self._check_input(input)
         if input.dim() not in (3, 4) or input.shape[-3] != self.in_channels:
@@ -182,22 +222,22 @@ class SparseConv2d(_SparseConv):
             )
         if self.runs_dense(input):
             return self._shapes.dense(self)(input)
+        plan = self.plan_for(input, (*(1,) * (4 - input.dim()), *input.shape))
         input, padding = self._padded(input)
-        output = ops.conv2d(
-            input,
-            self.values,
-            self.crow_indices,
-            self.col_indices,
-            self.bias,
-            out_channels=self.out_channels,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            row_indices=self.row_indices,
-            transpose=self._plan(),
-        )
+        geometry = {
+            "out_channels": self.out_channels,
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "row_indices": self.row_indices,
+        }
+        pattern = (self.values, self.crow_indices, self.col_indices)
+        if plan is not None:
+            output = ops.conv2d_fused(input, *pattern, shift=self.bias, plan=plan, **geometry)
+        else:
+            output = ops.conv2d(input, *pattern, self.bias, transpose=self._plan(), **geometry)
         if self.channels_last:
             # Not `contiguous()`, which leaves the strides of sides of 1 alone, by which torch tells the format later.
             batched = output if output.dim() == 4 else output.unsqueeze(0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 _ops = torch.ops.sparsekd
+LANES = 8  # images side by side in a vector of 16 bytes
 
 # --- fakes: shapes, dtypes and memory formats without data -----------------------------------------------------------
 
@@ -49,6 +50,24 @@ def _conv2d_fused_fake(
     _check_same_device(input, {"scale": scale, "shift": shift, "residual": residual})
     geometry = (out_channels, kernel_size, stride, padding, dilation, groups)
     return _conv2d_fake(input, values, crow, col, rows, None, None, *geometry)
+
+
+@torch.library.register_fake("sparsekd::conv2d_planned")
+def _conv2d_planned_fake(
+    input, values, plan, tiling, rows, scale, shift, residual, activation, to_lanes, out_channels, kernel_size, stride,
+    padding, dilation, groups
+):  # fmt: skip
+    _check_same_device(input, {"values": values, "plan": plan, "scale": scale, "shift": shift, "residual": residual})
+    height, width = (
+        _output_size(input.shape[2 + d], kernel_size[d], stride[d], padding[d], dilation[d]) for d in range(2)
+    )
+    batch = input.shape[0] * (LANES if input.dim() == 5 else 1)
+    if to_lanes:
+        size = (-(-batch // LANES), out_channels, height, width, LANES)
+        pitch = (width + width % 2) * LANES  # rows begin at a 32-byte sector
+        return input.new_empty_strided(size, (out_channels * height * pitch, height * pitch, pitch, LANES, 1))
+    size = (batch, out_channels, height, width)
+    return input.new_empty(size) if input.dim() == 5 else _like(input, size)
 
 
 @torch.library.register_fake("sparsekd::conv2d_input_grad")
@@ -162,7 +181,7 @@ def _conv2d_backward(ctx, grad):
     return grad_input, grad_values, None, None, None, None, grad_bias, *[None] * 6
 
 
-def _conv2d_fused_setup(ctx, inputs, output):
+def _inference_only(ctx, inputs, output):
     raise RuntimeError(
         "Expected conv2d_fused under torch.no_grad() or on tensors without gradients, as it is for inference; got one "
         "that requires a gradient: use conv2d"
@@ -285,4 +304,5 @@ for _name in ("conv2d", "conv2d_input_grad", "conv2d_weight_grad", "linear", "li
     torch.library.register_autograd(
         f"sparsekd::{_name}", globals()[f"_{_name}_backward"], setup_context=globals()[f"_{_name}_setup"]
     )
-torch.library.register_autograd("sparsekd::conv2d_fused", _conv2d_fused_setup, setup_context=_conv2d_fused_setup)
+for _name in ("conv2d_fused", "conv2d_planned"):
+    torch.library.register_autograd(f"sparsekd::{_name}", _inference_only, setup_context=_inference_only)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,13 @@ except ImportError as error:
     ) from error
 
 from ..kernels import registration
-from . import op_rules  # noqa: F401  (on top of what was registered)
+from . import op_rules  # on top of what was registered
 
 _backends_on_cuda = registration.register()  # kept, as they are gone with it
 fallbacks, strict_backends = registration.fallbacks, registration.strict
 
 _ops = torch.ops.sparsekd
+LANES = op_rules.LANES
 
 
 def cpu_isa() -> str:
@@ -148,6 +150,8 @@ def conv2d_fused(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
     row_indices: Tensor | None = None,
+    plan: Plan | None = None,
+    lanes: bool = False,
 ) -> Tensor:
     """``activation(scale * conv2d(input) + shift + residual)``, for inference: results are finished while in the cache.
 
@@ -158,29 +162,87 @@ def conv2d_fused(
         scale, shift: ``[out_channels]``, dtype and device of the input, or None.
         residual: of the output's shape, dtype and device of the input, or None.
         activation: "none", "relu", "relu6", "silu" or "hardswish", as in ``torch.nn.functional``.
+        plan: of :func:`conv2d_plan` for this pattern, which is then not prepared again; float16 and bfloat16.
+        lanes: the result, and the residual, lie in lanes (:func:`to_lanes`). With a plan the input may, too.
         The others as in :func:`conv2d`.
 
     Raises:
         As :func:`conv2d`; RuntimeError where a tensor requires a gradient.
     """
     _check_device(input, "conv2d_fused")
-    input, geometry = _prepared(input, kernel_size, stride, padding, dilation, groups)
+    if lanes and plan is None:
+        raise ValueError("Expected a plan for results in lanes, got None")
+    input, geometry = _prepared(input, kernel_size, stride, padding, dilation, groups, lanes=plan is not None)
     input, values, scale, shift, residual = _autocast(input, values, scale, shift, residual)
-    batched = input.dim() == 4
+    batched = input.dim() != 3
     if not batched:
         input = input.unsqueeze(0)
         residual = None if residual is None else residual.unsqueeze(0)
-    pattern = (crow_indices, col_indices, row_indices)
-    output = _call(
-        _ops.conv2d_fused.default, input, values, *pattern, scale, shift, residual, activation, out_channels, *geometry
-    )
+    finish = (scale, shift, residual, activation)
+    if plan is not None:
+        op, arguments = _ops.conv2d_planned.default, (*plan, row_indices, *finish, lanes)
+    else:
+        op, arguments = _ops.conv2d_fused.default, (crow_indices, col_indices, row_indices, *finish)
+    output = _call(op, input, values, *arguments, out_channels, *geometry)
     return output if batched else output.squeeze(0)
 
 
-def _prepared(input: Tensor, kernel_size, stride, padding, dilation, groups) -> tuple[Tensor, tuple]:
+class Plan(NamedTuple):
+    """What a convolution on tensor cores reads in place of the pattern; holds none of the values."""
+
+    indices: Tensor  # int32 [n]
+    tiling: tuple[int, ...]  # chooses the kernel
+
+
+def conv2d_plan(
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    vector: int,
+    input_size: tuple[int, int, int, int],
+    out_channels: int,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Plan | None:
+    """The plan of a pattern for :func:`conv2d_fused` on tensor cores (CUDA, float16 and bfloat16, V >= 8).
+
+    It is made for inputs ``[N, C, H, W]`` of ``input_size``, and right for those of other N, H and W, if slower. A plan
+    of another pattern gives wrong numbers, but reads no foreign memory.
+
+    Returns:
+        None where tensor cores can't take the layer.
+    """
+    geometry = (out_channels, _pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), groups)
+    tiling = _ops.conv2d_tiling(col_indices, vector, input_size, *geometry)
+    if not tiling:
+        return None
+    return Plan(_ops.conv2d_plan(crow_indices, col_indices, tiling, vector, input_size, *geometry), tuple(tiling))
+
+
+def takes_plans(device: torch.device) -> bool:
+    """Whether the kernels that read plans are built for a device."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("sparsekd::conv2d_planned", device.type.upper())
+
+
+def to_lanes(input: Tensor) -> Tensor:
+    """``[N, C, H, W]``, N divisible by 8, as ``[N / 8, C, H, W, 8]``: 8 images side by side, 16 bytes in half types."""
+    return input.unflatten(0, (-1, LANES)).movedim(1, -1).contiguous()
+
+
+def from_lanes(input: Tensor) -> Tensor:
+    """``[N / 8, C, H, W, 8]`` as ``[N, C, H, W]``."""
+    return input.movedim(-1, 1).flatten(0, 1)
+
+
+def _prepared(
+    input: Tensor, kernel_size, stride, padding, dilation, groups, lanes: bool = False
+) -> tuple[Tensor, tuple]:
     """The input, padded where the padding is not the same on both sides, and the geometry as the ops take it."""
     kernel_size, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
-    if input.dim() not in (3, 4):
+    if input.dim() not in ((3, 4, 5) if lanes else (3, 4)):
         raise ValueError(f"Expected an input of 3 or 4 dimensions ([N,] C, H, W), got shape {tuple(input.shape)}")
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
@@ -190,7 +252,8 @@ def _prepared(input: Tensor, kernel_size, stride, padding, dilation, groups) -> 
         sides = same_padding(kernel_size, dilation) if padding == "same" else [(0, 0), (0, 0)]
         extra = [after - before for before, after in sides]
         if any(extra):
-            input = F.pad(input, (0, extra[1], 0, extra[0]))
+            in_lanes = (0, 0) if input.dim() == 5 else ()
+            input = F.pad(input, (*in_lanes, 0, extra[1], 0, extra[0]))
         padding = (sides[0][0], sides[1][0])
     return input, (kernel_size, stride, _pair(padding), dilation, groups)
 
