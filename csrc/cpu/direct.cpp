@@ -18,12 +18,14 @@ namespace sparsekd::cpu {
 namespace {
 
 template <class T>
-void forward(const Conv2dShape& shape, const Pattern& pattern, const T* input, const T* values, const T* bias,
-             const Epilogue<T>& epilogue, bool channels_last, T* output) {
+void forward(const Conv2dShape& shape, const Pattern& pattern, const OffsetPlan* plan, Tiling* asked, const T* input,
+             const T* values, const T* bias, const Epilogue<T>& epilogue, bool channels_last, T* output) {
   std::vector<Pass<T>> passes(1);
   Pass<T>& pass = passes[0];
   pass.rows = rows_of(shape, pattern, values);
   pass.target = {shape.output, {1, 1}, {0, 0}};
+  pass.plan = plan;
+  pass.asked = asked;
   std::vector<T> init;
   if (bias != nullptr) {
     for (const int64_t row : pattern.row_of) init.push_back(row < 0 ? T(0) : bias[row]);
@@ -31,9 +33,10 @@ void forward(const Conv2dShape& shape, const Pattern& pattern, const T* input, c
   const Batch<const T> source{input, shape.batch, shape.in_channels, shape.input, channels_last};
   const Batch<T> result{output, shape.batch, shape.out_channels, shape.output, channels_last};
   const T* start = bias ? init.data() : nullptr;
-  if (is_flat(shape)) return over_pixels(source, shape.stride, shape.output, passes, start, epilogue, result);
+  const GridKey key = grid_key(kForwardGrid, shape, pass.rows, channels_last);
+  if (is_flat(shape)) return over_pixels(key, source, shape.stride, shape.output, passes, start, epilogue, result);
   run_passes<T>(
-      source, shape.output,
+      key, source, shape.output,
       [&](const Pair& positions, std::vector<Pass<T>>* of) {
         Planes planes = input_planes(shape, positions);
         if (of) (*of)[0].taps = planes.taps;
@@ -117,13 +120,14 @@ void input_grad(const Conv2dShape& shape, const Transposed& transposed, const T*
   }
   const Batch<const T> source{grad_output, shape.batch, shape.out_channels, shape.output, channels_last};
   const Batch<T> result{grad_input, shape.batch, shape.in_channels, shape.input, channels_last};
+  const GridKey key = grid_key(kInputGradGrid, shape, passes[0].rows, channels_last);
   if (is_flat(shape) && shape.stride == Pair{1, 1}) {
-    return over_pixels<T>(source, {1, 1}, shape.input, passes, nullptr, {}, result);
+    return over_pixels<T>(key, source, {1, 1}, shape.input, passes, nullptr, {}, result);
   }
   Pair pixels;  // of the largest phase
   for (int d = 0; d < 2; ++d) pixels[d] = ceil_div(shape.input[d], shape.stride[d]);
   run_passes<T>(
-      source, pixels,
+      key, source, pixels,
       [&](const Pair& positions, std::vector<Pass<T>>* of) {
         phases.clear();
         Planes planes = input_grad_planes(shape, positions, phases);
@@ -135,7 +139,24 @@ void input_grad(const Conv2dShape& shape, const Transposed& transposed, const T*
 
 }  // namespace
 
-void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,
+Tiling direct_tiling(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& like) {
+  Tiling tiling;
+  dispatch(like, [&](auto zero) {
+    using T = decltype(zero);
+    forward<T>(shape, pattern, nullptr, &tiling, nullptr, nullptr, nullptr, {}, false, nullptr);
+  });
+  return tiling;
+}
+
+void direct_offsets(const Conv2dShape& shape, const Pattern& pattern, const Tiling& tiling, int32_t* offset) {
+  stretch(rows_of<float>(shape, pattern, nullptr), tiling, offset);
+  const int32_t* const outside = std::find(offset, offset + pattern.n_vectors, -1);
+  if (outside != offset + pattern.n_vectors) {
+    outside_error(pattern.col, pattern.n_vectors, shape.in_channels / shape.groups * shape.taps(), "col_indices");
+  }
+}
+
+void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const OffsetPlan* plan, const at::Tensor& input,
                     const at::Tensor& values, const Finish& finish, bool channels_last, at::Tensor& output) {
   if (output.numel() == 0) return;
   dispatch(input, [&](auto zero) {
@@ -145,7 +166,7 @@ void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const at::
     const bool scaled = finish.scale.defined();
     const Epilogue<T> epilogue{data(finish.scale), scaled ? data(finish.shift) : nullptr, data(finish.residual),
                                finish.activation};
-    forward(shape, pattern, input.const_data_ptr<T>(), values.const_data_ptr<T>(), scaled ? nullptr : data(finish.shift),
+    forward<T>(shape, pattern, plan, nullptr, input.const_data_ptr<T>(), values.const_data_ptr<T>(), scaled ? nullptr : data(finish.shift),
             epilogue, channels_last, output.mutable_data_ptr<T>());
   });
 }

@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "pattern.h"
 #include "planes.h"
+#include "spmm.h"
 
 namespace sparsekd::cpu {
 
@@ -18,8 +19,11 @@ struct Finish {
 
 // Tensors [N, C, H, W] that are contiguous, or all of a call in channels_last. `transposed` is the plan of
 // transpose_pattern.
-void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,
+void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const OffsetPlan* plan, const at::Tensor& input,
                     const at::Tensor& values, const Finish& finish, bool channels_last, at::Tensor& output);
+// How an input of this shape, contiguous and in the dtype of `like`, will lie, and where the pattern's columns then are.
+Tiling direct_tiling(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& like);
+void direct_offsets(const Conv2dShape& shape, const Pattern& pattern, const Tiling& tiling, int32_t* offset);
 void direct_input_grad(const Conv2dShape& shape, const Transposed& transposed, const at::Tensor& grad_output,
                        const at::Tensor& values, bool channels_last, at::Tensor& grad_input);
 void direct_weight_grad(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,

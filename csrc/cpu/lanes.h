@@ -24,6 +24,8 @@
 #pragma once
 #include <algorithm>
 #include <limits>
+#include <map>
+#include <vector>
 
 #include "kernels.h"
 #include "planes.h"
@@ -191,15 +193,24 @@ inline Grid best_grid(const Work& work, const TileShape& shape, int64_t bands, b
   return runs.grid.cost < strips.grid.cost ? runs.grid : strips.grid;
 }
 
-// The best of the grids that `grid_of(kernels)` finds for each width of vectors.
+// What a grid was chosen for.
+using GridKey = std::vector<int64_t>;
+
+// The best of the grids that `grid_of(kernels)` finds for each width of vectors. To look for it takes a few percent of a
+// small layer's time, so that a thread remembers what it found.
 template <class T, class GridOf>
-Grid best_width(GridOf grid_of) {
+Grid best_width(const GridKey& key, GridOf grid_of) {
+  constexpr size_t kMost = 1024;
+  thread_local std::map<GridKey, Grid> found;
+  if (const auto known = found.find(key); known != found.end()) return known->second;
+  if (found.size() >= kMost) found.clear();
   Grid best;
   for (int width = 0; width < type_kernels<T>().widths; ++width) {
     Grid grid = grid_of(type_kernels<T>().lanes[width]);
     grid.width = width;
     if (grid.cost < best.cost) best = grid;
   }
+  found.emplace(key, best);
   return best;
 }
 

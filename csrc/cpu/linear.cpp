@@ -91,7 +91,7 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& values, const a
   const at::Tensor wide_input = widened(input), wide_values = widened(values);
   at::Tensor output = at::empty({input.size(0), out_features}, wide_input.options());
   if (input.size(0) > kSingly) {
-    direct_forward(pixels_of_rows(input.size(0), input.size(1), out_features), pattern, wide_input, wide_values,
+    direct_forward(pixels_of_rows(input.size(0), input.size(1), out_features), pattern, nullptr, wide_input, wide_values,
                    {{}, bias ? widened(*bias) : at::Tensor(), {}}, true, output);
     return output.to(input.scalar_type());
   }

@@ -37,6 +37,8 @@ struct Pass {
   int blocks = 1;
   bool idle = false;  // without entries: its results are zero already
   Offsets offsets;
+  const OffsetPlan* plan = nullptr;  // offsets made before, if any
+  Tiling* asked = nullptr;           // where the tiling goes if only that is wanted
   std::vector<T> values;           // where the rows own a copy in their own order
   std::vector<int32_t> crow, col;  // likewise
 };
@@ -78,6 +80,18 @@ Work work_of(const Rows<T>& rows, int64_t batch, const Pair& pixels, int64_t wid
           lanes * static_cast<int64_t>(sizeof(T))};
 }
 
+// Makes the pass's offsets. False if nothing but the tiling was asked for.
+template <class T>
+bool locate(Pass<T>& pass, int64_t pitch, const Layout& layout, int64_t step) {
+  Tiling tiling = tiling_of(pitch, pass.taps, layout, step);
+  if (pass.asked) {
+    *pass.asked = std::move(tiling);
+    return false;
+  }
+  pass.offsets = offsets_of(pass.rows, tiling, pass.plan);
+  return true;
+}
+
 template <class T>
 SpmmTile<T> tile_of(const Grid& grid, int64_t ty, int64_t tx, const T* init) {
   SpmmTile<T> tile{};
@@ -96,7 +110,7 @@ void over_strips(const Grid& grid, const Batch<const T>& source, const Pair& pix
   const Layout layout = plain_layout(planes);
   const int64_t pitch = spread<T>(layout.channel() * grid.lanes), line = layout.pitch * grid.lanes;
   for (Pass<T>& pass : passes) {
-    pass.offsets = stretch(pass.rows, pitch, column_table(pass.rows, pitch, pass.taps, layout, grid.lanes));
+    if (!locate(pass, pitch, layout, grid.lanes)) return;
     pass.blocks = static_cast<int>(
         blocks_of(work_of(pass.rows, source.count, pixels, source.size[1], planes, grid.lanes), grid));
   }
@@ -147,7 +161,7 @@ void over_runs(const Grid& grid, const Batch<const T>& source, const Pair& pixel
   const int64_t pitch = spread<T>(layout.channel() + planes.halo[1] + 2 * grid.lanes);
   const int64_t line = layout.pitch, widest = grid.largest() * grid.lanes;
   for (Pass<T>& pass : passes) {
-    pass.offsets = stretch(pass.rows, pitch, column_table(pass.rows, pitch, pass.taps, layout, 1));
+    if (!locate(pass, pitch, layout, 1)) return;
     pass.blocks = static_cast<int>(
         blocks_of(work_of(pass.rows, source.count, pixels, source.size[1], planes, grid.lanes), grid));
   }
@@ -203,15 +217,27 @@ void over_runs(const Grid& grid, const Batch<const T>& source, const Pair& pixel
       });
 }
 
+// All that the choice of a grid depends on, besides what `kind` tells apart.
+template <class T>
+GridKey grid_key(int64_t kind, const Conv2dShape& shape, const Rows<T>& rows, bool last) {
+  GridKey key{kind, last, shape.batch, shape.in_channels, shape.out_channels, shape.groups, rows.packed_per_group,
+              rows.vector, rows.crow[rows.packed()]};
+  for (const Pair& pair : {shape.input, shape.kernel, shape.stride, shape.padding, shape.dilation}) {
+    key.insert(key.end(), pair.begin(), pair.end());
+  }
+  return key;
+}
+enum GridKind : int64_t { kForwardGrid, kInputGradGrid, kWeightGradGrid };
+
 template <class T, class PlanesFor>
-void run_passes(const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for, std::vector<Pass<T>>& passes,
+void run_passes(const GridKey& key, const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for, std::vector<Pass<T>>& passes,
                 const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
   auto entries = [](const Pass<T>& pass) { return pass.rows.crow[pass.rows.packed()]; };
   const Pass<T>& main = *std::max_element(passes.begin(), passes.end(), [&](const Pass<T>& a, const Pass<T>& b) {
     return entries(a) < entries(b);
   });
   const Planes planes = planes_for(pixels, nullptr);
-  const Grid grid = best_width<T>([&](const LaneKernels<T>& kernels) {
+  const Grid grid = best_width<T>(key, [&](const LaneKernels<T>& kernels) {
     const TileShape shape = kernels.tile_shape(main.rows.vector);
     const Work work = work_of(main.rows, source.count, pixels, source.size[1], planes, shape.lanes);
     return best_grid(work, shape, bands_of(work, shape, source.channels), !source.last);
@@ -223,7 +249,7 @@ void run_passes(const Batch<const T>& source, const Pair& pixels, PlanesFor plan
 // One pass of a 1 x 1 kernel without padding, over runs of the source's pixels: those of an image where they lie, or those
 // of all images one after the other.
 template <class T>
-void over_pixels(const Batch<const T>& source, const Pair& stride, const Pair& pixels, std::vector<Pass<T>>& passes,
+void over_pixels(GridKey key, const Batch<const T>& source, const Pair& stride, const Pair& pixels, std::vector<Pass<T>>& passes,
                  const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
   Pass<T>& pass = passes[0];
   const Rows<T>& rows = pass.rows;
@@ -238,7 +264,8 @@ void over_pixels(const Batch<const T>& source, const Pair& stride, const Pair& p
   auto work_for = [&](int64_t lanes) {
     return work_of(rows, lies_well(lanes) ? source.count : 1, pixels, pixels[1], planes, lanes);
   };
-  const Grid grid = best_width<T>([&](const LaneKernels<T>& kernels) {
+  key.push_back(reinterpret_cast<uintptr_t>(source.data) % 64);
+  const Grid grid = best_width<T>(key, [&](const LaneKernels<T>& kernels) {
     const TileShape shape = kernels.tile_shape(rows.vector);
     const Work work = work_for(shape.lanes);
     return flat_grid(work, shape, source.count / work.batch * count);
@@ -254,7 +281,8 @@ void over_pixels(const Batch<const T>& source, const Pair& stride, const Pair& p
   const int64_t tiles_in_band = in_place ? grid.tiles[1] : std::clamp<int64_t>(kBandBudget / channel_bytes, 1, grid.tiles[1]);
   const int64_t bands = ceil_div(grid.tiles[1], tiles_in_band);
   const int64_t pitch = in_place ? count : spread<T>(tiles_in_band * widest);
-  pass.offsets = stretch(rows, pitch, column_table(rows, pitch, planes.taps, plain_layout(planes), 1));
+  pass.taps = planes.taps;
+  if (!locate(pass, pitch, plain_layout(planes), 1)) return;
   auto band_begin = [&](int64_t band) { return grid.begin(1, std::min(band * tiles_in_band, grid.tiles[1])) * lanes; };
   run_units(
       source.count / images * bands, source.channels, in_place ? 0 : source.channels * pitch, passes,

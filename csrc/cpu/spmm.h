@@ -30,51 +30,76 @@ struct Rows {
   int64_t columns() const { return channels_per_group * taps; }
 };
 
-// table[column] = where the column's vectors are from the first position of a convolution group's planes on, for
-// channels `pitch` elements apart and pixels of `step` elements.
+// All that offsets depend on: elements between channels, and from a position to each tap.
+using Tiling = std::vector<int64_t>;
+
+inline Tiling tiling_of(int64_t pitch, const std::vector<Tap>& taps, const Layout& layout, int64_t step) {
+  Tiling tiling{pitch};
+  // A tap that takes no part has no entry that points here.
+  for (const Tap& tap : taps) tiling.push_back(tap.phase < 0 ? 0 : layout.at(tap) * step);
+  return tiling;
+}
+
+// table[column] = where the column's vectors are from the first position of a convolution group's planes on.
 template <class T>
-std::vector<int32_t> column_table(const Rows<T>& rows, int64_t pitch, const std::vector<Tap>& taps, const Layout& layout,
-                                  int64_t step) {
-  const int64_t elements = rows.channels_per_group * pitch;
+std::vector<int32_t> column_table(const Rows<T>& rows, const Tiling& tiling) {
+  const int64_t elements = rows.channels_per_group * tiling[0];
   TORCH_CHECK_VALUE(elements <= std::numeric_limits<int32_t>::max(),
                     "Expected a padded image of fewer than 2^31 elements per convolution group, got ", elements);
   std::vector<int32_t> table;
   table.reserve(rows.columns());
   for (int64_t c = 0; c < rows.channels_per_group; ++c) {
-    for (const Tap& tap : taps) {
-      // One that takes no part has no entry that points here.
-      table.push_back(static_cast<int32_t>(c * pitch + (tap.phase < 0 ? 0 : layout.at(tap) * step)));
-    }
+    for (size_t tap = 1; tap < tiling.size(); ++tap) table.push_back(static_cast<int32_t>(c * tiling[0] + tiling[tap]));
   }
   return table;
 }
 
-// Where the columns of some rows are: entry i at offset[i], all below `limit`; channels are `pitch` apart.
+// Where the columns of some rows are: entry i at offset[i]; channels are `pitch` apart.
 struct Offsets {
   const int32_t* offset = nullptr;
   int64_t pitch = 0;
+  // Past the last that a column can have, so that an offset from anywhere is as good as one of those.
   uint32_t limit = 0;
   std::vector<int32_t> own;  // where they were made for one call
+};
+
+// A pattern's offsets that were made before, for one tiling (conv2d_plan).
+struct OffsetPlan {
+  Tiling tiling;
+  const int32_t* offset;
 };
 
 constexpr int64_t kStretchGrain = 64 * 1024;  // entries that pay for another thread
 
 // Looks every column up. One that is outside becomes an offset beyond any limit.
 template <class T>
-Offsets stretch(const Rows<T>& rows, int64_t pitch, const std::vector<int32_t>& table) {
-  Offsets offsets;
-  const int32_t count = rows.crow[rows.packed()];
+void stretch(const Rows<T>& rows, const Tiling& tiling, int32_t* offset) {
+  const std::vector<int32_t> table = column_table(rows, tiling);
   const auto columns = static_cast<uint32_t>(table.size());
-  offsets.own.resize(count);
-  at::parallel_for(0, count, kStretchGrain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows.crow[rows.packed()], kStretchGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const auto column = static_cast<uint32_t>(rows.col[i]);
-      offsets.own[i] = column < columns ? table[column] : -1;
+      offset[i] = column < columns ? table[column] : -1;
     }
   });
-  offsets.offset = offsets.own.data();
-  offsets.pitch = pitch;
-  offsets.limit = table.empty() ? 0 : static_cast<uint32_t>(*std::max_element(table.begin(), table.end())) + 1;
+}
+
+// The plan's offsets if it has those of this tiling.
+template <class T>
+Offsets offsets_of(const Rows<T>& rows, const Tiling& tiling, const OffsetPlan* plan) {
+  Offsets offsets;
+  if (plan && plan->tiling == tiling) {
+    offsets.offset = plan->offset;
+  } else {
+    offsets.own.resize(rows.crow[rows.packed()]);
+    stretch(rows, tiling, offsets.own.data());
+    offsets.offset = offsets.own.data();
+  }
+  offsets.pitch = tiling[0];
+  const int64_t farthest = *std::max_element(tiling.begin() + 1, tiling.end());
+  offsets.limit = rows.channels_per_group == 0
+                      ? 0
+                      : static_cast<uint32_t>((rows.channels_per_group - 1) * tiling[0] + farthest + 1);
   return offsets;
 }
 

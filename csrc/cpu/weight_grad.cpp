@@ -36,7 +36,7 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
   // Pixels of so many images lie side by side that few lanes stay idle.
   const int64_t flat_images = std::clamp<int64_t>(kFlatPixels / pixels, 1, shape.batch);
   auto work_for = [&](int64_t lanes) { return work_of(rows, shape.batch, shape.output, shape.input[1], of_image, lanes); };
-  const Grid grid = best_width<T>([&](const LaneKernels<T>& kernels) {
+  const Grid grid = best_width<T>(grid_key(kWeightGradGrid, shape, rows, channels_last), [&](const LaneKernels<T>& kernels) {
     const TileShape tile_shape = kernels.grad_tile_shape();
     const Work work = work_for(tile_shape.lanes);
     if (flat) return flat_grid(work, tile_shape, flat_images * pixels);
@@ -65,7 +65,7 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
     // The last vector of a run may reach past the last pixel.
     side->pitch = spread<T>(side->layout.channel() * step + (runs ? of_image.halo[1] + 2 * lanes : 0));
   }
-  const std::vector<int32_t> table = column_table(rows, in.pitch, in.planes.taps, in.layout, step);
+  const std::vector<int32_t> table = column_table(rows, tiling_of(in.pitch, in.planes.taps, in.layout, step));
   const int64_t blocks = blocks_of(work_for(lanes), grid);
 
   const int64_t bands_in_unit = runs ? bands : 1, units = ceil_div(shape.batch, images_per_unit) * bands_in_unit;
