@@ -65,7 +65,8 @@ def requests() -> list[tuple[str, str, str, int, int, int, int]]:
     import emulated
 
     lines = emulated.emulator().functions.emulator_costs().decode().splitlines()
-    return [(p, space, kind, *map(int, rest)) for p, space, kind, *rest in map(str.split, lines)]
+    split = [line.split(maxsplit=7) for line in lines if "conv2d_tensor_kernel" in line]
+    return [(p, space, kind, *map(int, rest[:4])) for p, space, kind, *rest in split]
 
 
 def measure(conv: torch.nn.Conv2d, mask: torch.Tensor, vector: int) -> dict:
@@ -86,11 +87,14 @@ def measure(conv: torch.nn.Conv2d, mask: torch.Tensor, vector: int) -> dict:
     written = [r for r in counted if r[1:4] == ("shared", "write", 16)]
     weight_bytes = {8: 4, 16: 8}.get(vector, 16)
     weights = [r for r in counted if r[1:4] == ("global", "read", weight_bytes) and r[0] not in copies]
-    gathered, least = sum(r[5] for r in gathers), sum(r[6] for r in gathers)
+    # Results pass through shared memory at the end: those reads are of 16 bytes, too, and meet no conflicts.
+    result_bytes = 4 if vector == 8 else 8
+    results = sum(r[4] for r in counted if r[1:4] == ("shared", "write", result_bytes)) * result_bytes // 16
+    gathered, least = (sum(r[i] for r in gathers) - 4 * results for i in (5, 6))
     copied, copied_least = sum(r[5] for r in written), sum(r[6] for r in written)
     # Each lane its own: 128 bytes a wavefront.
     loaded = sum(r[4] for r in weights) * weight_bytes * 32 // 128
-    tensor = sum(r[4] for r in gathers) * vector / 4  # cycles of what an ldmatrix feeds
+    tensor = (sum(r[4] for r in gathers) - results) * vector / 4  # cycles of what an ldmatrix feeds
     useful = values.numel() * output[0, 0].numel() * 8 / 1024
     return {
         "columns_per_row": round(len(col) / (len(crow) - 1), 1),

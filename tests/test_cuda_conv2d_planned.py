@@ -13,6 +13,7 @@ from conftest import assert_near
 from test_cuda_conv2d import ACTIVATIONS, operands
 from test_cuda_conv2d_tensor import device, draw, layer
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsekd.sparse import fusion, ops, reference
 from sparsekd.sparse.convert import Choices
@@ -189,6 +190,32 @@ def test_training_and_other_dtypes_need_no_plan(on_the_cpu):
         conv.float()(torch.randn(2, 6, 7, 7))
         sparse_conv(6, 16, 3, vector=4)(torch.randn(2, 6, 7, 7).half())
     assert on_the_cpu == dict.fromkeys(PLANNED, 0)
+
+
+def test_a_compiler_finds_the_plan_that_is_there(on_the_cpu):
+    conv = sparse_conv(6, 16, 3)
+    compiled = torch.compile(conv, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        want = conv(torch.ones(2, 6, 7, 7).half())
+        before = dict(on_the_cpu)
+        assert torch.equal(compiled(torch.ones(2, 6, 7, 7).half()), want)
+        compiled(torch.ones(3, 6, 9, 7).half())
+    assert on_the_cpu == before | {"conv2d_planned": before["conv2d_planned"] + 2}
+
+
+@pytest.mark.parametrize("dims, to_lanes", [(4, False), (4, True), (5, False), (5, True)])
+def test_fakes_are_as_the_real_results(dims, to_lanes, on_the_cpu):
+    conv = sparse_conv(6, 16, 3)
+    input = torch.randn(8, 6, 7, 5).half()
+    plan = ops.conv2d_plan(*conv._indices()[:2], vector=8, input_size=input.shape, out_channels=16, kernel_size=3)
+    with torch.no_grad():
+        arguments = (ops.to_lanes(input) if dims == 5 else input, conv.values, *plan, None, None, None, None, "none")
+        arguments = (*arguments, to_lanes, 16, (3, 3), (1, 1), (0, 0), (1, 1), 1)
+        real = torch.ops.sparsekd.conv2d_planned(*arguments)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+            fake = torch.ops.sparsekd.conv2d_planned(*fakes)
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
 class Block(nn.Module):

@@ -156,7 +156,9 @@ class SparseConv2d(_SparseConv):
     """
 
     _kind = nn.Conv2d
-    _plans_of: Tensor | None = None  # the col_indices that `_plans` are of, by size of the input
+    _plans: dict[tuple[int, ...], ops.Plan | None]  # by size of the input
+    _plans_of: Tensor | None = None  # the col_indices that they are of
+    _last_plan: ops.Plan | None = None
 
     def _take(self, conv: nn.Conv2d, mask: Tensor | None, vector: int | str, permute: bool | Tensor) -> None:
         # nn.Conv2d answers in channels_last when its weight is so stored, even to an input that is not.
@@ -187,14 +189,13 @@ class SparseConv2d(_SparseConv):
         lowered = torch.is_autocast_enabled(device.type)
         if (torch.get_autocast_dtype(device.type) if lowered else input.dtype) not in (torch.float16, torch.bfloat16):
             return None
+        known = self._plans_of is self.col_indices  # `functional_call` may have put in another pattern
+        if torch.compiler.is_compiling():  # a compiler traces what is there; any plan fits any size
+            return self._last_plan if known else None
         if not ops.takes_plans(device):
             return None
-        if self._plans_of is not self.col_indices:  # `functional_call` may have put in another pattern
-            if torch.compiler.is_compiling():
-                return None
+        if not known:
             self._plans, self._plans_of = {}, self.col_indices
-        if torch.compiler.is_compiling():  # a compiler traces what is there; any plan fits any size
-            return next(reversed(self._plans.values()), None)
         size = tuple(size)
         if size not in self._plans:
             if len(self._plans) >= MOST_PLANS:
@@ -211,7 +212,8 @@ class SparseConv2d(_SparseConv):
                 dilation=self.dilation,
                 groups=self.groups,
             )
-        return self._plans[size]
+        self._last_plan = self._plans[size]
+        return self._last_plan
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input(input)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +22,13 @@ except ImportError as error:
     ) from error
 
 from ..kernels import registration
-from . import op_rules  # on top of what was registered
+from . import op_rules  # noqa: F401  (on top of what was registered)
+from .plans import LANES, Plan, conv2d_plan, from_lanes, takes_plans, to_lanes  # noqa: F401
 
 _backends_on_cuda = registration.register()  # kept, as they are gone with it
 fallbacks, strict_backends = registration.fallbacks, registration.strict
 
 _ops = torch.ops.sparsekd
-LANES = op_rules.LANES
 
 
 def cpu_isa() -> str:
@@ -185,56 +184,6 @@ def conv2d_fused(
         op, arguments = _ops.conv2d_fused.default, (crow_indices, col_indices, row_indices, *finish)
     output = _call(op, input, values, *arguments, out_channels, *geometry)
     return output if batched else output.squeeze(0)
-
-
-class Plan(NamedTuple):
-    """What a convolution on tensor cores reads in place of the pattern; holds none of the values."""
-
-    indices: Tensor  # int32 [n]
-    tiling: tuple[int, ...]  # chooses the kernel
-
-
-def conv2d_plan(
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    *,
-    vector: int,
-    input_size: tuple[int, int, int, int],
-    out_channels: int,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-    groups: int = 1,
-) -> Plan | None:
-    """The plan of a pattern for :func:`conv2d_fused` on tensor cores (CUDA, float16 and bfloat16, V >= 8).
-
-    It is made for inputs ``[N, C, H, W]`` of ``input_size``, and right for those of other N, H and W, if slower. A plan
-    of another pattern gives wrong numbers, but reads no foreign memory.
-
-    Returns:
-        None where tensor cores can't take the layer.
-    """
-    geometry = (out_channels, _pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), groups)
-    tiling = _ops.conv2d_tiling(col_indices, vector, input_size, *geometry)
-    if not tiling:
-        return None
-    return Plan(_ops.conv2d_plan(crow_indices, col_indices, tiling, vector, input_size, *geometry), tuple(tiling))
-
-
-def takes_plans(device: torch.device) -> bool:
-    """Whether the kernels that read plans are built for a device."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("sparsekd::conv2d_planned", device.type.upper())
-
-
-def to_lanes(input: Tensor) -> Tensor:
-    """``[N, C, H, W]``, N divisible by 8, as ``[N / 8, C, H, W, 8]``: 8 images side by side, 16 bytes in half types."""
-    return input.unflatten(0, (-1, LANES)).movedim(1, -1).contiguous()
-
-
-def from_lanes(input: Tensor) -> Tensor:
-    """``[N / 8, C, H, W, 8]`` as ``[N, C, H, W]``."""
-    return input.movedim(-1, 1).flatten(0, 1)
 
 
 def _prepared(
