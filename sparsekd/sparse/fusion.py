@@ -339,7 +339,8 @@ def _keep_lanes(graph: fx.GraphModule) -> None:
 
 def _on_tensor_cores(model: nn.Module) -> bool:
     sparse = [module for module in model.modules() if isinstance(module, SparseConv2d)]
-    return any(module.vector >= 8 and ops.takes_plans(module.values.device) for module in sparse)
+    found = {(module.values.device, module.vector) for module in sparse}
+    return any(device.type != "cpu" and ops.takes_plans(device, torch.float16, vector) for device, vector in found)
 
 
 def _fused(model: nn.Module, channels_last: bool, turn: bool, lanes: bool = False) -> nn.Module:

@@ -179,21 +179,23 @@ class SparseConv2d(_SparseConv):
         return self
 
     def plan_for(self, input: Tensor, size: tuple[int, ...]) -> ops.Plan | None:
-        """What tensor cores read in place of the pattern, made at the first inference of a size ``[N, C, H, W]``.
+        """What the kernels read in place of the pattern, made at the first inference of a size ``[N, C, H, W]``.
 
-        None where they don't take the layer, and in training, whose backward reads the pattern.
+        None where they gain nothing by it, and in training, whose backward reads the pattern.
         """
-        if self.vector < 8 or torch.is_grad_enabled() or isinstance(self.padding, str):
+        if torch.is_grad_enabled() or isinstance(self.padding, str):
             return None
         device = input.device
         lowered = torch.is_autocast_enabled(device.type)
-        if (torch.get_autocast_dtype(device.type) if lowered else input.dtype) not in (torch.float16, torch.bfloat16):
+        dtype = torch.get_autocast_dtype(device.type) if lowered else input.dtype
+        if not ops.takes_plans(device, dtype, self.vector):
             return None
         known = self._plans_of is self.col_indices  # `functional_call` may have put in another pattern
-        if torch.compiler.is_compiling():  # a compiler traces what is there; any plan fits any size
-            return self._last_plan if known else None
-        if not ops.takes_plans(device):
+        compiling = torch.compiler.is_compiling()
+        if device.type == "cpu" and (compiling or not input.is_contiguous() or type(self.col_indices) is not Tensor):
             return None
+        if compiling:  # a compiler traces what is there; any plan fits any size
+            return self._last_plan if known else None
         if not known:
             self._plans, self._plans_of = {}, self.col_indices
         size = tuple(size)

@@ -1,7 +1,8 @@
-"""Convolutions on tensor cores with what depends on the pattern alone made once, and activations in their own layout.
+"""Convolutions with what depends on the pattern alone made once, and activations in the layout of tensor cores.
 
-A plan (``csrc/cuda/conv2d_planned.cpp``) tells which column is where in the operands of tensor cores. In lanes, 8
-images lie side by side: each shift by a tap of the kernel is then a whole vector of 16 bytes.
+On CUDA a plan (``csrc/cuda/conv2d_planned.cpp``) tells which column is where in the operands of tensor cores. In lanes,
+8 images lie side by side: each shift by a tap of the kernel is then a whole vector of 16 bytes. On the CPU it holds the
+distance of each column from a result's pixel (``csrc/cpu/kernels.h``).
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from .op_rules import LANES
 
 
 class Plan(NamedTuple):
-    """What a convolution on tensor cores reads in place of the pattern; holds none of the values."""
+    """What a convolution reads in place of the pattern; holds none of the values."""
 
     indices: Tensor  # int32 [n]
-    tiling: tuple[int, ...]  # chooses the kernel
+    tiling: tuple[int, ...]  # chooses the kernel on CUDA; on the CPU the layout of the input that the plan is for
 
 
 def conv2d_plan(
@@ -35,13 +36,16 @@ def conv2d_plan(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
 ) -> Plan | None:
-    """The plan of a pattern for :func:`sparsekd.sparse.ops.conv2d_fused` on tensor cores: CUDA, half types, V >= 8.
+    """The plan of a pattern for :func:`sparsekd.sparse.ops.conv2d_fused`.
+
+    On CUDA it is for tensor cores: half types, V >= 8. On the CPU for float32 ``[N, C, H, W]``; others are computed, too,
+    but as without a plan.
 
     It is made for inputs ``[N, C, H, W]`` of ``input_size``, and right for those of other N, H and W, if slower. A plan
     of another pattern gives wrong numbers, but reads no foreign memory.
 
     Returns:
-        None where tensor cores can't take the layer.
+        None where tensor cores can't take the layer, and for no images.
     """
     geometry = (out_channels, _pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), groups)
     tiling = torch.ops.sparsekd.conv2d_tiling(col_indices, vector, input_size, *geometry)
@@ -52,9 +56,12 @@ def conv2d_plan(
     )
 
 
-def takes_plans(device: torch.device) -> bool:
-    """Whether the kernels that read plans are built for a device."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("sparsekd::conv2d_planned", device.type.upper())
+def takes_plans(device: torch.device, dtype: torch.dtype, vector: int) -> bool:
+    """Whether there are kernels that gain by plans."""
+    if device.type == "cpu":
+        return dtype == torch.float32
+    built = torch._C._dispatch_has_kernel_for_dispatch_key("sparsekd::conv2d_planned", device.type.upper())
+    return built and vector >= 8 and dtype in (torch.float16, torch.bfloat16)
 
 
 def to_lanes(input: Tensor) -> Tensor:
