@@ -73,8 +73,8 @@ at::Tensor conv2d_planned_cuda(const at::Tensor& input, const at::Tensor& values
   check_type(input, "input");
   TORCH_CHECK_TYPE(input.element_size() == 2, "Expected input of dtype Half or BFloat16, got ", input.scalar_type());
   const bool in_lanes = input.dim() == 5;
-  TORCH_CHECK_VALUE(in_lanes || input.dim() == 4, "Expected an input [N, C, H, W], or in lanes [units, C, H, W, 8], got shape ",
-                    input.sizes());
+  TORCH_CHECK_VALUE(in_lanes || input.dim() == 4,
+                    "Expected an input [N, C, H, W], or in lanes [units, C, H, W, 8], got shape ", input.sizes());
   const int64_t batch = in_lanes ? input.size(0) * kLanes : input.size(0);
   const int64_t input_size[] = {batch, input.size(1), input.size(2), input.size(3)};
   const Conv2dShape shape = checked_shape(input_size, out_channels, kernel_size, stride, padding, dilation, groups);

@@ -10,7 +10,11 @@
 // The eight rows of a matrix are read at once when they lie in different banks, that is when their distances differ
 // modulo 8 vectors. Two things see to it. Planes have an odd pitch, and which channel of a block lies in which plane is
 // chosen, for each block of rows, so that the distances of each slice fall evenly into the eight residues; and each
-// slice's columns are dealt out to its octets residue by residue.
+// slice's columns are dealt out to its octets residue by residue. That is the plan of a pattern, made once by the kernels
+// of conv2d_tensor_pattern.cuh; the values are put in its order at each call.
+//
+// Activations come as images, which to_lanes16_kernel turns, or lie in lanes as the layer before left them. Results go
+// to either.
 //
 // The pattern's layout after Chen et al., "Efficient tensor core-based GPU kernels for structured sparsity", SC 2021.
 #pragma once
@@ -240,8 +244,8 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
   }
   copy_async_wait<0>();
 
-  // Eight rows at a time go through shared memory, each warp's to itself, from where a lane takes the 8 lanes of a row and
-  // position: the buffers are free. The pitch of rows is such that what is written lies in different banks.
+  // Eight rows at a time go through shared memory, each warp's to itself, from where a lane takes the 8 lanes of a row
+  // and position: the buffers are free. The pitch of rows is such that what is written lies in different banks.
   constexpr int kPitch = kPositions * 8 + (kRows == 8 ? 4 : 8), kAtOnce = 32 / kPositions;
   float* results = shared_memory<float>() + warp * 64 * (kPositions + 1);  // [8 rows][kPositions][8 lanes]
   const int g = lane / 4, t = lane % 4;

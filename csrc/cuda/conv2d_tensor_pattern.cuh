@@ -35,8 +35,8 @@ __device__ __forceinline__ unsigned rotated(unsigned counts, int residue) {
   return residue ? counts << 4 * residue | counts >> (32 - 4 * residue) : counts;
 }
 
-// What a slice's gathers cost that has so many columns of each residue in `octets` octets: their wavefronts above all, and
-// how far residues are above the mean, which prepares for less.
+// What a slice's gathers cost that has so many columns of each residue in `octets` octets: their wavefronts above all,
+// and how far residues are above the mean, which prepares for less.
 __device__ __forceinline__ int wavefronts_of(const int (&columns)[8], int octets) {
   int most = octets, above = 0;
 #pragma unroll
@@ -48,7 +48,7 @@ __device__ __forceinline__ int wavefronts_of(const int (&columns)[8], int octets
   return 64 * most + above;
 }
 
-// A block of threads per block of rows and block of channels: the order of slices, and which channel lies in which plane.
+// A block of threads per block of rows and block of channels: the order of slices, which channel lies in which plane.
 __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternParams p) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -183,7 +183,8 @@ __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternP
     if (best < 0) {
       const int other = best & (kMostBlockChannels - 1), theirs = plane_of[other] * p.pitch % 8;
       for (int i = threadIdx.x; i < p.block_slices * 8; i += blockDim.x) {
-        const unsigned mine = counts[i / 8 * p.block_channels + channel], its = counts[i / 8 * p.block_channels + other];
+        const unsigned* of_slice = counts + i / 8 * p.block_channels;
+        const unsigned mine = of_slice[channel], its = of_slice[other];
         const int nibble = i % 8 * 4;
         sums[i] += int(rotated(mine, theirs) >> nibble & 15) + int(rotated(its, own) >> nibble & 15) -
                    int(rotated(mine, own) >> nibble & 15) - int(rotated(its, theirs) >> nibble & 15);
