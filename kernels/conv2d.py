@@ -71,6 +71,7 @@ def _launch(
 ) -> None:
     """One convolution or, with ``source.vector_of``, one input gradient, of ``input`` into ``output``."""
     transposed = source.vector_of is not None
+    input, output, residual = lanes.as_lines(geometry, input, output, epilogue.residual)
     batch, in_channels, in_h, in_w = input.shape
     out_channels, out_h, out_w = output.shape[1:]
     stride, padding, dilation = geometry.stride, geometry.padding, geometry.dilation
@@ -107,7 +108,7 @@ def _launch(
     finish = dict(
         HAS_SCALE=epilogue.scale is not None,
         HAS_SHIFT=epilogue.shift is not None,
-        HAS_RESIDUAL=epilogue.residual is not None,
+        HAS_RESIDUAL=residual is not None,
         ACTIVATION=epilogue.activation,
         ACCUMULATOR=accumulator,
         SPLIT_K=split_k,
@@ -123,7 +124,7 @@ def _launch(
         source.order,
         epilogue.scale,
         epilogue.shift,
-        epilogue.residual,
+        residual,
         target,
         values.shape[0],
         source.column.shape[0],
@@ -154,6 +155,7 @@ def _launch(
         DILATION_W=dilation[1],
         TRANSPOSED=transposed,
         LANES=lanes_count,
+        BORDER=not geometry.is_point and (transposed or any(padding)),
         HAS_ROWS=rows is not None,
         PRECISION=precision,
         PERSISTENT=programs < tiles,
@@ -170,7 +172,7 @@ def _launch(
             target,
             epilogue.scale,
             epilogue.shift,
-            epilogue.residual,
+            residual,
             output,
             output.numel(),
             out_channels,

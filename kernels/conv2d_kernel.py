@@ -68,6 +68,7 @@ def _conv2d_kernel(
     DILATION_W: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     LANES: tl.constexpr,
+    BORDER: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
@@ -165,7 +166,8 @@ def _conv2d_kernel(
             else:
                 column = tl.load(col_ptr + j, mask=in_k, other=0)
                 channel = column // TAPS
-            in_k &= (channel >= 0) & (channel < channels_per_group)
+            # Division rounds towards zero: a negative column may look like one of channel 0.
+            in_k &= (column >= 0) & (channel >= 0) & (channel < channels_per_group)
             r, s = column % TAPS // KERNEL_W, column % KERNEL_W
             if TRANSPOSED:
                 # The taps of a phase are those for which these divisions leave no rest.
@@ -178,8 +180,10 @@ def _conv2d_kernel(
                 offset = channel * x_c + shift_h * x_h + shift_w
                 offset = (in_base[:, None] + offset[None, :]) * LANES + (m % LANES)[:, None]
             else:
-                y, x = y_in[:, None] + shift_h[None, :], x_in[:, None] + shift_w[None, :]
-                in_x = in_k[None, :] & in_m[:, None] & (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
+                in_x = in_k[None, :] & in_m[:, None]
+                if BORDER:
+                    y, x = y_in[:, None] + shift_h[None, :], x_in[:, None] + shift_w[None, :]
+                    in_x &= (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
                 offset = in_base[:, None] + (channel * x_c + shift_h * x_h + shift_w * x_w)[None, :]
             a = tl.load(of_tile + offset, mask=in_x, other=0.0)  # [BLOCK_M, BLOCK_K]
             if TRANSPOSED:

@@ -212,18 +212,22 @@ def test_infinity_and_nan_reach_only_their_own_outputs(monkeypatch, lanes):
     assert_near(got[~reached], want[~reached])
 
 
-def test_wrong_indices_read_and_write_nothing_foreign():
+@pytest.mark.parametrize("kind", ["borders", "lanes", "no borders", "a point"])
+def test_wrong_indices_read_and_write_nothing_foreign(monkeypatch, kind):
     """interpreted.py raises on an address outside of the tensors. Wrong indices give wrong numbers at worst."""
-    case = Case(filters_per_group=16, vector=8, permuted=True, padding=(1, 1), size=(4, 5))
+    with_config(monkeypatch, configs.Config(64, 16, 32, lanes=kind == "lanes"))
+    padding, kernel = ((1, 1) if kind in ("borders", "lanes") else (0, 0)), ((1, 1) if kind == "a point" else (3, 3))
+    case = Case(filters_per_group=16, vector=8, permuted=True, padding=padding, kernel=kernel, size=(4, 5))
     input, _, packed, bias = make(case)
-    grad = torch.randn(1, 16, 4, 5)
-    big, columns = 2**31 - 1, 27
+    grad = torch.randn_like(run_op(case, input, packed, bias))
+    big, columns = 2**31 - 1, 3 * math.prod(kernel)
     n = packed.col_indices.shape[0]
     for crow in (int32(0, big, n), int32(-5, 3, n), int32(4, 2, 0), int32(-big, big, big)):
         for col, rows in (
             (packed.col_indices, packed.row_indices),
             (torch.full_like(packed.col_indices, columns), packed.row_indices),
-            (torch.full_like(packed.col_indices, -1), torch.full_like(packed.row_indices, -1)),
+            (torch.full_like(packed.col_indices, -1), packed.row_indices),
+            (torch.full_like(packed.col_indices, 1 - columns), torch.full_like(packed.row_indices, -1)),
             (torch.full_like(packed.col_indices, big), torch.full_like(packed.row_indices, big)),
         ):
             geometry = (case.kernel, *case.geometry)
