@@ -209,20 +209,23 @@ def _conv2d_kernel(
         if HAS_ROWS and not TRANSPOSED:
             row = tl.load(row_ptr + row, mask=in_n, other=0)
             in_n &= (row >= 0) & (row < row_groups // row_groups_per_group * rows_per_group)
-        offset = image.to(tl.int64) * y_n + y_out * y_h + x_out * y_w
-        offset = offset[:, None] + row.to(tl.int64)[None, :] * y_c
+        first_image = first * LANES // strips if LANES > 1 else first
+        offset = (image - first_image) * y_n + y_out * y_h + x_out * y_w
+        offset = offset[:, None] + row[None, :] * y_c
+        to_tile = first_image.to(tl.int64) * y_n
         in_y = in_output[:, None] & in_n[None, :]
         if SPLIT_K > 1:
-            tl.store(output_ptr + split.to(tl.int64) * y_split + offset, accumulator, mask=in_y)
+            to_tile += split.to(tl.int64) * y_split
+            tl.store(output_ptr + to_tile + offset, accumulator, mask=in_y)
         else:
             if HAS_SCALE:
                 accumulator *= tl.load(scale_ptr + row, mask=in_n, other=0.0).to(ACCUMULATOR)[None, :]
             if HAS_SHIFT:
                 accumulator += tl.load(shift_ptr + row, mask=in_n, other=0.0).to(ACCUMULATOR)[None, :]
             if HAS_RESIDUAL:
-                accumulator += tl.load(residual_ptr + offset, mask=in_y, other=0.0).to(ACCUMULATOR)
+                accumulator += tl.load(residual_ptr + to_tile + offset, mask=in_y, other=0.0).to(ACCUMULATOR)
             accumulator = _activate(accumulator, ACTIVATION)
-            tl.store(output_ptr + offset, accumulator.to(output_ptr.dtype.element_ty), mask=in_y)
+            tl.store(output_ptr + to_tile + offset, accumulator.to(output_ptr.dtype.element_ty), mask=in_y)
 
 
 @triton.jit

@@ -164,7 +164,12 @@ def conv2d_weight_grad(
             "conv2d_weight_grad", input.dtype, vector, pixels, out_channels, columns, geometry.taps,
             geometry.stride[0], n_vectors, row_groups,
         )  # fmt: skip
-        config = configs.config_for(problem, input.device)
+
+        def run(config: configs.Config) -> Tensor:
+            pattern, sizes = (crow_indices, col_indices, row_indices, vector), (kernel_size, stride, padding, dilation)
+            return conv2d_weight_grad(input, grad_output, *pattern, *sizes, groups, config, precision)
+
+        config = configs.config_for(problem, input.device, run)
     splits = min(config.split_k, cdiv(pixels, config.block_k))
     per_split = cdiv(cdiv(pixels, config.block_k), splits) * config.block_k
     double = input.dtype == torch.float64

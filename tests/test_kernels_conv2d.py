@@ -80,7 +80,7 @@ def random_config(seed, case):
 
 
 def with_config(monkeypatch, config):
-    monkeypatch.setattr(configs, "config_for", lambda problem, device: config)
+    monkeypatch.setattr(configs, "config_for", lambda problem, device, run: config)
 
 
 def check_random(monkeypatch, seed):

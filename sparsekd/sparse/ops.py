@@ -26,6 +26,7 @@ from . import op_rules  # noqa: F401  (on top of what was registered)
 
 _backends_on_cuda = registration.register()  # kept, as they are gone with it
 fallbacks, strict_backends = registration.fallbacks, registration.strict
+only_backend, tuning_tiles = registration.only, registration.tuning
 
 _ops = torch.ops.sparsekd
 
