@@ -6,7 +6,8 @@ looked at. Launches of kernels are noted in place of run.
 
 import pytest
 import torch
-from sparsekd.kernels import conv2d, kd_loss, linear, linear_kd_loss, plans, static, weight_grad
+from functorch.compile import aot_function, make_boxed_func
+from sparsekd.kernels import conv2d, kd_loss, linear, linear_kd_loss, plans, registration, static, weight_grad
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -89,3 +90,20 @@ def test_a_plan_made_while_capturing_is_not_kept(monkeypatch):
     for _ in range(2):
         plans._once((crow,), ("order",), lambda: made.append(1))
     assert len(made) == 2
+
+
+def test_a_compiler_sees_the_kernels_inside():
+    """``torch.compile`` of the triton_op on tensors of a GPU, as far as one can go without: to the traced graph."""
+    targets = []
+
+    def traced(module, inputs):
+        targets.extend(str(node.target) for node in module.graph.nodes)
+        return make_boxed_func(module.forward)
+
+    with FakeTensorMode():
+        input, _, values, pattern, geometry = tensors()
+        op = registration.triton_op("conv2d")
+        compiled = aot_function(lambda x, *packed: op(x * 2, *packed, None, None, 32, *geometry).relu(), traced)
+        assert compiled(input, values, *pattern).shape == (2, 32, 9, 8)
+    assert targets.count("triton_kernel_wrapper_functional") == 2  # to lanes, and the convolution
+    assert "aten.relu.default" in targets

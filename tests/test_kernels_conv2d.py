@@ -143,9 +143,21 @@ def test_opcheck(name, sample):
 def test_opcheck_of_the_triton_op(name):
     """Without gradients of its own: those are of the op that it stands behind. Symbolic sizes pass through."""
     arguments = registered.op_arguments(SAMPLES["permuted, strided, grouped"])[name]
+    check_triton_op(name, arguments)
+
+
+def check_triton_op(name, arguments):
     op = registration.triton_op(name)
     assert str(op._schema).replace("triton_", "") == str(getattr(OPS, name).default._schema)
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_opcheck_of_fused():
+    case = SAMPLES["half"]
+    input, _, packed, bias = make(case)
+    more = (bias, bias, None, "silu", case.filters_per_group, case.kernel, *case.geometry)
+    check_op(OPS.conv2d_fused, (input, *packed, *more), ())
+    check_triton_op("conv2d_fused", (input, *packed, *more))
 
 
 @pytest.mark.slow
@@ -173,6 +185,23 @@ def test_fused(monkeypatch, split_k, layout):
         got, want = finished(case, packed, input, *flags, activation)
         assert_near(got, want, dtype, f"{flags} {activation}")
         assert got.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+
+
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow if s >= 6 else ()) for s in range(60)])
+def test_random_fused(monkeypatch, seed):
+    """Every epilogue over random convolutions and tiles."""
+    from test_conv2d_fused import finished
+
+    case, config, r = (
+        random_case(5000 + seed),
+        random_config(5000 + seed, random_case(5000 + seed)),
+        random.Random(seed),
+    )
+    with_config(monkeypatch, config)
+    flags, activation = [r.random() < 0.6 for _ in range(3)], r.choice(list(reference.ACTIVATIONS))
+    input, _, packed, _ = make(case)
+    got, want = finished(case, packed, input, *flags, activation)
+    assert_near(got, want, case.dtype, f"{case} with {config}, {flags} {activation}")
 
 
 # dtype, (scale, shift, residual), activation
