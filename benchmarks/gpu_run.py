@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_run.py [--rehearse] --folder OUT golden | tune | bench | plot
 
-Every result is checked before it is timed; both precisions are named. `bench` compares with cuDNN (contiguous and
-channels_last; fp32, TF32, fp16), cuSPARSE for 1 x 1 convolutions, and eager and compiled PyTorch for the losses.
+Every result is checked before it is timed; both precisions are named. `bench` times both backends of a convolution and
+compares with cuDNN (contiguous and channels_last; fp32, TF32, fp16), cuSPARSE for 1 x 1 convolutions, and eager and
+compiled PyTorch for the losses. `tune` and `bench` end within their time: what they then have not come to is named.
 What its writers guessed before the first run is in results/guessed.json (the model of time is predict.py's).
 """
 
@@ -13,6 +14,8 @@ import argparse
 import contextlib
 import json
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -46,6 +49,10 @@ TINY_LAYERS, TINY_KINDS, TINY_DENSITIES = (
 )
 
 
+SECONDS = {"tune": 75, "bench": 110}  # after which no new case is begun
+BACKENDS = ("triton", "cuda")
+
+
 class Run:
     """Sizes, device and clock, of the day or of its rehearsal."""
 
@@ -54,6 +61,8 @@ class Run:
         self.device = torch.device("cpu" if rehearse else "cuda")
         self.layers, self.kinds = (TINY_LAYERS, TINY_KINDS) if rehearse else (LAYERS, KINDS)
         self.densities, self.batch = (TINY_DENSITIES, 1) if rehearse else (DENSITIES, 32)
+        self.backends = BACKENDS[:1] if rehearse else BACKENDS  # on the CPU, Triton's interpreter alone
+        self.left_out: list[str] = []
 
     @contextlib.contextmanager
     def kernels(self):
@@ -74,9 +83,26 @@ class Run:
         rounds = dict(rounds=1, warmup=0, min_time=1e-9) if self.rehearse else dict(rounds=7, min_time=0.002)
         return {n: t.min * 1e3 for n, t in compare(engines, device=self.device, **rounds).items()}
 
+    def within(self, seconds: float, cases: Iterable) -> Iterator:
+        """The cases that are begun in time; the others are noted."""
+        until = time.monotonic() + (float("inf") if self.rehearse else seconds)
+        for case in cases:
+            if time.monotonic() < until:
+                yield case
+            else:
+                self.left_out.append(str(case))
+
     def write(self, name: str, found: object) -> None:
+        if self.left_out:
+            print(f"{len(self.left_out)} cases left out, as time was up:", *self.left_out, sep="\n  ")
         device = "a rehearsal on the CPU" if self.rehearse else torch.cuda.get_device_name()
-        about = dict(device=device, torch=torch.__version__, cuda=torch.version.cuda, rehearsal=self.rehearse)
+        about = dict(
+            device=device,
+            torch=torch.__version__,
+            cuda=torch.version.cuda,
+            rehearsal=self.rehearse,
+            left_out=self.left_out,
+        )
         (self.folder / name).write_text(json.dumps(about | {"results": found}, indent=1) + "\n")
 
 
@@ -112,6 +138,15 @@ class Layer:
         geometry = dict(out_channels=self.out_channels, kernel_size=self.kernel, padding=self.kernel // 2)
         return ops.conv2d(self.input, values, crow, col, row_indices=rows, **geometry)
 
+    def by(self, backend: str):
+        """:meth:`sparse` by one backend alone."""
+
+        def run() -> torch.Tensor:
+            with ops.only_backend(backend):
+                return self.sparse()
+
+        return run
+
     def check(self, precision: str) -> float:
         want = F.conv2d(self.input.double(), self.weight.double(), padding=self.kernel // 2)
         error = float((self.sparse().double() - want).abs().max() / want.abs().max())
@@ -124,80 +159,81 @@ def golden(run: Run) -> None:
     """Products of whole numbers are exact in every precision: any wrong place in a fragment shows."""
     found = {}
     for precision, dtype in (*PRECISIONS.items(), ("bf16", torch.bfloat16)):
-        with tf32(precision == "tf32"):
-            for vector in (8, 16) if run.rehearse else (8, 16, 32, 64, 128):
-                channels = 16 if run.rehearse else 128
-                weight = torch.randint(-3, 4, (max(vector, 16), channels, 1, 1)).double()
-                packed = formats.pack(weight, torch.ones_like(weight, dtype=torch.bool), vector, 1, False)
-                input = torch.randint(-3, 4, (2, channels, 4, 4)).double()
-                values, crow, col, rows = (None if t is None else t.to(run.device) for t in packed)
-                geometry = dict(out_channels=weight.shape[0], kernel_size=1, row_indices=rows)
-                got = ops.conv2d(input.to(run.device, dtype), values.to(dtype), crow, col, **geometry)
-                want = F.conv2d(input, weight).to(dtype)
-                found[f"{precision} V={vector}"] = bool(torch.equal(got.cpu(), want))
+        for backend in run.backends:
+            with tf32(precision == "tf32"), ops.only_backend(backend):
+                for vector in (8, 16) if run.rehearse else (8, 16, 32, 64, 128):
+                    channels = 16 if run.rehearse else 128
+                    weight = torch.randint(-3, 4, (max(vector, 16), channels, 1, 1)).double()
+                    packed = formats.pack(weight, torch.ones_like(weight, dtype=torch.bool), vector, 1, False)
+                    input = torch.randint(-3, 4, (2, channels, 4, 4)).double()
+                    values, crow, col, rows = (None if t is None else t.to(run.device) for t in packed)
+                    geometry = dict(out_channels=weight.shape[0], kernel_size=1, row_indices=rows)
+                    got = ops.conv2d(input.to(run.device, dtype), values.to(dtype), crow, col, **geometry)
+                    want = F.conv2d(input, weight).to(dtype)
+                    found[f"{backend} {precision} V={vector}"] = bool(torch.equal(got.cpu(), want))
     run.write("golden.json", found)
     if not all(found.values()):
         raise SystemExit(f"Expected exact products, got {found}")
 
 
 def tune(run: Run) -> None:
-    """The tiles of each layer that the Triton kernels serve."""
+    """The tiles of each layer, as Triton's kernels would serve it."""
     found = {}
-    for shape in run.layers:
-        for precision, vector in run.kinds:
-            if vector < 8:
-                continue
-            with tf32(precision == "tf32"):
-                layer = Layer(run, shape, precision, vector, run.densities[0])
-                problems = []
-                plain = configs.config_for
+    cases = [(shape, *kind) for kind in run.kinds if kind[1] >= 8 for shape in run.layers]
+    for shape, precision, vector in run.within(SECONDS["tune"], cases):
+        problems = []
+        plain = configs.config_for
 
-                def noted(problem, device, problems=problems, plain=plain):
-                    problems.append(problem)
-                    return plain(problem, device)
+        def noted(problem, device, launch, problems=problems, plain=plain):
+            problems.append(problem)
+            return plain(problem, device, launch)
 
-                with mock.patch.object(configs, "config_for", noted):
-                    layer.check(precision)
+        with tf32(precision == "tf32"), ops.only_backend("triton"):
+            layer = Layer(run, shape, precision, vector, run.densities[0])
+            with mock.patch.object(configs, "config_for", noted):
+                layer.check(precision)
 
-                def with_config(config, layer=layer):
-                    with mock.patch.object(configs, "config_for", lambda problem, device: config):
-                        return layer.sparse()
+            def with_config(config, layer=layer):
+                with mock.patch.object(configs, "config_for", lambda problem, device, launch: config):
+                    return layer.sparse()
 
-                candidates = configs.candidates_conv2d
-                few = 2 if run.rehearse else 8
-                with mock.patch.object(configs, "candidates_conv2d", lambda *a: candidates(*a)[:few]):  # noqa: B023
-                    best, seconds = configs.tune(
-                        problems[0], run.device, with_config, lambda f: run.time({"it": f})["it"] / 1e3
-                    )
-            tried = dict(zip(configs.names(seconds), seconds.values(), strict=True))
-            found[f"{shape} {precision} V={vector}"] = dict(best=configs.names([best])[0], seconds=tried)
+            candidates, few = configs.candidates_conv2d, 2 if run.rehearse else 6
+            with mock.patch.object(configs, "candidates_conv2d", lambda *a: candidates(*a)[:few]):  # noqa: B023
+                best, seconds = configs.tune(
+                    problems[0], run.device, with_config, lambda f: run.time({"it": f})["it"] / 1e3
+                )
+        tried = dict(zip(configs.names(seconds), seconds.values(), strict=True))
+        found[f"{shape} {precision} V={vector}"] = dict(best=configs.names([best])[0], seconds=tried)
     run.write("tuned.json", found)
 
 
 def bench_conv2d(run: Run) -> list[dict]:
     rows = []
-    for shape in run.layers:
-        for precision, vector in run.kinds:
-            for density in run.densities:
-                with tf32(precision == "tf32"):
-                    layer = Layer(run, shape, precision, vector, density)
-                    error = layer.check(precision)
-                    last = [t.to(memory_format=torch.channels_last) for t in (layer.input, layer.weight)]
-                    pad = layer.kernel // 2
-                    engines = {
-                        "dense": lambda layer=layer, pad=pad: F.conv2d(layer.input, layer.weight, padding=pad),
-                        "dense channels_last": lambda last=last, pad=pad: F.conv2d(*last, padding=pad),
-                        "sparsekd": layer.sparse,
-                    }
-                    if layer.kernel == 1 and precision != "fp16":
-                        csr = layer.weight.flatten(1).to_sparse_csr()
-                        columns = layer.input.transpose(0, 1).flatten(1).contiguous()
-                        engines["cuSPARSE"] = lambda csr=csr, columns=columns: csr @ columns
-                    ms = run.time(engines)
-                dense = min(ms["dense"], ms["dense channels_last"])
-                about = dict(layer=list(shape), precision=precision, vector=vector, density=density, error=error)
-                rows.append(about | dict(ms=ms, speedup=dense / ms["sparsekd"]))
-                print(*(f"{k}={v}" for k, v in about.items()), f"{rows[-1]['speedup']:.2f}x", flush=True)
+    cases = [(shape, *kind, density) for density in run.densities for kind in run.kinds for shape in run.layers]
+    for shape, precision, vector, density in run.within(SECONDS["bench"], cases):
+        with tf32(precision == "tf32"):
+            layer = Layer(run, shape, precision, vector, density)
+            last = [t.to(memory_format=torch.channels_last) for t in (layer.input, layer.weight)]
+            pad = layer.kernel // 2
+            engines = {
+                "dense": lambda layer=layer, pad=pad: F.conv2d(layer.input, layer.weight, padding=pad),
+                "dense channels_last": lambda last=last, pad=pad: F.conv2d(*last, padding=pad),
+                "sparsekd": layer.sparse,  # by the backend that kernels/registration.py names
+            }
+            error = layer.check(precision)
+            for backend in run.backends if vector >= 8 else ():
+                with ops.only_backend(backend):
+                    error = max(error, layer.check(precision))
+                engines[backend] = layer.by(backend)
+            if layer.kernel == 1 and precision != "fp16":
+                csr = layer.weight.flatten(1).to_sparse_csr()
+                columns = layer.input.transpose(0, 1).flatten(1).contiguous()
+                engines["cuSPARSE"] = lambda csr=csr, columns=columns: csr @ columns
+            ms = run.time(engines)
+        dense = min(ms["dense"], ms["dense channels_last"])
+        about = dict(layer=list(shape), precision=precision, vector=vector, density=density, error=error)
+        rows.append(about | dict(ms=ms, speedup=dense / ms["sparsekd"]))
+        print(*(f"{k}={v}" for k, v in about.items()), f"{rows[-1]['speedup']:.2f}x", flush=True)
     return rows
 
 
@@ -290,8 +326,8 @@ def bench_end_to_end(run: Run) -> list[dict]:
 
 
 def bench(run: Run) -> None:
-    parts = dict(conv2d=bench_conv2d, kd_loss=bench_kd_loss, linear_kd_loss=bench_linear_kd_loss)
-    run.write("results.json", {n: part(run) for n, part in (parts | dict(end_to_end=bench_end_to_end)).items()})
+    parts = dict(kd_loss=bench_kd_loss, linear_kd_loss=bench_linear_kd_loss, end_to_end=bench_end_to_end)
+    run.write("results.json", {n: part(run) for n, part in (parts | dict(conv2d=bench_conv2d)).items()})
 
 
 def plot(run: Run) -> None:

@@ -287,14 +287,12 @@ def compared(rows: list[dict], table: dict, release: str) -> list[str]:
 
 
 def triton_rows() -> list[dict]:
-    """Their own static table: dicts with kernel, arch, registers, shared_bytes and spills."""
+    """Their own static table: dicts with kernel, arch, registers, shared_bytes, spills, loop and wrong."""
     try:
         from sparsekd.kernels.static import rows
     except ImportError:
         return []
-    return [
-        {"arch": str(r["arch"]), **{k: r[k] for k in ("kernel", "registers", "shared_bytes", "spills")}} for r in rows()
-    ]
+    return rows()
 
 
 # ---- the table ----
@@ -318,7 +316,13 @@ def markdown(rows: list[dict], triton: list[dict], release: str) -> str:
         cells = [f"`{r['kernel']}`", r["arch"], str(r["registers"]), shared, f"{r['occupancy']:.0%}", *loop]
         lines.append("| " + " | ".join(cells) + " |")
     if triton:
-        lines += ["", "Triton's:", "", "| kernel | arch | registers | shared | spills |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            "Triton's, and what the loop of products has (16: vectors of 16 bytes, 4 and 2: single values):",
+            "",
+            "| kernel | arch | registers | shared | spills | loop |",
+            "|---|---|---|---|---|---|",
+        ]
         for r in triton:
             cells = [
                 f"`{r['kernel']}`",
@@ -326,6 +330,7 @@ def markdown(rows: list[dict], triton: list[dict], release: str) -> str:
                 str(r["registers"]),
                 f"{r['shared_bytes'] / 1024:.0f} KiB",
                 str(r["spills"]),
+                ", ".join(f"{name} x{count}" for name, count in r["loop"].items()) or "–",
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -364,7 +369,7 @@ def main() -> None:
         table = json.loads(args.table.read_text())
         table["kernels"] = [r for r in table["kernels"] if r["arch"] in args.architectures]
         wrong = compared(rows, table, release)
-        wrong += [f"{r['kernel']} on {r['arch']}: {r['spills']} spills" for r in triton if r["spills"]]
+    wrong += [f"{r['kernel']} on {r['arch']}: {sentence}" for r in triton for sentence in r["wrong"]]
     for sentence in wrong:
         print(sentence, file=sys.stderr)
     sys.exit(1 if wrong else 0)

@@ -138,6 +138,11 @@ class Geometry(NamedTuple):
     def taps(self) -> int:
         return self.kernel[0] * self.kernel[1]
 
+    @property
+    def is_point(self) -> bool:
+        """Whether each output pixel is of one input pixel, the one at its place."""
+        return self[:3] == ((1, 1), (1, 1), (0, 0))
+
 
 def checked_geometry(input_size, kernel_size, stride, padding, dilation, groups) -> tuple[Geometry, tuple[int, int]]:
     """The geometry and the output's height and width."""

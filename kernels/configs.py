@@ -1,23 +1,22 @@
 """Tile sizes: a small set per architecture, a first guess, and what a tuner found, kept on disk.
 
-Nothing is timed on a first call: without a tuned entry a kernel runs with :func:`default_conv2d`. :func:`tune` times
-the candidates of one layer when it is asked to (a second or two) and writes the winner to ``$SPARSEKD_CACHE`` or
-``~/.cache/sparsekd``, in a file named after the device and the versions.
+Nothing is timed on a first call: without a tuned entry a kernel runs with :func:`default_conv2d`. Within
+:func:`registration.tuning`, as when the dispatch measures a layer, the candidates of each new layer are timed (a second
+or two) and the winner is kept on disk; ``sparsekd/measure/tuned.py`` says where, and how to turn that off.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import triton
 
+from ..measure import tuned
+from . import registration
 from .checks import cdiv, power_of_2
 
 # Bytes of shared memory that one block may have: CUDA C++ Programming Guide, "Technical specifications".
@@ -134,41 +133,51 @@ def default_conv2d(problem: Problem, multiprocessor_count: int) -> Config:
     """
     block_n = _block_n(problem.vector)
     kept = max(problem.columns * problem.density, 1)
-    lanes = problem.element_size == 2 and problem.taps > 1 and problem.pixels >= 64 and problem.op == "conv2d"
+    half, forward = problem.element_size == 2, problem.op == "conv2d"
+    lanes = problem.element_size <= 4 and problem.taps > 1 and problem.pixels >= 64
+    lanes &= problem.op != "conv2d_weight_grad"
     narrow_grad = problem.op == "conv2d_weight_grad" and block_n <= 16
-    deep = {2: 64 if lanes or narrow_grad else 32, 4: 32, 8: 16}[problem.element_size]
+    deep = {2: 64 if lanes and forward or narrow_grad else 32, 4: 32, 8: 16}[problem.element_size]
     block_k = min(max(power_of_2(int(kept)), 16), deep)
-    block_m = min(max(power_of_2(problem.pixels), 16), 128 if lanes and block_n < 128 else 64)
-    warps = 8 if block_n == 128 and not lanes else 4
+    block_m = min(max(power_of_2(problem.pixels), 16), 128 if lanes and forward and half and block_n < 128 else 64)
+    warps = 8 if block_n == 128 and not (lanes and half) else 4
     split = _split_k(problem, block_m, block_k, kept, multiprocessor_count)
-    stages = 3 if lanes or (problem.element_size > 2 and problem.op != "conv2d_input_grad") else 2
+    stages = 3 if lanes or (not half and problem.op != "conv2d_input_grad") else 2
     return Config(block_m, block_n, block_k, warps, stages, split, lanes)
 
 
 def candidates_conv2d(problem: Problem, architecture: int, multiprocessor_count: int) -> list[Config]:
-    """The small set that is timed: at most a dozen, the first guess first."""
-    default = default_conv2d(problem, multiprocessor_count)
-    found = [default]
+    """The small set that is timed, the first guess first: at most a dozen, each a step or two away from it."""
+    first = default_conv2d(problem, multiprocessor_count)
+    turned = problem.element_size <= 4 and problem.taps > 1 and problem.op != "conv2d_weight_grad"
+    steps = [
+        dict(lanes=not first.lanes) if turned else {},
+        dict(programs=4 * multiprocessor_count),  # persistent: as many as run at a time, about
+        dict(num_stages=first.num_stages + 1),
+        dict(block_k=first.block_k * 2),
+        dict(block_k=first.block_k // 2),
+        dict(block_m=first.block_m * 2),
+        dict(block_m=first.block_m * 2, num_warps=first.num_warps * 2),
+        dict(block_m=first.block_m // 2),
+        dict(block_m=first.block_m // 2, block_k=first.block_k * 2),
+        dict(num_warps=first.num_warps * 2),
+        dict(num_warps=first.num_warps * 2, num_stages=first.num_stages + 1),
+    ]
+    found = [first]
     kept = max(problem.columns * problem.density, 1)
-    for lanes in (True, False) if problem.op == "conv2d" else (False,):
-        for block_m in (64, 128, 256):
-            for block_k in (32, 64):
-                for stages in (2, 4):
-                    if block_m > max(power_of_2(problem.pixels), 16):
-                        continue
-                    warps = 4 if block_m * default.block_n <= 128 * 64 else 8
-                    split = _split_k(problem, block_m, block_k, kept, multiprocessor_count)
-                    config = Config(block_m, default.block_n, block_k, warps, stages, split, lanes)
-                    if config not in found and fits(config, problem.element_size, architecture):
-                        found.append(config)
+    for step in steps:
+        config = replace(first, **step)
+        split = _split_k(problem, config.block_m, config.block_k, kept, multiprocessor_count)
+        config = replace(config, split_k=split)
+        tiles = cdiv(problem.pixels, config.block_m) * cdiv(problem.out_channels, problem.vector) * split
+        if min(config.block_m, config.block_k) < 16 or tiles <= config.programs:
+            continue
+        if config not in found and fits(config, problem.element_size, architecture):
+            found.append(config)
     return found
 
 
 # --- what was tuned, on disk -----------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("SPARSEKD_CACHE") or Path.home() / ".cache" / "sparsekd")
 
 
 @functools.cache
@@ -176,72 +185,58 @@ def _device_name(kind: str, index: int | None) -> str:
     return torch.cuda.get_device_name(index) if kind == "cuda" and torch.cuda.is_available() else kind
 
 
-def cache_file(device: torch.device) -> Path:
-    name = f"{_device_name(device.type, device.index)}-torch{torch.__version__}-triton{triton.__version__}"
-    return cache_folder() / f"tiles-{''.join(c if c.isalnum() or c in '.-+' else '_' for c in name)}.json"
+def _known(device: torch.device) -> tuned.Tuned:
+    """What was tuned on such a device with such a compiler, kept as ``measure/tuned.py`` keeps times."""
+    name = _device_name(device.type, device.index)
+    return tuned.of({"tiles of": name, "torch": torch.__version__, "triton": triton.__version__})
 
 
-_read: dict[Path, dict[str, dict]] = {}
+def config_for(problem: Problem, device: torch.device, run: Callable[[Config], object] | None = None) -> Config:
+    """What the tuner found for such a layer, else the first guess.
 
-
-def _entries(file: Path) -> dict[str, dict]:
-    if file not in _read:
-        try:
-            _read[file] = json.loads(file.read_text())
-        except (OSError, ValueError):
-            _read[file] = {}  # none yet, or cut short: tuned again when asked
-    return _read[file]
+    Args:
+        run: launches the layer with a configuration; what is timed within :func:`registration.tuning`.
+    """
+    if tuned.mode() != "off":
+        found = _known(device).get(_key(problem))
+        if found is not None:
+            try:
+                return Config(**found)
+            except TypeError:
+                pass  # written by another version
+        if run is not None and registration.seconds_of is not None:
+            return tune(problem, device, run, registration.seconds_of)[0]
+    return default_conv2d(problem, multiprocessors(device))
 
 
 def _key(problem: Problem) -> str:
     return json.dumps(asdict(problem), sort_keys=True)
 
 
-def config_for(problem: Problem, device: torch.device) -> Config:
-    """What the tuner found for such a layer, else the first guess."""
-    found = _entries(cache_file(device)).get(_key(problem))
-    if found is not None:
-        try:
-            return Config(**found)
-        except TypeError:
-            pass  # written by another version
-    return default_conv2d(problem, multiprocessors(device))
-
-
 def tune(
-    problem: Problem, device: torch.device, run: Callable[[Config], object], time: Callable[[Callable], float]
+    problem: Problem, device: torch.device, run: Callable[[Config], object], seconds: Callable[[Callable], float]
 ) -> tuple[Config, dict[Config, float]]:
-    """Times the candidates and keeps the fastest on disk.
+    """Times the candidates and keeps the fastest.
 
     Args:
         run: launches the layer with a configuration.
-        time: seconds that a callable takes on the device.
+        seconds: how long a callable takes on the device.
 
     Returns:
         The winner, and the seconds of each candidate that ran (inf: it did not compile or launch).
     """
-    seconds: dict[Config, float] = {}
+    taken: dict[Config, float] = {}
     for config in candidates_conv2d(problem, architecture_of(device), multiprocessors(device)):
         try:
-            seconds[config] = time(functools.partial(run, config))
+            taken[config] = seconds(functools.partial(run, config))
         except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, RuntimeError):
-            seconds[config] = float("inf")
-    best = min(seconds, key=seconds.__getitem__)
-    if seconds[best] < float("inf"):
-        _remember(cache_file(device), {_key(problem): asdict(best)})
-    return best, seconds
-
-
-def _remember(file: Path, entries: dict[str, dict]) -> None:
-    """Added to what is there by now, in one step: processes may tune at the same time."""
-    _read.pop(file, None)
-    merged = {**_entries(file), **entries}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".json")
-    with os.fdopen(handle, "w") as stream:
-        json.dump(merged, stream, indent=1)
-    os.replace(name, file)
-    _read[file] = merged
+            taken[config] = float("inf")
+    best = min(taken, key=taken.__getitem__)
+    if taken[best] < float("inf"):
+        known = _known(device)
+        known.put(_key(problem), {name: int(value) for name, value in asdict(best).items()})
+        known.flush()
+    return best, taken
 
 
 def names(configs: Iterable[Config]) -> list[str]:

@@ -71,16 +71,13 @@ def _launch(
 ) -> None:
     """One convolution or, with ``source.vector_of``, one input gradient, of ``input`` into ``output``."""
     transposed = source.vector_of is not None
+    input, output, residual = lanes.as_lines(geometry, input, output, epilogue.residual)
     batch, in_channels, in_h, in_w = input.shape
     out_channels, out_h, out_w = output.shape[1:]
     stride, padding, dilation = geometry.stride, geometry.padding, geometry.dilation
     channels_per_group, rows_per_group = in_channels // geometry.groups, out_channels // geometry.groups
     vector = values.shape[1]
     row_groups = geometry.groups * cdiv(rows_per_group, config.block_n if transposed else vector)
-    if max(in_channels * in_h * in_w, out_channels * out_h * out_w) > checks.INT32_LIMIT:
-        raise ValueError(
-            f"Expected images of fewer than 2^31 elements, got {tuple(input.shape)} and {tuple(output.shape)}"
-        )
     positions = (cdiv(out_h, stride[0]), cdiv(out_w, stride[1])) if transposed else (out_h, out_w)
     step = (1, 1) if transposed else stride
     lanes_count, strips, origin, strides = 1, 1, (0, 0), input.stride()
@@ -95,6 +92,12 @@ def _launch(
     pixels = images * grid_h * positions[1]
     if pixels > checks.INT32_LIMIT:
         raise ValueError(f"Expected fewer than 2^31 pixels, got {pixels}")
+    per_tile = config.block_m // (grid_h * positions[1] * lanes_count) + 2  # images or units that one meets
+    if max(_span(input, per_tile), _span(output, per_tile * lanes_count)) > checks.INT32_LIMIT:
+        raise ValueError(
+            f"Expected {config.block_m} pixels to lie within 2^31 elements, got {tuple(input.shape)} and "
+            f"{tuple(output.shape)}"
+        )
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     accumulator = tl.float64 if input.dtype == torch.float64 else tl.float32
     split_k = config.split_k
@@ -107,7 +110,7 @@ def _launch(
     finish = dict(
         HAS_SCALE=epilogue.scale is not None,
         HAS_SHIFT=epilogue.shift is not None,
-        HAS_RESIDUAL=epilogue.residual is not None,
+        HAS_RESIDUAL=residual is not None,
         ACTIVATION=epilogue.activation,
         ACCUMULATOR=accumulator,
         SPLIT_K=split_k,
@@ -123,7 +126,7 @@ def _launch(
         source.order,
         epilogue.scale,
         epilogue.shift,
-        epilogue.residual,
+        residual,
         target,
         values.shape[0],
         source.column.shape[0],
@@ -154,6 +157,7 @@ def _launch(
         DILATION_W=dilation[1],
         TRANSPOSED=transposed,
         LANES=lanes_count,
+        BORDER=not geometry.is_point and (transposed or any(padding)),
         HAS_ROWS=rows is not None,
         PRECISION=precision,
         PERSISTENT=programs < tiles,
@@ -170,7 +174,7 @@ def _launch(
             target,
             epilogue.scale,
             epilogue.shift,
-            epilogue.residual,
+            residual,
             output,
             output.numel(),
             out_channels,
@@ -180,6 +184,12 @@ def _launch(
             BLOCK=block,
             **finish,
         )
+
+
+def _span(maps: Tensor, count: int) -> int:
+    """Elements from the first of ``count`` images to the last."""
+    sizes = (min(count, maps.shape[0]), *maps.shape[1:])
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, maps.stride(), strict=True))
 
 
 def _origin_and_reach(geometry: checks.Geometry, transposed: bool) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -251,7 +261,14 @@ def conv2d_fused(
         "conv2d", input.dtype, vector, output.numel() // out_channels, out_channels,
         input.shape[1] // groups * geometry.taps, geometry.taps, geometry.stride[0], col_indices.shape[0], row_groups,
     )  # fmt: skip
-    config = config or configs.config_for(problem, input.device)
+    if config is None:
+        geometry_given = (out_channels, kernel_size, stride, padding, dilation, groups)
+
+        def run(config: configs.Config) -> Tensor:
+            pattern, epilogue = (crow_indices, col_indices, row_indices), (scale, shift, residual, activation)
+            return conv2d_fused(input, values, *pattern, *epilogue, *geometry_given, config, precision)
+
+        config = configs.config_for(problem, input.device, run)
     order = plans.heaviest_first(crow_indices)
     source = _Source(crow_indices[:-1], crow_indices[1:], col_indices, order)
     precision = precision or checks.precision_of(input.dtype)
@@ -328,7 +345,13 @@ def conv2d_input_grad(
             row_groups // groups * vector * geometry.taps, geometry.taps, geometry.stride[0],
             int(plan.column.shape[0] * vector * (1 - (1 - density) ** block)), cdiv(input_size[1], block),
         )  # fmt: skip
-        config = configs.config_for(problem, grad_output.device)
+
+        def run(config: configs.Config) -> Tensor:
+            pattern = (crow_indices, col_indices, row_indices, transpose)
+            geometry = (input_size, kernel_size, stride, padding, dilation, groups)
+            return conv2d_input_grad(grad_output, values, *pattern, *geometry, config, precision)
+
+        config = configs.config_for(problem, grad_output.device, run)
     config = dataclasses.replace(config, block_n=block)
     source = _Source(plan.start, plan.end, plan.column, plan.order, plan.vector_of)
     precision = precision or checks.precision_of(grad_output.dtype)

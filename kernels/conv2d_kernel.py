@@ -68,6 +68,7 @@ def _conv2d_kernel(
     DILATION_W: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     LANES: tl.constexpr,
+    BORDER: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
@@ -165,7 +166,8 @@ def _conv2d_kernel(
             else:
                 column = tl.load(col_ptr + j, mask=in_k, other=0)
                 channel = column // TAPS
-            in_k &= (channel >= 0) & (channel < channels_per_group)
+            # Division rounds towards zero: a negative column may look like one of channel 0.
+            in_k &= (column >= 0) & (channel >= 0) & (channel < channels_per_group)
             r, s = column % TAPS // KERNEL_W, column % KERNEL_W
             if TRANSPOSED:
                 # The taps of a phase are those for which these divisions leave no rest.
@@ -178,8 +180,10 @@ def _conv2d_kernel(
                 offset = channel * x_c + shift_h * x_h + shift_w
                 offset = (in_base[:, None] + offset[None, :]) * LANES + (m % LANES)[:, None]
             else:
-                y, x = y_in[:, None] + shift_h[None, :], x_in[:, None] + shift_w[None, :]
-                in_x = in_k[None, :] & in_m[:, None] & (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
+                in_x = in_k[None, :] & in_m[:, None]
+                if BORDER:
+                    y, x = y_in[:, None] + shift_h[None, :], x_in[:, None] + shift_w[None, :]
+                    in_x &= (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
                 offset = in_base[:, None] + (channel * x_c + shift_h * x_h + shift_w * x_w)[None, :]
             a = tl.load(of_tile + offset, mask=in_x, other=0.0)  # [BLOCK_M, BLOCK_K]
             if TRANSPOSED:
@@ -205,20 +209,23 @@ def _conv2d_kernel(
         if HAS_ROWS and not TRANSPOSED:
             row = tl.load(row_ptr + row, mask=in_n, other=0)
             in_n &= (row >= 0) & (row < row_groups // row_groups_per_group * rows_per_group)
-        offset = image.to(tl.int64) * y_n + y_out * y_h + x_out * y_w
-        offset = offset[:, None] + row.to(tl.int64)[None, :] * y_c
+        first_image = first * LANES // strips if LANES > 1 else first
+        offset = (image - first_image) * y_n + y_out * y_h + x_out * y_w
+        offset = offset[:, None] + row[None, :] * y_c
+        to_tile = first_image.to(tl.int64) * y_n
         in_y = in_output[:, None] & in_n[None, :]
         if SPLIT_K > 1:
-            tl.store(output_ptr + split.to(tl.int64) * y_split + offset, accumulator, mask=in_y)
+            to_tile += split.to(tl.int64) * y_split
+            tl.store(output_ptr + to_tile + offset, accumulator, mask=in_y)
         else:
             if HAS_SCALE:
                 accumulator *= tl.load(scale_ptr + row, mask=in_n, other=0.0).to(ACCUMULATOR)[None, :]
             if HAS_SHIFT:
                 accumulator += tl.load(shift_ptr + row, mask=in_n, other=0.0).to(ACCUMULATOR)[None, :]
             if HAS_RESIDUAL:
-                accumulator += tl.load(residual_ptr + offset, mask=in_y, other=0.0).to(ACCUMULATOR)
+                accumulator += tl.load(residual_ptr + to_tile + offset, mask=in_y, other=0.0).to(ACCUMULATOR)
             accumulator = _activate(accumulator, ACTIVATION)
-            tl.store(output_ptr + offset, accumulator.to(output_ptr.dtype.element_ty), mask=in_y)
+            tl.store(output_ptr + to_tile + offset, accumulator.to(output_ptr.dtype.element_ty), mask=in_y)
 
 
 @triton.jit

@@ -1,4 +1,6 @@
-"""Space to lanes: a layout in which every gathered run of activations is a whole 16-byte vector.
+"""Where activations lie, such that a gathered column of them is made of whole 16-byte vectors.
+
+A 1 x 1 convolution has that from its input: :func:`as_lines`. Others get it by space to lanes:
 
     [unit][channel][row][column][LANES]
 
@@ -19,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .checks import cdiv
+from .checks import Geometry, cdiv
 
 LANES = 8
 
@@ -104,3 +106,13 @@ def to_lanes(input: Tensor, lanes: Lanes, step: int, origin: tuple[int, int]) ->
         BLOCK=block,
     )
     return output
+
+
+def as_lines(geometry: Geometry, *maps: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Views ``[N, C, 1, H * W]`` where a convolution has neither reach nor steps and rows follow one another.
+
+    Neighbours then stay neighbours from one row to the next, and no load looks at a border.
+    """
+    if not geometry.is_point or any(t is not None and t.stride(2) != t.shape[3] * t.stride(3) for t in maps):
+        return maps
+    return tuple(None if t is None else t.view(*t.shape[:2], 1, t.shape[2] * t.shape[3]) for t in maps)

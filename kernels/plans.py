@@ -23,12 +23,14 @@ def _version(tensor: Tensor | None) -> int:
     return -1 if tensor is None or tensor.is_inference() else tensor._version
 
 
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _once(indices: tuple[Tensor | None, ...], key: tuple, make: Callable):
     """``make()``, or what it gave for the same tensors before."""
     first = indices[0]
     tracing = any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in indices)
-    # What is made while a graph is captured holds nothing before the graph runs. It stays that graph's own.
-    capturing = first.is_cuda and torch.cuda.is_current_stream_capturing()
     if tracing or torch.compiler.is_compiling():
         return make()
     versions = tuple(_version(t) for t in indices)
@@ -40,7 +42,8 @@ def _once(indices: tuple[Tensor | None, ...], key: tuple, make: Callable):
         if same and made_of == versions:
             return plan
     plan = make()
-    if not capturing:
+    # What is made while a graph is captured holds nothing before the graph runs. It stays that graph's own.
+    if not _capturing(first):
         _kept[first][key] = (tuple(None if t is None else weakref.ref(t) for t in indices), versions, plan)
     return plan
 
@@ -87,17 +90,17 @@ def _transpose(crow, col, in_channels, row_groups_per_group, geometry, block) ->
     taps, groups, device = geometry.taps, geometry.groups, col.device
     channels = in_channels // groups
     blocks = cdiv(channels, block)
-    # Taps sorted by the one phase that each belongs to, so that a phase's slots lie together.
-    phase_of = [
-        (r * geometry.dilation[0] - geometry.padding[0]) % geometry.stride[0] * geometry.stride[1]
-        + (s * geometry.dilation[1] - geometry.padding[1]) % geometry.stride[1]
-        for r in range(geometry.kernel[0])
-        for s in range(geometry.kernel[1])
-    ]
-    tap_order = sorted(range(taps), key=lambda tap: (phase_of[tap], tap))
+    # Taps sorted by the one phase that each belongs to, so that a phase's slots lie together. All on the device: a copy
+    # from the host waits, which a graph that is captured does not allow.
     phases = geometry.stride[0] * geometry.stride[1]
-    rank_of_tap = torch.tensor([tap_order.index(tap) for tap in range(taps)], device=device)
-    taps_of_phase = [phase_of.count(phase) for phase in range(phases)]
+    every_tap = torch.arange(taps, device=device)
+    r, s = every_tap // geometry.kernel[1], every_tap % geometry.kernel[1]
+    phase_of = (r * geometry.dilation[0] - geometry.padding[0]) % geometry.stride[0] * geometry.stride[1]
+    phase_of = phase_of + (s * geometry.dilation[1] - geometry.padding[1]) % geometry.stride[1]
+    tap_order = torch.argsort(phase_of, stable=True)
+    rank_of_tap = torch.argsort(tap_order)
+    of_phase = phase_of[:, None] == torch.arange(phases, device=device)  # [taps, phases]
+    taps_of_phase = of_phase.sum(0)
 
     # Which vector each (channel, tap, row group) has: a dense map without the V, filled from the list.
     index = torch.arange(col.shape[0], device=device)
@@ -114,17 +117,16 @@ def _transpose(crow, col, in_channels, row_groups_per_group, geometry, block) ->
 
     # Within each phase the slots that are used come first, in their order.
     absent = (dense < 0).all(dim=2).to(torch.int32)  # [blocks, slots of a block]
-    phase = torch.tensor([phase_of[tap] for tap in tap_order], device=device, dtype=torch.int32)
-    phase = phase.repeat_interleave(row_groups_per_group)
+    phase = phase_of[tap_order][:, None].expand(-1, row_groups_per_group).reshape(-1)  # of each slot
     sorted_slots = torch.argsort(phase * 2 + absent, dim=1, stable=True)
     vector_of = torch.gather(dense, 1, sorted_slots[:, :, None].expand(-1, -1, block))
-    column = torch.tensor(tap_order, device=device)[:, None] + torch.arange(row_groups_per_group, device=device) * taps
+    column = tap_order[:, None] + torch.arange(row_groups_per_group, device=device) * taps
     column = column.reshape(-1)[sorted_slots]
 
-    first = [sum(taps_of_phase[:phase]) * row_groups_per_group for phase in range(phases)]
-    begin = torch.arange(groups * blocks, device=device)[:, None] * length + torch.tensor(first, device=device)
-    parts = (1 - absent).split([count * row_groups_per_group for count in taps_of_phase], dim=1)
-    count = torch.stack([part.sum(dim=1) for part in parts], dim=1)  # [blocks, phases]
+    first = (taps_of_phase.cumsum(0) - taps_of_phase) * row_groups_per_group
+    begin = torch.arange(groups * blocks, device=device)[:, None] * length + first
+    used = (1 - absent).view(groups * blocks, taps, row_groups_per_group).sum(2)
+    count = (used[:, :, None] * of_phase[tap_order]).sum(1)  # [blocks, phases]
     return Transposed(
         begin.reshape(-1).to(torch.int32),
         (begin + count).reshape(-1).to(torch.int32),

@@ -94,6 +94,43 @@ def strict() -> Iterator[None]:
         _strict = before
 
 
+_only: str | None = None
+
+
+@contextlib.contextmanager
+def only(backend: str) -> Iterator[None]:
+    """Within it every op on CUDA goes to one backend, "cuda" or "triton", whatever :data:`CHOICES` says.
+
+    RuntimeError at the call where that one is not built.
+    """
+    global _only
+    if backend not in ("cuda", "triton"):
+        raise ValueError(f"Expected backend to be cuda or triton, got {backend!r}")
+    before, _only = _only, backend
+    try:
+        yield
+    finally:
+        _only = before
+
+
+seconds_of: Callable[[Callable[[], object]], float] | None = None
+
+
+@contextlib.contextmanager
+def tuning(seconds: Callable[[Callable[[], object]], float]) -> Iterator[None]:
+    """Within it the tile sizes of a Triton kernel are tuned where they are not known yet (``configs.py``).
+
+    Args:
+        seconds: how long a callable takes on the device.
+    """
+    global seconds_of
+    before, seconds_of = seconds_of, seconds
+    try:
+        yield
+    finally:
+        seconds_of = before
+
+
 def choice(call: Call) -> Choice:
     return next(row for row in CHOICES if row.serves(call))
 
@@ -135,10 +172,12 @@ def register(key: str = "CUDA") -> Library:
             library.impl(name, _triton(name), key)
             continue
         native = native_kernel(name)
+        if name == "linear_kd_loss" and native_kernel("kd_loss_forward") is not None:
+            native = _linear_kd_loss_chunked  # its rows are kd_loss_forward's
         if native is not None or has_triton:
             library.impl(name, _chosen(name, native, has_triton), key, with_keyset=True)
     if key == "CUDA":  # of this op the CPU's half is there too, as it needs no kernel of its own
-        library.impl("linear_kd_loss", _linear_kd_loss_cpu, "CPU")
+        library.impl("linear_kd_loss", _linear_kd_loss_chunked, "CPU", with_keyset=True)
     if has_triton and (key != "CUDA" or not _is_registered("transpose_pattern", key)):
         library.impl("transpose_pattern", _transpose_pattern, key)
     return library
@@ -156,7 +195,7 @@ def native_kernel(name: str) -> Any:
             stacklevel=2,
         )
         return None
-    return torch.library.get_kernel(f"sparsekd::{name}", "CUDA")
+    return torch.library.get_kernel(f"sparsekd::{name}", "CUDA").call_boxed
 
 
 def _is_registered(name: str, key: str) -> bool:
@@ -175,16 +214,18 @@ def _chosen(name: str, native: Any, has_triton: bool) -> Callable:
         vector = None if op.vector is None else op.vector(args)
         call = Call(name, args[0].dtype, vector, checks.uses_tf32(op.convolution))
         wanted = choice(call)
-        backend = wanted.backend
+        backend = _only or wanted.backend
+        if _only and not built[backend]:
+            raise RuntimeError(f"Expected the {backend} backend of {name}, as asked for, got none built")
         if not built[backend]:
             backend = "triton" if has_triton else "cuda"
             _check_built(name, call, wanted, backend)
-        return triton_op(name)(*args) if backend == "triton" else native.call_boxed(keys, *args)
+        return triton_op(name)(*args) if backend == "triton" else native(keys, *args)
 
     return run
 
 
-def _linear_kd_loss_cpu(*args):
+def _linear_kd_loss_chunked(keys, *args):
     from .linear_kd_loss import linear_kd_loss_cpu
 
     return linear_kd_loss_cpu(*args)

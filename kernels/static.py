@@ -48,6 +48,8 @@ NOTED = {
     "tcgen05.mma": r"\btcgen05\.mma\b",
     "cp.async": r"\bcp\.async\.c[ag]\.shared\.global",
     "cp.async 16": r"\bcp\.async\.c[ag]\.shared\.global[^;]*, 0x10[,;]",
+    "cp.async 4": r"\bcp\.async\.ca\.shared\.global[^;]*, 0x4[,;]",
+    "ld.global 2": r"\bld\.global(?:\.\w+(?:::\w+)?)*\.[bu]16\b",
     "ld.global 16": r"\bld\.global(?:\.\w+(?:::\w+)?)*\.v4\.b32|\bld\.global(?:\.\w+(?:::\w+)?)*\.v2\.b64",
 }
 
@@ -72,10 +74,11 @@ class Compiled:
     shared: int  # bytes a block
     ptx: str
     cubin: bytes
+    constants: dict  # constexpr arguments: BLOCK_M and so on
 
     @functools.cached_property
     def loop(self) -> dict[str, int]:
-        """As :attr:`instructions`, of the smallest loop that has a product of tensor cores."""
+        """How often those of :data:`NOTED` occur in the smallest loop that has a product of tensor cores; {}: none."""
         lines = self.ptx.splitlines()
         labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\$\w+):", line))}
         found = []
@@ -88,11 +91,6 @@ class Compiled:
         if not found:
             return {}
         return {name: len(re.findall(pattern, min(found, key=len))) for name, pattern in NOTED.items()}
-
-    @functools.cached_property
-    def instructions(self) -> dict[str, int]:
-        """How often those of :data:`NOTED` occur in the PTX."""
-        return {name: len(re.findall(pattern, self.ptx)) for name, pattern in NOTED.items()}
 
     @functools.cached_property
     def registers_and_spills(self) -> tuple[int, int]:
@@ -160,6 +158,7 @@ def compile_launch(launch: Launch, architecture: int, case: str) -> Compiled:
         made.metadata.shared,
         made.asm["ptx"],
         made.asm["cubin"],
+        {name: launch.arguments[name] for name in constexprs},
     )
 
 
@@ -262,12 +261,16 @@ CASES: list[tuple[Callable, Layer | Loss]] = [
     (_forward, Layer(_F16, 32, kernel=1)),
     (_forward, Layer(_F16, 64, kernel=1)),
     (_forward, Layer(_F16, 16, size=7, batch=1, channels=512)),
+    (_forward, Layer(_F16, 32, kernel=1, size=14)),
+    (_forward, Layer(_F32, 32, kernel=1)),
     (_forward, Layer(_F32, 8, tf32=False)),
     *((_input_grad, Layer(_F16, vector)) for vector in (8, 16, 64)),
     (_input_grad, Layer(_F32, 16)),
     (_input_grad, Layer(_F16, 16, stride=2)),
+    (_input_grad, Layer(_F16, 32, kernel=1)),
     *((_weight_grad, Layer(_F16, vector)) for vector in (8, 16, 64)),
     (_weight_grad, Layer(_F32, 16)),
+    (_weight_grad, Layer(_F16, 32, kernel=1)),
     (_linear, Layer(_F16, 16, kernel=1, size=1, batch=256, channels=1024)),
     (_linear, Layer(_F32, 64, kernel=1, size=1, batch=256, channels=1024, tf32=False)),
     *((_loss, Loss(dtype, classes)) for dtype in (_F16, _F32) for classes in (10, 1000, 32000)),
@@ -284,11 +287,63 @@ def compiled(case: tuple[Callable, Layer | Loss], architecture: int) -> list[Com
     return [compile_launch(launch, architecture, str(layer)) for launch in launches]
 
 
+PRODUCT = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+
+
+def in_vectors(run: Callable, layer: Layer, architecture: int) -> bool:
+    """Whether the layout of a layer's activations lets 16-byte vectors load what the loop gathers.
+
+    Space to lanes does, and a 1 x 1 convolution whose rows are whole vectors. TF32 products want each pixel's columns
+    side by side in shared memory from 9.0 on (no transposed operand but of 16 bits), which no copy of a vector of
+    pixels gives.
+    """
+    if layer.dtype.itemsize > 2 and architecture >= 90:
+        return False
+    if layer.kernel == 1:
+        return layer.size**2 % 16 == 0
+    return run is not _weight_grad and layer.size > 7
+
+
+def shortcomings(run: Callable, layer: Layer | Loss, made: Compiled) -> list[str]:
+    """What is wrong with one launch of a case: a sentence for each property that its code must have and has not."""
+    registers, spills = made.registers_and_spills
+    wrong = []
+
+    def expect(holds: bool, what: str, got: object) -> None:
+        if not holds:
+            wrong.append(f"Expected {what}, got {got}")
+
+    expect(spills == 0, "no spill", f"{spills} bytes of {registers} registers")
+    limit = configs.shared_limit(made.architecture)
+    expect(made.shared <= limit, f"at most {limit} bytes of shared memory", made.shared)
+    if made.kernel not in ("_conv2d_kernel", "_conv2d_weight_grad_kernel"):
+        return wrong
+    loop = made.loop
+    if layer.dtype == torch.float32 and layer.precision == "ieee":
+        expect(not loop, "float32 as it is, which tensor cores have not", loop)
+        return wrong
+    product = PRODUCT[made.architecture]
+    expect(bool(loop.get(product)), f"{product} in the loop", loop)
+    if not loop or run is _weight_grad and layer.kernel > 1:
+        return wrong
+    if layer.dtype.itemsize == 2 and made.architecture < 90:
+        expect(loop["ldmatrix"] > 0, "ldmatrix in the loop", loop)
+    expect(loop["cp.async"] > 0, "the next columns fetched by cp.async while these are multiplied", loop)
+    if in_vectors(run, layer, made.architecture):
+        vectors = made.constants["BLOCK_M"] * made.constants["BLOCK_K"] * layer.dtype.itemsize // 16
+        least = max(vectors // (32 * made.num_warps), 1)
+        expect(loop["cp.async 16"] >= least, f"{least} vectors of activations", loop["cp.async 16"])
+        narrow = loop["ld.global 2"] + loop["cp.async 4"]
+        most = 2 + made.constants["BLOCK_K"] // 8  # the columns' own numbers
+        expect(narrow <= most, f"at most {most} narrow loads", narrow)
+    return wrong
+
+
 def rows(architectures: Iterable[int] = configs.ARCHITECTURES) -> list[dict]:
     """One dictionary for each launch of :data:`CASES` and architecture, for the table of ``make gpu-static``.
 
-    Keys: kernel, arch ("sm_80"), registers (a thread), shared_bytes (a block), spills (bytes a thread), instructions
-    (:data:`NOTED`, those that occur).
+    Keys: kernel, arch ("sm_80"), registers (a thread), shared_bytes (a block), spills (bytes a thread), loop
+    (:data:`NOTED`, those that occur in the loop of products), wrong (:func:`shortcomings`).
     """
     found = {}
     for case in CASES:
@@ -302,6 +357,7 @@ def rows(architectures: Iterable[int] = configs.ARCHITECTURES) -> list[dict]:
                     registers=registers,
                     shared_bytes=made.shared,
                     spills=spills,
-                    instructions={name: count for name, count in made.instructions.items() if count},
+                    loop={name: count for name, count in made.loop.items() if count},
+                    wrong=shortcomings(*case, made),
                 )
     return list(found.values())

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from . import checks, configs, plans
+from . import checks, configs, lanes, plans
 from .checks import cdiv
 
 
@@ -61,6 +61,7 @@ def _conv2d_weight_grad_kernel(
     STRIDE_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    BORDER: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -93,7 +94,7 @@ def _conv2d_weight_grad_kernel(
         in_j = j < end
         column = tl.load(col_ptr + j, mask=in_j, other=0)
         channel = column // TAPS
-        in_m = in_j & (channel >= 0) & (channel < channels_per_group)
+        in_m = in_j & (column >= 0) & (channel < channels_per_group)
         shift_h = column % TAPS // KERNEL_W * DILATION_H - pad_h
         shift_w = column % KERNEL_W * DILATION_W - pad_w
         shift = channel * x_c + shift_h * x_h + shift_w * x_w
@@ -108,8 +109,10 @@ def _conv2d_weight_grad_kernel(
             y_in, x_in = y * STRIDE_H, x * STRIDE_W
             source = input_ptr + image.to(tl.int64) * x_n
             offset = (ahead * x_n + y_in * x_h + x_in * x_w)[None, :] + shift[:, None]
-            y_in, x_in = y_in[None, :] + shift_h[:, None], x_in[None, :] + shift_w[:, None]
-            inside = in_m[:, None] & in_k[None, :] & (y_in >= 0) & (y_in < in_h) & (x_in >= 0) & (x_in < in_w)
+            inside = in_m[:, None] & in_k[None, :]
+            if BORDER:
+                y_in, x_in = y_in[None, :] + shift_h[:, None], x_in[None, :] + shift_w[:, None]
+                inside &= (y_in >= 0) & (y_in < in_h) & (x_in >= 0) & (x_in < in_w)
             a = tl.load(source + offset, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_K]
             of_pixel = image.to(tl.int64) * g_n + ahead * g_n + y * g_h + x * g_w
             g = tl.load(
@@ -161,7 +164,12 @@ def conv2d_weight_grad(
             "conv2d_weight_grad", input.dtype, vector, pixels, out_channels, columns, geometry.taps,
             geometry.stride[0], n_vectors, row_groups,
         )  # fmt: skip
-        config = configs.config_for(problem, input.device)
+
+        def run(config: configs.Config) -> Tensor:
+            pattern, sizes = (crow_indices, col_indices, row_indices, vector), (kernel_size, stride, padding, dilation)
+            return conv2d_weight_grad(input, grad_output, *pattern, *sizes, groups, config, precision)
+
+        config = configs.config_for(problem, input.device, run)
     splits = min(config.split_k, cdiv(pixels, config.block_k))
     per_split = cdiv(cdiv(pixels, config.block_k), splits) * config.block_k
     double = input.dtype == torch.float64
@@ -169,6 +177,7 @@ def conv2d_weight_grad(
     # As many blocks of columns as a row group has on average; those of a longer one take turns.
     blocks = min(cdiv(n_vectors, row_groups * config.block_m), 65535)
     slices = cdiv(vector, config.block_n)
+    input, grad_output = lanes.as_lines(geometry, input, grad_output)
     wrap_triton(_conv2d_weight_grad_kernel)[(row_groups * slices, blocks, splits)](
         input,
         grad_output,
@@ -182,7 +191,7 @@ def conv2d_weight_grad(
         per_split,
         input.shape[2],
         input.shape[3],
-        *out_size,
+        *grad_output.shape[2:],
         input.shape[1] // groups,
         out_channels // groups,
         row_groups // groups,
@@ -197,6 +206,7 @@ def conv2d_weight_grad(
         STRIDE_W=geometry.stride[1],
         DILATION_H=geometry.dilation[0],
         DILATION_W=geometry.dilation[1],
+        BORDER=any(geometry.padding),
         HAS_ROWS=row_indices is not None,
         ACCUMULATOR=tl.float64 if double else tl.float32,
         PRECISION=precision or checks.precision_of(input.dtype),

@@ -7,13 +7,15 @@ import os
 import interpreted
 import pytest
 import test_conv2d
+import test_kernels_linear
+import test_linear
 import test_linear_kd_loss
 import torch
 import torch.nn.functional as F
 from conftest import assert_near
 from test_kernels_conv2d import random_case
 
-from sparsekd.sparse import ops, reference
+from sparsekd.sparse import formats, ops, reference
 
 REHEARSE = os.environ.get("SPARSEKD_REHEARSE") == "1"
 DEVICE = "cpu" if REHEARSE else "cuda"
@@ -50,10 +52,26 @@ def convolution(case, input, packed, bias):
     return ops.conv2d(input, values, crow, col, bias, out_channels=out_channels, row_indices=rows, **geometry)
 
 
-@pytest.mark.parametrize("seed", range(4 if REHEARSE else 150))
-def test_random_convolutions(seed):
-    """Forward and gradients, through whichever backend serves them."""
+SEEDS = [(seed, None) for seed in range(4 if REHEARSE else 60)]
+SEEDS += [] if REHEARSE else [(seed, backend) for backend in ("triton", "cuda") for seed in range(60, 80)]
+
+
+def by(backend, dtype):
+    """Within it one backend alone serves; None: whichever is chosen."""
+    if backend == "cuda" and dtype == torch.float64:
+        pytest.skip("the CUDA C++ kernels compute in float32")
+    return contextlib.nullcontext() if backend is None else ops.only_backend(backend)
+
+
+@pytest.mark.parametrize("seed, backend", SEEDS)
+def test_random_convolutions(seed, backend):
+    """Forward and gradients."""
     case = dataclasses.replace(random_case(seed), layout="contiguous")
+    with by(backend, case.dtype):
+        check_convolution(case)
+
+
+def check_convolution(case):
     input, weight, packed, bias = test_conv2d.make(case)
     moved, values = input.to(DEVICE).requires_grad_(), packed.values.to(DEVICE).requires_grad_()
     got = convolution(case, moved, [values, *on_device(packed[1:])], bias.to(DEVICE) if case.bias else None)
@@ -64,10 +82,28 @@ def test_random_convolutions(seed):
     got_grads = torch.autograd.grad(got, (moved, values), grad.to(DEVICE))
     want_grads = torch.autograd.grad(want, (wide, dense), grad.double())
     assert_near(got_grads[0].cpu(), want_grads[0], case.dtype, "input gradient")
-    from sparsekd.sparse import formats
-
     gathered = formats.gather(want_grads[1], *packed[1:], case.vector, case.groups)
     assert_near(got_grads[1].cpu(), gathered, case.dtype, "values gradient")
+
+
+@pytest.mark.parametrize("seed, backend", SEEDS[:4] if REHEARSE else SEEDS[40:])
+def test_random_linear(seed, backend):
+    """Forward and gradients."""
+    case = test_kernels_linear.random_case(seed)
+    input, weight, packed, bias = test_linear.make(case)
+    moved = [t.to(DEVICE).requires_grad_() for t in (input, packed.values, bias)]
+    wide = [t.double().requires_grad_() for t in (input, weight, bias)]
+    with by(backend, case.dtype):
+        pattern = packed._replace(**dict(zip(packed._fields[1:], on_device(packed[1:]), strict=True)))
+        got = test_linear.run_op(case, moved[0], pattern._replace(values=moved[1]), moved[2])
+        want = F.linear(wide[0], wide[1], wide[2] if case.bias else None)
+        assert_near(got.cpu(), want, case.dtype)
+        grad = torch.randn(want.shape, dtype=torch.float64).to(case.dtype)
+        got_grads = torch.autograd.grad(got, moved[:2], grad.to(DEVICE))
+    want_grads = list(torch.autograd.grad(want, wide[:2], grad.double()))
+    want_grads[1] = formats.gather(want_grads[1], *packed[1:], case.vector)
+    for one, other in zip(got_grads, want_grads, strict=True):
+        assert_near(one.cpu(), other, case.dtype, "a gradient")
 
 
 @pytest.mark.parametrize("classes", [10] if REHEARSE else [2, 10, 1000, 20011])

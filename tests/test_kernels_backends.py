@@ -3,8 +3,10 @@
 import warnings
 
 import pytest
+import test_linear_kd_loss
 import torch
 from sparsekd.kernels import checks, registration
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsekd.sparse import ops
 
@@ -32,9 +34,8 @@ def test_the_table(call, backend):
     assert registration.choice(registration.Call(*call)).backend == backend
 
 
-class Native:
-    def call_boxed(self, keys, *args):
-        return "cuda"
+def native(keys, *args):
+    return "cuda"
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def arguments(vector):
 
 
 def test_the_first_choice_serves_in_silence(counted):
-    run = registration._chosen("conv2d_input_grad", Native(), True)
+    run = registration._chosen("conv2d_input_grad", native, True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run(None, *arguments(1)) == "cuda"
@@ -61,10 +62,10 @@ def test_the_first_choice_serves_in_silence(counted):
 
 
 @pytest.mark.parametrize(
-    "native, has_triton, wanted, got", [(None, True, "cuda", "triton"), (1, False, "triton", "cuda")]
+    "kernel, has_triton, wanted, got", [(None, True, "cuda", "triton"), (native, False, "triton", "cuda")]
 )
-def test_a_backend_that_is_not_built_is_counted_and_said_once(counted, native, has_triton, wanted, got):
-    run = registration._chosen("conv2d_input_grad", native and Native(), has_triton)
+def test_a_backend_that_is_not_built_is_counted_and_said_once(counted, kernel, has_triton, wanted, got):
+    run = registration._chosen("conv2d_input_grad", kernel, has_triton)
     call = arguments(1) if wanted == "cuda" else [t.half() for t in arguments(8)]
     with pytest.warns(
         RuntimeWarning, match=f"Expected the {wanted} backend of conv2d_input_grad .* the {got} backend serves it"
@@ -97,3 +98,65 @@ def test_each_op_on_cuda_goes_through_the_table():
         kernels = torch._C._dispatch_dump(f"sparsekd::{name}")
         (active,) = [line for line in kernels.splitlines() if line.startswith("CUDA:")]
         assert "registration.py" in active
+
+
+def test_linear_kd_loss_without_triton_is_counted(counted):
+    """Its chunks then go through torch and kd_loss_forward's own kernel."""
+    case = test_linear_kd_loss.Case((9,), 3, 4, 5, chunk_rows=4)
+    arguments = test_linear_kd_loss.arguments(case)
+    run = registration._chosen("linear_kd_loss", registration._linear_kd_loss_chunked, False)
+    with pytest.warns(RuntimeWarning, match="Expected the triton backend of linear_kd_loss .* the cuda backend serves"):
+        got = run(None, *arguments)
+    for one, other in zip(got, torch.ops.sparsekd.linear_kd_loss(*arguments), strict=True):
+        assert torch.equal(one, other)
+    assert ops.fallbacks == {("linear_kd_loss", "triton", "cuda"): 1}
+    with ops.strict_backends(), pytest.raises(RuntimeError, match="Expected the triton backend of linear_kd_loss"):
+        run(None, *arguments)
+
+
+class Noted:
+    """In the place of torch.library.Library: which ops got a kernel on which key."""
+
+    def __init__(self, *_):
+        self.found = set()
+
+    def impl(self, name, function, key, **_):
+        self.found.add((name, key))
+
+
+@pytest.mark.parametrize(
+    "has_triton, built, served",
+    [
+        (False, (), set()),
+        (False, ("kd_loss_forward",), {"kd_loss_forward", "linear_kd_loss"}),
+        (True, (), {*registration.OPS, "transpose_pattern"}),
+    ],
+)
+def test_what_is_served_where_a_backend_is_missing(monkeypatch, has_triton, built, served):
+    """An op that nothing serves has no kernel on CUDA, which ops.py says at the call."""
+    monkeypatch.setattr(registration, "Library", Noted)
+    monkeypatch.setattr(registration.importlib.util, "find_spec", lambda name: has_triton or None)
+    monkeypatch.setattr(registration, "native_kernel", lambda name: native if name in built else None)
+    monkeypatch.setattr(registration, "_is_registered", lambda name, key: name in built)
+    found = registration.register().found
+    assert {name for name, key in found if key == "CUDA"} == served
+    assert {name for name, key in found if key == "CPU"} == {"linear_kd_loss"}
+
+
+def test_a_device_without_a_kernel_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: False)
+    with FakeTensorMode(), pytest.raises(NotImplementedError, match="got cuda:0: no kernel is built for this device"):
+        x, w = torch.empty(2, 3, device="cuda"), torch.empty(4, 3, device="cuda")
+        ops.linear_kd_loss(x, w, x, w, alpha=1.0)
+
+
+def test_one_backend_alone(counted):
+    run = registration._chosen("conv2d_input_grad", native, True)
+    for backend in ("cuda", "triton"):
+        with ops.only_backend(backend):
+            assert {run(None, *arguments(v)) for v in (1, 8)} == {backend}
+    assert run(None, *arguments(1)) == "cuda" and not counted
+    with ops.only_backend("cuda"), pytest.raises(RuntimeError, match="Expected the cuda backend .* got none built"):
+        registration._chosen("conv2d_input_grad", None, True)(None, *arguments(1))
+    with pytest.raises(ValueError, match="Expected backend to be cuda or triton, got 'cpu'"), ops.only_backend("cpu"):
+        pass

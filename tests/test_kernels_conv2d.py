@@ -80,7 +80,7 @@ def random_config(seed, case):
 
 
 def with_config(monkeypatch, config):
-    monkeypatch.setattr(configs, "config_for", lambda problem, device: config)
+    monkeypatch.setattr(configs, "config_for", lambda problem, device, run: config)
 
 
 def check_random(monkeypatch, seed):
@@ -143,9 +143,21 @@ def test_opcheck(name, sample):
 def test_opcheck_of_the_triton_op(name):
     """Without gradients of its own: those are of the op that it stands behind. Symbolic sizes pass through."""
     arguments = registered.op_arguments(SAMPLES["permuted, strided, grouped"])[name]
+    check_triton_op(name, arguments)
+
+
+def check_triton_op(name, arguments):
     op = registration.triton_op(name)
     assert str(op._schema).replace("triton_", "") == str(getattr(OPS, name).default._schema)
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_opcheck_of_fused():
+    case = SAMPLES["half"]
+    input, _, packed, bias = make(case)
+    more = (bias, bias, None, "silu", case.filters_per_group, case.kernel, *case.geometry)
+    check_op(OPS.conv2d_fused, (input, *packed, *more), ())
+    check_triton_op("conv2d_fused", (input, *packed, *more))
 
 
 @pytest.mark.slow
@@ -173,6 +185,23 @@ def test_fused(monkeypatch, split_k, layout):
         got, want = finished(case, packed, input, *flags, activation)
         assert_near(got, want, dtype, f"{flags} {activation}")
         assert got.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+
+
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow if s >= 6 else ()) for s in range(60)])
+def test_random_fused(monkeypatch, seed):
+    """Every epilogue over random convolutions and tiles."""
+    from test_conv2d_fused import finished
+
+    case, config, r = (
+        random_case(5000 + seed),
+        random_config(5000 + seed, random_case(5000 + seed)),
+        random.Random(seed),
+    )
+    with_config(monkeypatch, config)
+    flags, activation = [r.random() < 0.6 for _ in range(3)], r.choice(list(reference.ACTIVATIONS))
+    input, _, packed, _ = make(case)
+    got, want = finished(case, packed, input, *flags, activation)
+    assert_near(got, want, case.dtype, f"{case} with {config}, {flags} {activation}")
 
 
 # dtype, (scale, shift, residual), activation
@@ -212,18 +241,22 @@ def test_infinity_and_nan_reach_only_their_own_outputs(monkeypatch, lanes):
     assert_near(got[~reached], want[~reached])
 
 
-def test_wrong_indices_read_and_write_nothing_foreign():
+@pytest.mark.parametrize("kind", ["borders", "lanes", "no borders", "a point"])
+def test_wrong_indices_read_and_write_nothing_foreign(monkeypatch, kind):
     """interpreted.py raises on an address outside of the tensors. Wrong indices give wrong numbers at worst."""
-    case = Case(filters_per_group=16, vector=8, permuted=True, padding=(1, 1), size=(4, 5))
+    with_config(monkeypatch, configs.Config(64, 16, 32, lanes=kind == "lanes"))
+    padding, kernel = ((1, 1) if kind in ("borders", "lanes") else (0, 0)), ((1, 1) if kind == "a point" else (3, 3))
+    case = Case(filters_per_group=16, vector=8, permuted=True, padding=padding, kernel=kernel, size=(4, 5))
     input, _, packed, bias = make(case)
-    grad = torch.randn(1, 16, 4, 5)
-    big, columns = 2**31 - 1, 27
+    grad = torch.randn_like(run_op(case, input, packed, bias))
+    big, columns = 2**31 - 1, 3 * math.prod(kernel)
     n = packed.col_indices.shape[0]
     for crow in (int32(0, big, n), int32(-5, 3, n), int32(4, 2, 0), int32(-big, big, big)):
         for col, rows in (
             (packed.col_indices, packed.row_indices),
             (torch.full_like(packed.col_indices, columns), packed.row_indices),
-            (torch.full_like(packed.col_indices, -1), torch.full_like(packed.row_indices, -1)),
+            (torch.full_like(packed.col_indices, -1), packed.row_indices),
+            (torch.full_like(packed.col_indices, 1 - columns), torch.full_like(packed.row_indices, -1)),
             (torch.full_like(packed.col_indices, big), torch.full_like(packed.row_indices, big)),
         ):
             geometry = (case.kernel, *case.geometry)

@@ -8,6 +8,7 @@ import pytest
 import test_kd_loss
 import torch
 from conftest import check_op
+from sparsekd.kernels import registration
 from torch.autograd import gradcheck
 
 from sparsekd.sparse import ops, reference
@@ -138,6 +139,35 @@ def test_opcheck_and_gradcheck():
     settings = (3.0, 0.5, -100, 0.1, False)
     check_op(OPS.kd_loss_forward, [student, teacher, target, *settings, True], ())
     assert gradcheck(lambda s: OPS.kd_loss(s, teacher, target, *settings), student.requires_grad_())
+
+
+def test_opcheck_of_the_triton_op():
+    op = registration.triton_op("kd_loss_forward")
+    assert str(op._schema).replace("triton_", "") == str(OPS.kd_loss_forward.default._schema)
+    arguments = (
+        torch.randn(3, 7),
+        torch.randn(3, 7).half(),
+        torch.tensor([0, -100, 6]),
+        3.0,
+        0.5,
+        -100,
+        0.1,
+        True,
+        True,
+    )
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiled_equals_eager():
+    torch._dynamo.reset()
+    given = torch.randn(3, 7), torch.randn(3, 7), torch.tensor([0, -100, 6])
+
+    def function(student, teacher, target):
+        return ops.kd_loss(student * 2, teacher, target) * 0.5
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for one, other in zip(*(test_kd_loss.with_gradient(f, *given) for f in (function, compiled)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_no_rows():

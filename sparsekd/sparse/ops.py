@@ -27,6 +27,7 @@ from .plans import LANES, Plan, conv2d_plan, from_lanes, takes_plans, to_lanes  
 
 _backends_on_cuda = registration.register()  # kept, as they are gone with it
 fallbacks, strict_backends = registration.fallbacks, registration.strict
+only_backend, tuning_tiles = registration.only, registration.tuning
 
 _ops = torch.ops.sparsekd
 
