@@ -25,7 +25,8 @@ from .interop import (
     read_masks,
     sparsify_,
 )
-from .pruning import CubicSL, IterativeSL, LinearSL, Pruner, RigL, recalibrate_batch_norm, sensitivity
+from .latency import latency_budget
+from .pruning import CubicSL, IterativeSL, LatencyBudget, LinearSL, Pruner, RigL, recalibrate_batch_norm, sensitivity
 from .reporting import report, would_it_be_faster
 from .sparse.checkpoint import load, save
 from .sparse.convert import choices, convert, dense_state_dict, to_dense
@@ -46,6 +47,7 @@ __all__ = [
     "Distiller",
     "IterativeSL",
     "KDLoss",
+    "LatencyBudget",
     "LinearKDLoss",
     "LinearSL",
     "NMSparseConfig",
@@ -66,6 +68,7 @@ __all__ = [
     "dense_state_dict",
     "evaluate",
     "hold_masks",
+    "latency_budget",
     "linear_kd_loss",
     "load",
     "optimize_for_inference",

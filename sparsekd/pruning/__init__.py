@@ -2,6 +2,7 @@
 
 from .batch_norm import recalibrate_batch_norm
 from .importance import IMPORTANCES
+from .latency import LatencyBudget
 from .permutation import Permutation, choose_permutation
 from .pruner import Pruner
 from .schedule import CubicSL, IterativeSL, LinearSL, RigL
@@ -11,6 +12,7 @@ __all__ = [
     "IMPORTANCES",
     "CubicSL",
     "IterativeSL",
+    "LatencyBudget",
     "LinearSL",
     "Permutation",
     "Pruner",
