@@ -58,8 +58,9 @@ def compress(
         A converted copy of the student. A warning says by how much a target of time is missed.
 
     Raises:
-        ValueError: neither or both of sparsity and target, a target out of reach, fewer than 4 epochs, an empty loader, one that gives fewer batches than its length says, or what the
-            parts raise. TypeError: a loader without a length, or what the parts raise.
+        ValueError: neither or both of sparsity and target, a target out of reach, fewer than 4 epochs, an empty loader,
+            one that gives fewer batches than its length says, or what the parts raise. TypeError: a loader without a
+            length, or what the parts raise.
     """
     sparsity, timed = _target(sparsity, target, budget)
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 4:
