@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .channels import fold_permutations, remove_channels
 from .compress import compress
 from .distillation import (
     CSVLog,
@@ -26,7 +27,17 @@ from .interop import (
     sparsify_,
 )
 from .latency import latency_budget
-from .pruning import CubicSL, IterativeSL, LatencyBudget, LinearSL, Pruner, RigL, recalibrate_batch_norm, sensitivity
+from .pruning import (
+    CubicSL,
+    IterativeSL,
+    LatencyBudget,
+    LinearSL,
+    Pruner,
+    RigL,
+    gather_importance,
+    recalibrate_batch_norm,
+    sensitivity,
+)
 from .reporting import report, would_it_be_faster
 from .sparse.checkpoint import load, save
 from .sparse.convert import choices, convert, dense_state_dict, to_dense
@@ -67,6 +78,8 @@ __all__ = [
     "convert",
     "dense_state_dict",
     "evaluate",
+    "fold_permutations",
+    "gather_importance",
     "hold_masks",
     "latency_budget",
     "linear_kd_loss",
@@ -75,6 +88,7 @@ __all__ = [
     "prepare",
     "read_masks",
     "recalibrate_batch_norm",
+    "remove_channels",
     "report",
     "save",
     "sensitivity",

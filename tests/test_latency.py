@@ -78,14 +78,14 @@ def test_nothing_to_spare_is_the_fastest_choice():
 
 
 def test_by_hand():
-    """Of 8 ms the first and last layer could save 0.9 each, the second 3.8, the third none, whatever it loses."""
-    pruner = pruned(6.0, network_ms=9.0)  # 9 - 8 = 1 ms is fixed, as the third layer's 3: 2 remain of 6
+    """Of 9 ms the first and last layer could save 0.9 each, the second 3.8, the third none, whatever it loses."""
+    pruner = pruned(6.0, network_ms=10.0)  # one more is fixed, so that the others have to save 4
     pruner.step()
     found = sparsities(pruner)
     assert found["4"] == 0 and all(found[name] > 0.3 for name in "026") and found["2"] > found["0"]
-    assert 5.0 - 0.25 < taken(pruner) <= 5.0 + 0.01
+    assert 5.0 - 0.2 < taken(pruner) <= 5.0 + 0.01
     # A target that dense layers meet removes nothing.
-    easy = pruned(9.0, network_ms=9.0)
+    easy = pruned(10.0, network_ms=10.0)
     easy.step()
     assert easy.finished and easy.sparsity() == 0
 
@@ -113,8 +113,8 @@ def test_scales_of_scores_do_not_matter_and_no_layer_is_emptied():
 
 
 def test_layers_timed_alone_that_take_more_than_their_network():
-    """8 ms of layers in a network of 4: half of their times count, and half of the time is half of the network's."""
-    alone, scaled = pruned(2.5, network_ms=4.0), pruned(5.0)
+    """9 ms of layers in a network of 4.5: half of their times count."""
+    alone, scaled = pruned(2.5, network_ms=4.5), pruned(5.0)
     alone.step(), scaled.step()
     assert sparsities(alone) == sparsities(scaled)
 
@@ -124,7 +124,9 @@ def test_caps():
     pruner.step()
     found = sparsities(pruner)
     assert found["2"] <= 0.5 and found["6"] >= 0.69 and taken(pruner) <= 5.5 + 0.02
-    with pytest.raises(ValueError, match=r"^Expected a target within reach, at least 7.1 ms .* got latency 5 ms: 5 ms"):
+    with pytest.raises(
+        ValueError, match=r"^Expected a target within reach, at least 7.88 ms .* got latency 5 ms: 5 ms"
+    ):
         pruned(5.0, max_sparsity=0.2)
 
 
@@ -196,7 +198,7 @@ def test_all_ranks_take_the_choice_of_the_first(monkeypatch):
         (
             lambda: pruned(3.2),
             ValueError,
-            "Expected a target within reach, at least 3.46.* ms of 9 ms dense .2.5.x., g",
+            "Expected a target within reach, at least 3.456 ms of 9 ms dense .2.60x., g",
         ),
         (lambda: pruned(0.5, network_ms=20.0), ValueError, "Expected a target within reach, at least 14.4.* ms of 20 "),
         (lambda: pruned(5.0, pattern="2:4"), ValueError, "Expected sparsity=0.5 with pattern '2:4', got 0.9"),
@@ -209,7 +211,7 @@ def test_all_ranks_take_the_choice_of_the_first(monkeypatch):
         (
             lambda: Pruner(network(), 0.5, budget=LatencyBudget(lambda n, s: math.nan, 1.0)),
             ValueError,
-            r"Expected latency\('2', 0\) to be milliseconds of at least 0, got nan",
+            r"Expected latency\('0', 0\) to be milliseconds of at least 0, got nan",
         ),
     ],
 )
@@ -250,7 +252,7 @@ def convolutions():
 
 
 def test_by_the_cost_model(monkeypatch):
-    """Nothing is measured: as :func:`would_it_be_faster` says at the same sparsities, and the sum of them is the net."""
+    """Nothing is measured: as would_it_be_faster says at the same sparsities; the network is the sum of its layers."""
     monkeypatch.setenv("SPARSEKD_TUNE", "off")
     model, shape = convolutions().train(), (2, 3, 16, 16)
     budget = latency_budget(model, torch.randn(shape), "1.4x")

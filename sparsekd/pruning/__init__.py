@@ -6,7 +6,7 @@ from .latency import LatencyBudget
 from .permutation import Permutation, choose_permutation
 from .pruner import Pruner
 from .schedule import CubicSL, IterativeSL, LinearSL, RigL
-from .sensitivity import Sensitivity, sensitivity
+from .sensitivity import Sensitivity, gather_importance, sensitivity
 
 __all__ = [
     "IMPORTANCES",
@@ -19,6 +19,7 @@ __all__ = [
     "RigL",
     "Sensitivity",
     "choose_permutation",
+    "gather_importance",
     "recalibrate_batch_norm",
     "sensitivity",
 ]

@@ -131,6 +131,9 @@ def cheapest(losses: Sequence[np.ndarray], times: Sequence[np.ndarray], room: fl
 
     Times are rounded up to a SLOTS-th of the room, so that the sum never exceeds it.
     """
+    free = [int(np.argmin(loss)) for loss in losses]
+    if sum(own[index] for own, index in zip(times, free, strict=True)) <= room:
+        return free
     fastest = [int(np.argmin(own)) for own in times]
     left = room - sum(own[index] for own, index in zip(times, fastest, strict=True))
     if left <= 0:
