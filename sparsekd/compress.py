@@ -30,6 +30,8 @@ def compress(
     budget: str | dict | LatencyBudget | None = None,
     ignored_layers: object = "first_last",
     loss: nn.Module | None = None,
+    penalty: str | Callable | None = None,
+    penalty_weight: float = 0.0,
     optimizer: torch.optim.Optimizer | None = None,
     val_loader: Iterable | None = None,
     example_inputs: object = None,
@@ -50,6 +52,7 @@ def compress(
         budget: as in :class:`sparsekd.Pruner`, or "latency"; by default "latency" where the target is one of time,
             else "global".
         loss: a :class:`sparsekd.KDLoss` or a callable like it; by default its defaults.
+        penalty, penalty_weight: R(W) and lambda, as in :class:`sparsekd.Distiller`.
         optimizer: of the student's parameters; by default SGD, lr 0.01, momentum 0.9.
         example_inputs: for :func:`sparsekd.convert` and a target of time; by default the first batch's inputs.
         checkpoint: resumes from this file when it exists.
@@ -62,7 +65,7 @@ def compress(
             one that gives fewer batches than its length says, or what the parts raise. TypeError: a loader without a
             length, or what the parts raise.
     """
-    sparsity, timed = _target(sparsity, target, budget)
+    sparsity, timed = find_target(sparsity, target, budget)
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 4:
         raise ValueError(f"Expected at least 4 epochs (distil, prune over two quarters, retrain), got {epochs!r}")
     try:
@@ -74,7 +77,8 @@ def compress(
         raise ValueError("Expected a train_loader with at least one batch, got none")
     if example_inputs is None and timed is not None:
         example_inputs = _first_inputs(student, train_loader)
-    distiller = Distiller(student, teacher, **({} if teacher is None or loss is None else {"loss": loss}))
+    settings = {} if teacher is None or loss is None else {"loss": loss}
+    distiller = Distiller(student, teacher, penalty=penalty, penalty_weight=penalty_weight, **settings)
     parameters = list(student.parameters())
     if not parameters:
         raise ValueError(f"Expected a student with parameters to train, got a {type(student).__name__} without")
@@ -107,10 +111,10 @@ def compress(
     return fast
 
 
-def _target(
+def find_target(
     sparsity: float | None, target: float | str | None, budget: object
 ) -> tuple[float | None, float | str | None]:
-    """The sparsity for the Pruner, and the target of time or None."""
+    """The sparsity for a Pruner, and the target of time or None; ValueError where arguments contradict each other."""
     if (sparsity is None) == (target is None):
         raise ValueError(f"Expected either a sparsity or a target, got sparsity={sparsity!r} and target={target!r}")
     kind, value = ("sparsity", sparsity) if target is None else parse_target(target)
