@@ -69,7 +69,8 @@ class Graph:
                 module.training = mode
 
     def sharing(self, layer: nn.Module) -> list[Member] | None:
-        """All that has the output channels of a layer; None where something among it is not a layer of known kind."""
+        """All that has the output channels of a layer; None where something among it is not a layer of known kind, or
+        where the graph contradicts itself (as behind a concatenation that is flattened)."""
         if layer not in self._graph.module2node:
             return None
         pruner = self._graph.get_pruner_of_module(layer)
@@ -81,7 +82,10 @@ class Graph:
                 continue  # an operation, which has no parameters
             if not isinstance(module, (*PRUNABLE, *PER_CHANNEL)) or _grouped(module):
                 return None
-            found.append(Member(module, produces, torch.tensor(item.root_idxs), torch.tensor(item.idxs)))
+            member = Member(module, produces, torch.tensor(item.root_idxs), torch.tensor(item.idxs))
+            if not _plausible(member, channels):
+                return None
+            found.append(member)
         return found
 
     def remove(self, layer: nn.Module, channels: list[int]) -> None:
@@ -245,6 +249,27 @@ def _grouped(module: nn.Module) -> bool:
     return isinstance(module, CONVOLUTIONS) and module.groups > 1 and not _depthwise(module)
 
 
+def _width(module: nn.Module, produces: bool) -> int | None:
+    """How many channels a module has on that side; None where it does not say."""
+    if isinstance(module, nn.Linear):
+        return module.out_features if produces else module.in_features
+    if isinstance(module, CONVOLUTIONS):
+        return module.out_channels if produces else module.in_channels
+    return getattr(module, "num_features", None)
+
+
+def _plausible(member: Member, channels: int) -> bool:
+    """Whether a layer can have these channels: a producer each of them once, others within what they have."""
+    width = _width(member.module, member.produces)
+    if isinstance(member.module, PRUNABLE) and member.produces:
+        whole = torch.arange(channels)
+        return width == channels and all(
+            torch.equal(x.sort().values, whole) for x in (member.channels, member.positions)
+        )
+    distinct = len(member.positions.unique()) == len(member.positions)
+    return distinct and (width is None or int(member.positions.max()) < width)
+
+
 def _output_channels(module: nn.Module) -> int:
     return module.out_features if isinstance(module, nn.Linear) else module.out_channels
 
@@ -327,14 +352,7 @@ def _reorder(members: list[Member], order: Tensor) -> None:
 
 def _sources(member: Member, order: Tensor) -> Tensor:
     """For each index of the member's channel dimension the index whose content comes there."""
-    size = int(member.positions.max()) + 1
-    module = member.module
-    if isinstance(module, nn.Linear):
-        size = module.out_features if member.produces else module.in_features
-    elif isinstance(module, CONVOLUTIONS):
-        size = module.out_channels if member.produces or _depthwise(module) else module.in_channels
-    elif hasattr(module, "num_features"):
-        size = module.num_features
+    size = _width(member.module, member.produces) or int(member.positions.max()) + 1
     source = torch.arange(size)
     places: dict[int, list[int]] = {}
     for channel, position in sorted(zip(member.channels.tolist(), member.positions.tolist(), strict=True)):

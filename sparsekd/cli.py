@@ -1,4 +1,4 @@
-"""The command line: sparsekd demo | train | distill | prune | compress | sensitivity | convert | report | bench | ..."""
+"""The command line: sparsekd demo | train | distill | prune | compress | sensitivity | convert | report | ..."""
 
 from __future__ import annotations
 
