@@ -182,7 +182,7 @@ def fold_permutations(
 
     After pruning with ``pattern="4x1-permuted"`` the channels of a group then are neighbours, the model computes what
     it did, and no order is stored. Where the graph does not allow it (the outputs of the model, channels that a group
-    norm or a grouped convolution reads, ...) a layer stays as it is: :func:`sparsekd.convert` finds the groups and
+    norm or a grouped convolution reads, slices, ...) a layer stays as it is: :func:`sparsekd.convert` finds the groups and
     keeps their order in the packed weight.
 
     Args:
@@ -209,7 +209,8 @@ def fold_permutations(
         want = call(folded, example_inputs)
     for name in list(orders):
         order, members = orders[name], graph.sharing(modules[name])
-        if members is None or all(member.produces for member in members):
+        whole = all(len(member.channels.unique()) == len(order) for member in members or ())
+        if members is None or not whole or all(member.produces for member in members):
             _log.info("%s: its order is kept in the packed weight", name)
             continue
         before = {member.module: _state(member.module) for member in members}

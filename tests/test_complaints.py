@@ -91,8 +91,7 @@ def test_what_is_saved_is_the_student():
     """clovaai/overhaul-distillation#38: "save the d_net or the s_net?". The student, which is a plain model as ever."""
     student, teacher = network(), nn.Sequential(network(), nn.Linear(3, 3))
     keys = list(student.state_dict())
-    features = {"3": "0.3"}
-    distiller = sparsekd.Distiller(student, teacher, features=features)
+    distiller = sparsekd.Distiller(student, teacher, features={"3": "0.3"})
     optimizer = torch.optim.SGD(
         distiller.parameters() if hasattr(distiller, "parameters") else student.parameters(), 0.1
     )

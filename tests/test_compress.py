@@ -63,7 +63,8 @@ def zeros(model, layers=(2, 7)):
 
 @pytest.mark.parametrize("taught", [True, False])
 def test_the_whole_recipe(taught):
-    """Syencil/mobile-yolov5-pruning-distillation#3, YOLO-Pruning-RKNN#23, VainF/Torch-Pruning#186 ask for both in one."""
+    """Syencil/mobile-yolov5-pruning-distillation#3, heyongxin233/YOLO-Pruning-RKNN#23, VainF/Torch-Pruning#186: both in
+    one."""
     student, teacher = network(), network(seed=1, width=16) if taught else None
     student.eval()
     student[5].train()

@@ -121,8 +121,8 @@ def one_rank(rank, folder):
             assert same_on_all_ranks(pruner), (importance, step)
         total = sum(mask.numel() for mask in pruner.masks.values())
         assert pruner.sparsity() == round(0.7 * total) / total
-    # Without DDP the weights differ too, and one rank's second layer has no gradients (microsoft/nni#5205: Taylor scores
-    # of each rank's own).
+    # Without DDP the weights differ too, and one rank's second layer has no gradients. microsoft/nni#5205: Taylor
+    # scores of each rank's own.
     for importance in ("gradient", "magnitude", "taylor"):
         model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
         pruner = Pruner(model, 0.5, importance, ignored_layers=(), importance_steps=2)
