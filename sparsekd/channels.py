@@ -181,9 +181,9 @@ def fold_permutations(
     """A copy of the model with output channels in the order of their groups, and all that reads them in that order too.
 
     After pruning with ``pattern="4x1-permuted"`` the channels of a group then are neighbours, the model computes what
-    it did, and no order is stored. Where the graph does not allow it (the outputs of the model, channels that a group
-    norm or a grouped convolution reads, slices, ...) a layer stays as it is: :func:`sparsekd.convert` finds the groups and
-    keeps their order in the packed weight.
+    it did, and no order is stored. Where the graph does not allow it (the outputs of the model, slices, channels that a
+    group norm or a grouped convolution reads, ...) a layer stays as it is: :func:`sparsekd.convert` finds the groups
+    and keeps their order in the packed weight.
 
     Args:
         permutations: parameter name to the grouping, ``pruner.permutations``, or an order int64 ``[K]``.

@@ -55,8 +55,7 @@ def test_pruned_filters_are_cut_out_and_nothing_else_changes():
     model = Net(bias=False).eval()
     nn.init.zeros_(model.bn.bias), model.bn.running_mean.zero_()  # a channel of zeros then is zero behind it, too
     dense = ["stem", "two", "deep", "join", "last"]
-    pruner = Pruner(model, 0.5, "magnitude", "filter", "uniform", ignored_layers=dense,
-                    importance_steps=1)  # fmt: skip
+    pruner = Pruner(model, 0.5, "magnitude", "filter", "uniform", ignored_layers=dense, importance_steps=1)
     pruner.step(), pruner.squash_mask()
     with torch.no_grad():
         want = model(X)
