@@ -115,6 +115,6 @@ def test_sensitivity_is_of_every_kind_of_layer(layer, shape):
     model, x = nn.Sequential(layer, nn.ReLU()), torch.randn(shape)
     with torch.no_grad():
         want = model(x)
-    found = sparsekd.sensitivity(model, lambda pruned: -float((pruned(x) - want).abs().sum()), (0.5, 0.9))
+    found = sparsekd.sensitivity(model, lambda pruned: -float((pruned(x) - want).abs().sum().detach()), (0.5, 0.9))
     (name,) = found.layers
     assert name == "0.weight" and found.baseline == 0 and 0 > found.layers[name][0] > found.layers[name][1]

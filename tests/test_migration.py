@@ -46,5 +46,15 @@ def test_block_runs_as_printed(tool):
 
 
 def test_names_exist():
-    for name in ("Pruner", "CubicSL", "IterativeSL", "RigL", "KDLoss", "hold_masks", "prepare", "adopt_masks", "remove_channels"):
+    for name in (
+        "Pruner",
+        "CubicSL",
+        "IterativeSL",
+        "RigL",
+        "KDLoss",
+        "hold_masks",
+        "prepare",
+        "adopt_masks",
+        "remove_channels",
+    ):
         assert name in TEXT and hasattr(sparsekd, name)
