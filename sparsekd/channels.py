@@ -91,9 +91,7 @@ class Graph:
     def remove(self, layer: nn.Module, channels: list[int]) -> None:
         """Takes output channels of a layer out of all that has them."""
         pruner = self._graph.get_pruner_of_module(layer)
-        group = self._graph.get_pruning_group(layer, pruner.prune_out_channels, channels)
-        if self._graph.check_pruning_group(group):
-            group.prune(record_history=False)
+        self._graph.get_pruning_group(layer, pruner.prune_out_channels, channels).prune(record_history=False)
 
 
 def remove_channels(
@@ -165,8 +163,13 @@ def remove_channels(
             plans.append((layer, indices))
     for layer, indices in plans:
         graph.remove(layer, indices)
-    with evaluating(smaller):
-        after = _shapes(call(smaller, example_inputs))
+    for name, parameter in model.named_parameters():
+        smaller.get_parameter(name).requires_grad_(parameter.requires_grad)  # Torch-Pruning makes new ones
+    try:
+        with evaluating(smaller):
+            after = _shapes(call(smaller, example_inputs))
+    except RuntimeError as error:
+        raise ValueError(f"Expected a model that Torch-Pruning cuts right, got: {_first_line(error)}") from error
     if after != before:
         raise ValueError(
             f"Expected outputs of shape {before} without the channels too, got {after}: name the layers that make them "
@@ -204,11 +207,14 @@ def fold_permutations(
         orders[name.rpartition(".")[0]] = order.cpu()
     folded = copied(model)
     graph, modules = Graph(folded, example_inputs), dict(folded.named_modules())
-    names = {module: name for name, module in modules.items()}
     with evaluating(folded):
         want = call(folded, example_inputs)
-    for name in list(orders):
-        order, members = orders[name], graph.sharing(modules[name])
+    moved: set[nn.Module] = set()
+    for name, order in orders.items():
+        if modules[name] in moved:
+            _log.info("%s: its order is kept in the packed weight, as its channels are added to others", name)
+            continue
+        members = graph.sharing(modules[name])
         whole = all(len(member.channels.unique()) == len(order) for member in members or ())
         if members is None or not whole or all(member.produces for member in members):
             _log.info("%s: its order is kept in the packed weight", name)
@@ -225,11 +231,7 @@ def fold_permutations(
                 _restore(module, state)
             _log.info("%s: its order is kept in the packed weight", name)
             continue
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-        for member in members:  # whose channels are added to these have moved, and with them their groups
-            other = names[member.module]
-            if member.produces and other in orders and len(orders[other]) == len(order):
-                orders[other] = place[orders[other]]
+        moved.update(member.module for member in members if member.produces)
     return folded
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import sparsekd
 from sparsekd import Pruner, fold_permutations, remove_channels
 from sparsekd.pruning.patterns import Layout
-from sparsekd.sparse.formats import largest_vector
+from sparsekd.sparse.formats import largest_grouping, largest_vector
 
 pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
 pytestmark = [
@@ -171,6 +171,36 @@ def test_neighbours_take_the_order_and_the_model_computes_the_same():
     assert torch.equal(folded.one.weight, model.one.weight[orders["one.weight"]][:, orders["two.weight"]])
     # Batch statistics and the affine part of the norm have moved with them.
     assert torch.equal(folded.bn.running_var, model.bn.running_var[orders["one.weight"]])
+
+
+def test_layers_that_are_added_share_one_order():
+    """The first one's; the other keeps its own in the packed weight."""
+    model = Net().eval()
+    orders = grouped(model, 4)
+    torch.manual_seed(5)
+    stem = torch.randperm(8)
+    keep = torch.rand(2, 27).lt(0.4).repeat_interleave(4, 0)
+    with torch.no_grad():
+        model.stem.weight.mul_(torch.empty_like(keep).index_copy_(0, stem, keep).view_as(model.stem.weight))
+        want = model(X)
+    for first, second in (("stem", "two"), ("two", "stem")):
+        given = {"stem.weight": stem, "two.weight": orders["two.weight"]}
+        folded = fold_permutations(model, X, {f"{name}.weight": given[f"{name}.weight"] for name in (first, second)})
+        torch.testing.assert_close(folded(X), want, rtol=1e-4, atol=1e-5)
+        found = {name: getattr(folded, name).weight.detach() != 0 for name in (first, second)}
+        assert largest_vector(found[first]) == 4 and largest_vector(found[second]) == 1
+        assert largest_grouping(found[second]) == 4
+
+
+def test_frozen_layers_stay_frozen():
+    model = Net()
+    for parameter in model.side.parameters():
+        parameter.requires_grad_(False)
+    order = {"side.weight": torch.arange(12).flip(0)}
+    for made in (remove_channels(model, X, 0.5), fold_permutations(model, X, order)):
+        assert not any(parameter.requires_grad for parameter in made.side.parameters())
+        assert all(p.requires_grad for name, p in made.named_parameters() if not name.startswith("side"))
+    assert not model.side.weight.requires_grad and model.one.weight.requires_grad
 
 
 def test_what_is_not_folded_is_kept_in_the_packed_weight(monkeypatch):

@@ -237,6 +237,15 @@ class Budget:
         return {name: int(part.sum()) for name, part in self.choose(units, at).items()}
 
 
+def plain(given: object) -> object:
+    """A budget or caps as a checkpoint holds them: torch.load(weights_only=True) does not read numpy's floats."""
+    if isinstance(given, Mapping):
+        return {glob: float(value) for glob, value in given.items()}
+    if isinstance(given, LatencyBudget):
+        return str(given)
+    return given if given is None or isinstance(given, str) else float(given)
+
+
 def check_scores(scores: Mapping[str, Tensor]) -> None:
     """ValueError for NaN, which no order has a place for."""
     for name, values in scores.items():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .budget import Budget, Caps, check_scores, check_sparsity
+from .budget import Budget, Caps, check_scores, check_sparsity, plain
 from .gatherers import GradientGatherer, InputGatherer
 from .importance import Importance, find_importance, score, statistic_of
 from .latency import LatencyBudget
@@ -110,10 +110,9 @@ class Pruner:
             "sparsity": sparsity,
             "importance": label or type(importance).__name__,
             "pattern": self._pattern.name,
-            # Plain floats: torch.load(weights_only=True) does not read numpy's.
-            "budget": _plain(budget),
-            "min_sparsity": _plain(min_sparsity),
-            "max_sparsity": _plain(max_sparsity),
+            "budget": plain(budget),
+            "min_sparsity": plain(min_sparsity),
+            "max_sparsity": plain(max_sparsity),
             "schedule": repr(schedule),
             "importance_steps": importance_steps,
         }
@@ -417,12 +416,3 @@ class Pruner:
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self._settings.items())
         return f"Pruner({settings}; {len(self._weights)} layers, step {self._steps}, now {self.sparsity():.4f})"
-
-
-def _plain(caps: object) -> object:
-    # Plain floats: torch.load(weights_only=True) does not read numpy's.
-    if isinstance(caps, Mapping):
-        return {glob: float(value) for glob, value in caps.items()}
-    if isinstance(caps, LatencyBudget):
-        return str(caps)
-    return caps if caps is None or isinstance(caps, str) else float(caps)
