@@ -155,8 +155,8 @@ def test_compress_is_the_one_call(trained, few_images, monkeypatch):
     pytest.importorskip("yaml", reason="PyYAML is not installed")
     monkeypatch.setenv("SPARSEKD_TUNE", "off")
     Path("recipe.yaml").write_text("target: 0.8\nbudget: uniform\nimportance: magnitude\nepochs: 4\nlr: 0.05\n")
-    words = ("compress", *TINY, "--teacher", trained, "--teacher-model", "test_cli:tiny", "--recipe", "recipe.yaml")
-    assert run(*words, "--out", "small.safetensors", "--json", "found.json") == 0
+    words = ("compress", *TINY, "--weights", trained, "--teacher", trained, "--teacher-model", "test_cli:tiny")
+    assert run(*words, "--recipe", "recipe.yaml", "--out", "small.safetensors", "--json", "found.json") == 0
     model, found = load(tiny(), "small.safetensors"), json.loads(Path("found.json").read_text())
     weights = dense_state_dict(model)
     for name in ("conv2.weight", "fc1.weight"):

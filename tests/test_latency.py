@@ -72,6 +72,18 @@ def test_the_best_of_all_choices(seed):
     assert total(losses, got) <= best + 1e-12
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_time_is_never_exceeded_however_many_layers(seed):
+    """Rounding down a slot in each would."""
+    draw = np.random.default_rng(seed)
+    times = [np.sort(draw.random(20))[::-1] for _ in range(200)]
+    losses = [np.sort(draw.random(20)) for _ in range(200)]
+    room = 0.5 * sum(own[0] for own in times) + 0.5 * sum(own[-1] for own in times)
+    got = cheapest(losses, times, room)
+    taken = sum(own[index] for own, index in zip(times, got, strict=True))
+    assert 0.98 * room < taken <= room + 1e-9
+
+
 def test_nothing_to_spare_is_the_fastest_choice():
     times = [np.array([2.0, 1.0]), np.array([1.0, 3.0])]
     assert cheapest([np.array([0.0, 9.0]), np.array([0.0, 9.0])], times, 2.0) == [1, 0]
@@ -117,6 +129,12 @@ def test_layers_timed_alone_that_take_more_than_their_network():
     alone, scaled = pruned(2.5, network_ms=4.5), pruned(5.0)
     alone.step(), scaled.step()
     assert sparsities(alone) == sparsities(scaled)
+
+
+def test_a_layer_that_has_to_be_sparse_and_is_slower_so_stays_dense():
+    """As convert will leave it, so that it takes 1 ms, not 2."""
+    budget = LatencyBudget(lambda layer, sparsity: 1.0 + (sparsity > 0) * (layer == "4"), 4.0)
+    Pruner(network(), 0.9, "magnitude", budget=budget, ignored_layers=(), min_sparsity={"4": 0.5})
 
 
 def test_caps():
