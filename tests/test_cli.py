@@ -190,9 +190,10 @@ def test_prune_to_a_time(trained, monkeypatch):
         (("--target", "2x", "--batch", 0), "Expected --batch of at least 1, got 0"),
     ],
 )
-def test_targets_that_are_refused(trained, capsys, words, said):
+def test_targets_that_are_refused(few_images, capsys, words, said):
+    save(tiny(), "alone.safetensors")
     for command in ("prune", "compress"):
-        assert run(command, *TINY, "--weights", trained, *words, "--out", "o.safetensors") == 1
+        assert run(command, *TINY, "--weights", "alone.safetensors", *words, "--out", "o.safetensors") == 1
         assert said in capsys.readouterr().err and not Path("o.safetensors").exists()
 
 
