@@ -263,6 +263,14 @@ def test_where_the_graph_does_not_allow_it(kind):
     torch.testing.assert_close(folded(X), model(X), rtol=1e-4, atol=1e-5)
 
 
+def test_channels_whose_graph_contradicts_itself_stay():
+    """Behind a concatenation that is flattened Torch-Pruning does not know whose channel is whose."""
+    model = Mixed("flattened").eval()
+    smaller = remove_channels(model, X, 0.5, ignored_layers="last")
+    assert parameters(smaller) == parameters(model)
+    torch.testing.assert_close(smaller(X), model(X))
+
+
 def test_a_transposed_convolution():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 4, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).eval()
