@@ -79,13 +79,12 @@ class Graph:
         for item in self._graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(channels))):
             module, produces = item.dep.target.module, self._graph.is_out_channel_pruning_fn(item.dep.handler)
             if type(module).__module__ == self._tp.ops.__name__:
+                if getattr(module, "offsets", ()) is None:
+                    return None  # a concatenation or split whose parts it could not tell
                 continue  # an operation, which has no parameters
             if not isinstance(module, (*PRUNABLE, *PER_CHANNEL)) or _grouped(module):
                 return None
-            member = Member(module, produces, torch.tensor(item.root_idxs), torch.tensor(item.idxs))
-            if not _plausible(member, channels):
-                return None
-            found.append(member)
+            found.append(Member(module, produces, torch.tensor(item.root_idxs), torch.tensor(item.idxs)))
         return found
 
     def remove(self, layer: nn.Module, channels: list[int]) -> None:
@@ -259,18 +258,6 @@ def _width(module: nn.Module, produces: bool) -> int | None:
     if isinstance(module, CONVOLUTIONS):
         return module.out_channels if produces else module.in_channels
     return getattr(module, "num_features", None)
-
-
-def _plausible(member: Member, channels: int) -> bool:
-    """Whether a layer can have these channels: a producer each of them once, others within what they have."""
-    width = _width(member.module, member.produces)
-    if isinstance(member.module, PRUNABLE) and member.produces:
-        whole = torch.arange(channels)
-        return width == channels and all(
-            torch.equal(x.sort().values, whole) for x in (member.channels, member.positions)
-        )
-    distinct = len(member.positions.unique()) == len(member.positions)
-    return distinct and (width is None or int(member.positions.max()) < width)
 
 
 def _output_channels(module: nn.Module) -> int:
