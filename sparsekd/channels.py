@@ -70,7 +70,7 @@ class Graph:
 
     def sharing(self, layer: nn.Module) -> list[Member] | None:
         """All that has the output channels of a layer; None where something among it is not a layer of known kind, or
-        where the graph contradicts itself (as behind a concatenation that is flattened)."""
+        where the graph does not know whose channel is whose (as behind a concatenation that is flattened)."""
         if layer not in self._graph.module2node:
             return None
         pruner = self._graph.get_pruner_of_module(layer)
