@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .channels import fold_permutations, remove_channels
 from .compress import compress
 from .distillation import (
     CSVLog,
@@ -25,7 +26,18 @@ from .interop import (
     read_masks,
     sparsify_,
 )
-from .pruning import CubicSL, IterativeSL, LinearSL, Pruner, RigL, recalibrate_batch_norm, sensitivity
+from .latency import latency_budget
+from .pruning import (
+    CubicSL,
+    IterativeSL,
+    LatencyBudget,
+    LinearSL,
+    Pruner,
+    RigL,
+    gather_importance,
+    recalibrate_batch_norm,
+    sensitivity,
+)
 from .reporting import report, would_it_be_faster
 from .sparse.checkpoint import load, save
 from .sparse.convert import choices, convert, dense_state_dict, to_dense
@@ -46,6 +58,7 @@ __all__ = [
     "Distiller",
     "IterativeSL",
     "KDLoss",
+    "LatencyBudget",
     "LinearKDLoss",
     "LinearSL",
     "NMSparseConfig",
@@ -65,13 +78,17 @@ __all__ = [
     "convert",
     "dense_state_dict",
     "evaluate",
+    "fold_permutations",
+    "gather_importance",
     "hold_masks",
+    "latency_budget",
     "linear_kd_loss",
     "load",
     "optimize_for_inference",
     "prepare",
     "read_masks",
     "recalibrate_batch_norm",
+    "remove_channels",
     "report",
     "save",
     "sensitivity",

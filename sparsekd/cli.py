@@ -1,4 +1,4 @@
-"""The command line: sparsekd demo | train | distill | prune | sensitivity | convert | report | bench | doctor | ..."""
+"""The command line: sparsekd demo | train | distill | prune | compress | sensitivity | convert | report | ..."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from .commands import bench, completion, convert, demo, distill, doctor, prune, report, sensitivity, train
+from .commands import bench, completion, compress, convert, demo, distill, doctor, prune, report, sensitivity, train
 
 DATA = ("digits", "shapes", "cifar10")
 AGAINST = (
@@ -28,6 +28,11 @@ EXAMPLES = {
     "prune": (
         "sparsekd prune --weights distilled.safetensors --teacher teacher.safetensors --out both.safetensors\n"
         "sparsekd prune --weights alone.safetensors --sparsity 0.95 --pattern 4x1 --gradual --out pruned.safetensors"
+    ),
+    "compress": (
+        "sparsekd compress --teacher teacher.safetensors --target 0.9 --epochs 12 --out small.safetensors\n"
+        "sparsekd compress --weights distilled.safetensors --teacher teacher.safetensors --target 2x --pattern 4x1 "
+        "--out fast.safetensors"
     ),
     "sensitivity": "sparsekd sensitivity --weights distilled.safetensors --importance gradient --png sensitivity.png",
     "convert": (
@@ -109,6 +114,15 @@ def parser() -> argparse.ArgumentParser:
     taught.add_argument("--teacher-model", default="reference_teacher")
     taught.add_argument("--temperature", type=float, default=4.0)
     taught.add_argument("--alpha", type=float, default=0.5, help="weight of the teacher's term")
+    pruned = argparse.ArgumentParser(add_help=False)
+    pruned.add_argument("--sparsity", type=float, help="fraction of the prunable weights to remove (default: 0.9)")
+    pruned.add_argument("--target", help="instead: a sparsity 0.9, a speed-up 2x or a time 3.5ms of the network")
+    pruned.add_argument("--importance", default="gradient", help="gradient, magnitude, taylor, movement, wanda, ...")
+    pruned.add_argument("--pattern", default="unstructured", help="unstructured, 4x1, 4x1-permuted, 2:4, ...")
+    pruned.add_argument(
+        "--budget", choices=("global", "uniform", "erk", "latency"), help="default: latency for a time, else global"
+    )
+    pruned.add_argument("--batch", type=int, default=1, help="images at once, of a target of time")
     top = argparse.ArgumentParser(
         prog="sparsekd",
         description="Distil, prune, swap layers for sparse ones, measure.",
@@ -143,15 +157,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--teacher", required=True, metavar="FILE", help="the teacher's weights (sparsekd train --out)")
     made.add_argument("--model", default="reference_student")
     made.add_argument("--weights", metavar="FILE", help="start from these weights")
-    made = command(prune, "prune a trained model and retrain it, with a teacher or without", fit, taught)
+    made = command(prune, "prune a trained model and retrain it, with a teacher or without", fit, taught, pruned)
     made.add_argument("--model", default="reference_student")
     made.add_argument("--weights", required=True, metavar="FILE", help="the trained model's weights")
     made.add_argument("--teacher", metavar="FILE", help="retrain under this teacher")
-    made.add_argument("--sparsity", type=float, default=0.9, help="fraction of the prunable weights to remove")
-    made.add_argument("--importance", default="gradient", help="gradient, magnitude, taylor, movement, wanda, ...")
-    made.add_argument("--pattern", default="unstructured", help="unstructured, 4x1, 4x1-permuted, 2:4, ...")
-    made.add_argument("--budget", default="global", choices=("global", "uniform", "erk"))
     made.add_argument("--gradual", action="store_true", help="on a cubic schedule instead of once")
+    made = command(compress, "all of it in one go: distil, prune, retrain, swap", fit, taught, pruned)
+    made.add_argument("--model", default="reference_student")
+    made.add_argument("--weights", metavar="FILE", help="start from these weights")
+    made.add_argument("--teacher", metavar="FILE", help="the teacher's weights; without one, by labels alone")
     made = command(sensitivity, "what each layer costs when it alone is pruned, the most sensitive first", data)
     made.add_argument("--model", default="reference_student")
     made.add_argument("--weights", required=True, metavar="FILE", help="the trained model's weights")
@@ -161,6 +175,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batches", type=int, default=32, help="for an importance that needs data")
     made.add_argument("--batch-size", type=int, default=64)
     made.add_argument("--png", metavar="FILE", help="a picture to write")
+    made.add_argument("--recipe", metavar="FILE", help="YAML of these options by name; the command line wins")
     made = command(
         convert, "swap pruned layers for sparse ones and report what that bought", _shown(32, 10, False), _reported()
     )

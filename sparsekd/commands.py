@@ -27,47 +27,83 @@ def _model(args, name: str, weights: str | None, num_classes: int):
     return load(model, weights) if weights else model
 
 
-def _fit(args, model, teacher, train, test, sparsity: float | None = None) -> dict:
-    """Trains by the one loop, prunes on the way when asked, saves, says the accuracy."""
+def _sgd(args, model):
     import torch
-
-    from .distillation import Distiller, KDLoss, evaluate
-    from .distillation.checkpoint import put_aside
-    from .pruning import CubicSL, Pruner
-    from .sparse.checkpoint import save
 
     for name, value in (("lr", args.lr), ("momentum", args.momentum)):
         if not 0 <= value < math.inf:
             raise ValueError(f"Expected --{name} of at least 0 and finite, got {value}")
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)
-    pruner = None
-    if sparsity is not None:
-        steps = len(train) * args.epochs
-        schedule = None
-        if args.gradual:
-            schedule = CubicSL(start=0, end=max(steps // 2, 1), update_frequency=max(steps // 40, 1))
-        pruner = Pruner(
-            model, sparsity, args.importance, args.pattern, args.budget, schedule=schedule, optimizer=optimizer,
-            importance_steps=min(32, len(train)),
-        )  # fmt: skip
-    settings = {"penalty": args.penalty, "penalty_weight": args.penalty_weight} if args.penalty else {}
-    if teacher is not None:
-        settings["loss"] = KDLoss(args.temperature, args.alpha)
+    return torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)
+
+
+def _checkpoint(args) -> Path:
+    """Where an interrupted run is kept, out of the way unless it goes on."""
+    from .distillation.checkpoint import put_aside
+
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
     if not args.resume:
         put_aside(checkpoint)
+    return checkpoint
+
+
+def _saved(args, model, test, checkpoint: Path) -> dict:
+    """Saves a trained model and says its accuracy."""
+    from .distillation import evaluate
+    from .sparse.checkpoint import save
+
+    save(model, args.out)
+    checkpoint.unlink(missing_ok=True)
+    accuracy, size = evaluate(model, test), Path(args.out).stat().st_size
+    print(f"accuracy {accuracy:.4f} on {args.data}, {args.out} of {size} bytes")
+    return {"accuracy": accuracy, "data": args.data, "out": str(args.out), "bytes": size}
+
+
+def _images(args, train):
+    """The first of the training images, as many as --batch says."""
+    if args.batch < 1:
+        raise ValueError(f"Expected --batch of at least 1, got {args.batch}")
+    return train.images[: args.batch]
+
+
+def _fit(args, model, teacher, train, test, pruned: bool = False) -> dict:
+    """Trains by the one loop, prunes on the way when asked, saves, says the accuracy."""
+    from .compress import find_target
+    from .distillation import Distiller, KDLoss
+    from .latency import latency_budget
+    from .pruning import CubicSL, Pruner
+
+    optimizer = _sgd(args, model)
+    pruner = None
+    if pruned:
+        sparsity, timed = find_target(*_asked(args), args.budget)
+        budget = args.budget or "global"
+        if timed is not None:
+            budget = latency_budget(model, _images(args, train), timed, args.pattern)
+        steps = len(train) * args.epochs
+        schedule = None
+        if args.gradual:
+            schedule = CubicSL(start=0, end=max(steps // 2, 1), update_frequency=max(steps // 40, 1))
+        pruner = Pruner(
+            model, sparsity, args.importance, args.pattern, budget, schedule=schedule, optimizer=optimizer,
+            importance_steps=min(32, len(train)),
+        )  # fmt: skip
+    settings = {"penalty": args.penalty, "penalty_weight": args.penalty_weight} if args.penalty else {}
+    if teacher is not None:
+        settings["loss"] = KDLoss(args.temperature, args.alpha)
+    checkpoint = _checkpoint(args)
     Distiller(model, teacher, **settings).fit(
         train, args.epochs, optimizer, pruner=pruner, val_loader=test, checkpoint=checkpoint, progress=True
     )
     if pruner is not None:
         pruner.squash_mask()
-    save(model, out)
-    checkpoint.unlink(missing_ok=True)
-    accuracy, size = evaluate(model, test), out.stat().st_size
-    print(f"accuracy {accuracy:.4f} on {args.data}, {out} of {size} bytes")
-    return {"accuracy": accuracy, "data": args.data, "out": str(out), "bytes": size}
+    return _saved(args, model, test, checkpoint)
+
+
+def _asked(args) -> tuple[float | None, str | None]:
+    """--sparsity and --target; 0.9 where neither is given."""
+    return (0.9 if args.sparsity is None and args.target is None else args.sparsity), args.target
 
 
 def train(args) -> dict:
@@ -85,7 +121,41 @@ def prune(args) -> dict:
     loaded, training, test = _data(args)
     teacher = _model(args, args.teacher_model, args.teacher, loaded.classes) if args.teacher else None
     model = _model(args, args.model, args.weights, loaded.classes)
-    return _fit(args, model, teacher, training, test, sparsity=args.sparsity)
+    return _fit(args, model, teacher, training, test, pruned=True)
+
+
+def compress(args) -> dict:
+    from .compress import compress as whole_recipe
+    from .distillation import KDLoss
+
+    loaded, training, test = _data(args)
+    teacher = _model(args, args.teacher_model, args.teacher, loaded.classes) if args.teacher else None
+    model = _model(args, args.model, args.weights, loaded.classes)
+    sparsity, target = _asked(args)
+    checkpoint = _checkpoint(args)
+    fast = whole_recipe(
+        model,
+        teacher,
+        training,
+        sparsity,
+        args.pattern,
+        args.epochs,
+        target=target,
+        importance=args.importance,
+        budget=args.budget,
+        loss=KDLoss(args.temperature, args.alpha),
+        penalty=args.penalty,
+        penalty_weight=args.penalty_weight if args.penalty else 0.0,
+        optimizer=_sgd(args, model),
+        val_loader=test,
+        example_inputs=_images(args, training),
+        checkpoint=checkpoint,
+        progress=True,
+    )
+    from .sparse.convert import choices
+
+    print(choices(fast).summary())
+    return _saved(args, fast, test, checkpoint)
 
 
 def sensitivity(args) -> dict:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,7 +20,7 @@ from .sparse.cost_model import Prediction
 from .sparse.dispatch import KINDS, MIN_SPARSITY, Choice, evaluating, measure_layer, sparsity_of
 from .sparse.packed_module import SparseModule
 from .sparse.problem import Problem
-from .sparse.surgery import call, record_inputs
+from .sparse.surgery import call, copied, record_inputs
 
 
 def machine() -> dict[str, str]:
@@ -52,15 +51,29 @@ def _resized(example_inputs: object, batch: int) -> object:
     return example_inputs
 
 
-def compare_networks(dense: nn.Module, sparse: nn.Module, example_inputs: object, rounds: int = 9) -> NetworkReport:
-    """Times two networks in turn; dense counts as the better of as it is and in channels_last."""
-    engines = {"as it is": lambda: call(dense, example_inputs), "sparse": lambda: call(sparse, example_inputs)}
+def _dense_engines(dense: nn.Module, example_inputs: object) -> tuple[dict[str, Callable], nn.Module]:
+    """The dense ways to run a network, as it is and in channels_last, and the copy that the second one runs."""
+    engines = {"as it is": lambda: call(dense, example_inputs)}
+    turned = dense
     if isinstance(example_inputs, Tensor) and example_inputs.dim() == 4:
-        turned = copy.deepcopy(dense).to(memory_format=torch.channels_last)
+        turned = copied(dense).to(memory_format=torch.channels_last)
         turned_inputs = example_inputs.contiguous(memory_format=torch.channels_last)
         engines["channels_last"] = lambda: turned(turned_inputs)
-    else:
-        turned = dense
+    return engines, turned
+
+
+def time_dense(model: nn.Module, example_inputs: object, rounds: int = 9) -> float:
+    """Milliseconds of a network as it is or in channels_last, whichever is faster."""
+    engines, turned = _dense_engines(model, example_inputs)
+    with evaluating(model), evaluating(turned):
+        timings = compare(engines, rounds=rounds, min_time=0.005, warmup=2, clock=clock())
+    return min(timing.min for timing in timings.values()) * 1e3
+
+
+def compare_networks(dense: nn.Module, sparse: nn.Module, example_inputs: object, rounds: int = 9) -> NetworkReport:
+    """Times two networks in turn; dense counts as the better of as it is and in channels_last."""
+    engines, turned = _dense_engines(dense, example_inputs)
+    engines["sparse"] = lambda: call(sparse, example_inputs)
     with evaluating(dense), evaluating(sparse), evaluating(turned):
         timings = compare(engines, rounds=rounds, min_time=0.005, warmup=2, clock=clock())
     best = min((name for name in timings if name != "sparse"), key=lambda name: timings[name].min)

@@ -130,7 +130,7 @@ def two_layers():
 
 
 def test_a_layer_that_loses_all_is_said_once():
-    """VainF/Torch-Pruning#111, #204: a global budget that empties layers confuses, or crashes."""
+    """VainF/Torch-Pruning#111, #204, #479: a global budget that empties layers confuses, or crashes."""
     model = two_layers()
     pruner = Pruner(model, 0.75, "magnitude", schedule=LinearSL(0, 3), ignored_layers=())
     with pytest.warns(UserWarning) as said:

@@ -72,7 +72,7 @@ def test_vectors_and_permutations_come_back(x, tmp_path, vector, permute):
 
 
 def test_it_is_really_smaller(converted, tmp_path):
-    """sparseml#633, nni#3094, llm-compressor#790: the file of a pruned model is no smaller, or bigger."""
+    """sparseml#633, nni#3094, llm-compressor#790, wanda#65: the file of a pruned model is no smaller, or bigger."""
     sparsekd.save(converted, tmp_path / "m.safetensors")
     stored = load_file(tmp_path / "m.safetensors")
     for key in ("2.weight", "4.weight"):
@@ -153,7 +153,7 @@ def test_bad_files_are_one_sentence_and_change_nothing(converted, tmp_path):
 
 
 def test_another_architecture(converted, tmp_path):
-    """VainF/Torch-Pruning#436: size mismatch, found half-way."""
+    """VainF/Torch-Pruning#436, jacobgil/pytorch-pruning#26: size mismatch, found half-way."""
     path = tmp_path / "m.safetensors"
     sparsekd.save(converted, path)
     unchanged_after(ValueError, "Expected a layer '2' in the model", nn.Sequential(nn.Conv2d(3, 64, 3)), path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekd import SparseConv2d, SparseLinear, data, evaluate, load
+from sparsekd import SparseConv2d, SparseLinear, data, dense_state_dict, evaluate, load, would_it_be_faster
 from sparsekd.cli import main, parser
 from sparsekd.distillation import Distiller
 from sparsekd.measure import engines
@@ -44,7 +44,19 @@ def run(*words):
     return main([str(word) for word in words])
 
 
-COMMANDS = ("demo", "train", "distill", "prune", "convert", "report", "bench", "doctor", "completion")
+COMMANDS = (
+    "demo",
+    "train",
+    "distill",
+    "prune",
+    "compress",
+    "sensitivity",
+    "convert",
+    "report",
+    "bench",
+    "doctor",
+    "completion",
+)
 TINY = ("--model", "test_cli:tiny")
 
 
@@ -136,6 +148,53 @@ def test_a_recipe_that_is_none(few_images, capsys, text, said):
     Path("recipe.yaml").write_text(text)
     assert run("prune", "--weights", "w", "--out", "o", "--recipe", "recipe.yaml") == 1
     assert said in capsys.readouterr().err
+
+
+def test_compress_is_the_one_call(trained, few_images, monkeypatch):
+    """--target in the place of --sparsity; from a YAML recipe; what is saved loads and is as sparse as asked for."""
+    pytest.importorskip("yaml", reason="PyYAML is not installed")
+    monkeypatch.setenv("SPARSEKD_TUNE", "off")
+    Path("recipe.yaml").write_text("target: 0.8\nbudget: uniform\nimportance: magnitude\nepochs: 4\nlr: 0.05\n")
+    words = ("compress", *TINY, "--weights", trained, "--teacher", trained, "--teacher-model", "test_cli:tiny")
+    assert run(*words, "--recipe", "recipe.yaml", "--out", "small.safetensors", "--json", "found.json") == 0
+    model, found = load(tiny(), "small.safetensors"), json.loads(Path("found.json").read_text())
+    weights = dense_state_dict(model)
+    for name in ("conv2.weight", "fc1.weight"):
+        assert int((weights[name] == 0).sum()) == round(0.8 * weights[name].numel())
+    assert found["accuracy"] == evaluate(model, data.loaders(few_images)[1])
+    assert sorted(file.name for file in Path().glob("small*")) == ["small.safetensors"]
+
+
+def test_prune_to_a_time(trained, monkeypatch):
+    """By the cost model: what is saved is foretold to be as fast as was asked for."""
+    monkeypatch.setenv("SPARSEKD_TUNE", "off")
+    words = ("prune", *TINY, "--weights", trained, "--target", "1.3x", "--batch", 64, "--epochs", 1)
+    assert run(*words, "--pattern", "4x1", "--importance", "magnitude", "--out", "fast.safetensors") == 0
+    model, shape = load(tiny(), "fast.safetensors"), (64, 3, 32, 32)
+    dense = sum(made.dense_ms for made in would_it_be_faster(model, 0.0, shape).values())
+    left = dense
+    for name in ("conv2", "fc1"):
+        sparsity = float((getattr(model, name).weight == 0).float().mean())
+        made = would_it_be_faster(model, sparsity, shape, "4x1")[name]
+        left -= made.dense_ms - min(made.dense_ms, made.sparse_ms)
+    assert 1.28 < dense / left < 1.5
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--target", "fast"), "Expected target to be a sparsity in [0, 1), a speed-up"),
+        (("--target", "2x", "--sparsity", 0.5), "Expected either a sparsity or a target, got sparsity=0.5 and target="),
+        (("--target", "2x", "--budget", "erk"), "Expected budget=\"latency\" with a target of time, got 'erk'"),
+        (("--budget", "latency"), 'Expected a target of time, "2x" or "3.5ms", with budget="latency", got 0.9'),
+        (("--target", "2x", "--batch", 0), "Expected --batch of at least 1, got 0"),
+    ],
+)
+def test_targets_that_are_refused(few_images, capsys, words, said):
+    save(tiny(), "alone.safetensors")
+    for command in ("prune", "compress"):
+        assert run(command, *TINY, "--weights", "alone.safetensors", *words, "--out", "o.safetensors") == 1
+        assert said in capsys.readouterr().err and not Path("o.safetensors").exists()
 
 
 def test_sensitivity_is_that_of_really_pruning(trained, few_images, capsys):

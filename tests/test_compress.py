@@ -1,6 +1,7 @@
 """The whole recipe in one call: what it gives, what it leaves alone, how it goes on, and what it refuses."""
 
 import copy
+import dataclasses
 import sys
 import warnings
 
@@ -62,6 +63,8 @@ def zeros(model, layers=(2, 7)):
 
 @pytest.mark.parametrize("taught", [True, False])
 def test_the_whole_recipe(taught):
+    """Syencil/mobile-yolov5-pruning-distillation#3, heyongxin233/YOLO-Pruning-RKNN#23, VainF/Torch-Pruning#186: both in
+    one."""
     student, teacher = network(), network(seed=1, width=16) if taught else None
     student.eval()
     student[5].train()
@@ -145,6 +148,63 @@ def test_the_schedule(unmeasured, monkeypatch):
     sparsekd.compress(student, None, loader(4), 0.75, epochs=8)
     assert len(seen) == 32
     assert not any(seen[:8]) and 0 < seen[8] < seen[15] < seen[19] < 0.75 and seen[23:] == [0.75] * 9
+
+
+# --- a target of time ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """By the cost model, so that nothing is measured."""
+    monkeypatch.setenv("SPARSEKD_TUNE", "off")
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(64 * 36, 64), nn.ReLU(), nn.Linear(64, CLASSES),
+    )  # fmt: skip
+
+
+def foretold(student, x):
+    """Dense and sparse milliseconds by the cost model, of the layers' own sparsities."""
+    dense = {name: made.dense_ms for name, made in sparsekd.would_it_be_faster(student, 0.0, x.shape).items()}
+    sparse = 0.0
+    for name, ms in dense.items():
+        sparsity = float((student.get_submodule(name).weight == 0).float().mean())
+        sparse += min(ms, sparsekd.would_it_be_faster(student, sparsity, x.shape)[name].sparse_ms) if sparsity else ms
+    return sum(dense.values()), sparse
+
+
+@pytest.mark.parametrize("how", ["speed-up", "ms"])
+def test_to_a_time(unmeasured, timed, how):
+    x = torch.randn(16, 2, 6, 6)
+    dense, _ = foretold(timed, x)
+    target = "1.25x" if how == "speed-up" else f"{dense / 1.25}ms"
+    sparsekd.compress(timed, None, loader(), target=target, epochs=4, importance="magnitude", example_inputs=x)
+    after = foretold(timed, x)
+    assert 1.24 < after[0] / after[1] < 1.35
+    assert timed[0].weight.count_nonzero() == timed[0].weight.numel()
+
+
+def test_a_target_may_be_a_sparsity(unmeasured):
+    one = network()
+    sparsekd.compress(one, None, loader(), target=0.8, epochs=4)
+    other = network()
+    sparsekd.compress(other, None, loader(), 0.8, epochs=4)
+    assert equal(copies(one), copies(other)) and sum(zeros(one).values()) == round(0.8 * (8 * 8 * 9 + 12 * 16 * 8))
+
+
+def test_a_time_that_is_missed_is_said(monkeypatch):
+    module = sys.modules["sparsekd.compress"]
+    found = module.compare_networks(network(), network(), torch.randn(2, 2, 6, 6), rounds=2)
+    for speedup, ms, target, missed in ((1.9, 1.0, "2x", True), (2.1, 1.0, "2x", False), (9.0, 2.0, "1.5ms", True)):
+        made = dataclasses.replace(found, speedup=speedup, sparse_ms=ms, dense_ms=speedup * ms)
+        monkeypatch.setattr(module, "compare_networks", lambda *arguments, made=made: made)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            module._check_time(None, None, None, target)
+        assert [str(w.message) for w in said] == [
+            f"Expected {target} after pruning, got {speedup:.2f}x ({ms:.3g} ms, dense {speedup * ms:.3g} ms)"
+        ] * missed
 
 
 # --- resumed ---------------------------------------------------------------------------------------------------------
@@ -239,7 +299,18 @@ class Short(list):
         ({"pattern": "2:1"}, ValueError, "Expected pattern to be one of "),
         ({"pattern": "2:4", "sparsity": 0.9}, ValueError, "Expected sparsity=0.5 with pattern '2:4', got 0.9$"),
         ({"importance": "tailor"}, ValueError, "Expected importance to be one of "),
-        ({"budget": "latency"}, ValueError, "Expected budget to be one of "),
+        (
+            {"budget": "latency"},
+            ValueError,
+            "Expected a target of time, .2x. or .3.5ms., with budget=.latency., got 0.5",
+        ),
+        ({"budget": "least"}, ValueError, "Expected budget to be one of "),
+        ({"target": 0.5}, ValueError, "Expected either a sparsity or a target, got sparsity=0.5 and target=0.5$"),
+        ({"sparsity": None}, ValueError, "Expected either a sparsity or a target, got sparsity=None and target=None$"),
+        ({"sparsity": None, "target": "2"}, ValueError, "Expected target to be a sparsity in "),
+        ({"sparsity": None, "target": "1e9x"}, ValueError, "Expected a target within reach, at least "),
+        ({"sparsity": None, "target": "2x", "budget": "erk"}, ValueError, "Expected budget=.latency. with a target of"),
+        ({"sparsity": None, "target": "2x", "pattern": "2:4"}, ValueError, "Expected pattern to be .unstructured. or "),
         ({"ignored_layers": "fc"}, ValueError, "Expected ignored_layers to be in the model, got 'fc'$"),
         ({"student": nn.ReLU()}, ValueError, "Expected a student with parameters to train, got a ReLU without$"),
         ({"student": "resnet18"}, TypeError, "Expected student to be a torch.nn.Module, got str$"),
@@ -248,7 +319,8 @@ class Short(list):
         ({"optimizer": "sgd"}, TypeError, "Expected optimizer to be a torch.optim.Optimizer, got str$"),
     ],
 )
-def test_refused_before_anything_is_trained(changed, error, message):
+def test_refused_before_anything_is_trained(changed, error, message, monkeypatch):
+    monkeypatch.setenv("SPARSEKD_TUNE", "off")
     student = network()
     before = copies(student)
     arguments = {"student": student, "teacher": network(1), "train_loader": loader(), "sparsity": 0.5, "epochs": 4}

@@ -104,7 +104,7 @@ def test_without_a_teacher_it_is_plain_training():
 
 
 def test_teacher_is_left_as_it_was():
-    # overhaul-distillation#37: a teacher in train mode drifts by its batch statistics.
+    # overhaul-distillation#37, CrossKD#13: a teacher in train mode drifts by its batch statistics.
     student, teacher = network(), network()
     teacher.train()
     teacher[1].eval()

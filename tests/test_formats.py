@@ -148,6 +148,23 @@ def test_grouping_permutation_brings_equal_channels_together(data):
     assert order.dtype == torch.int64 and formats.grouping_permutation(mask, vector, groups).dtype == torch.int32
 
 
+@settings(max_examples=200)
+@given(st.data())
+def test_largest_grouping_against_brute_force(data):
+    """The largest power of two for which the order of grouping_permutation fits."""
+    groups, per_group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 9))
+    rows = data.draw(st.lists(st.integers(0, 2), min_size=groups * per_group, max_size=groups * per_group))
+    mask = torch.tensor(rows)[:, None] == torch.arange(3)
+    fitting = [1]
+    for vector in (2, 4, 8):
+        order = formats.grouping_permutation(mask, vector, groups).long()
+        if vector <= per_group and fits(mask[order], vector, groups):
+            fitting.append(vector)
+    found = formats.largest_grouping(mask, groups)
+    assert found == max(fitting)
+    formats.pack(mask.float(), mask, found, groups, permute=True)
+
+
 def test_permutation_lets_scattered_channels_share():
     mask = torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1]], dtype=torch.bool)
     weight = mask.float()

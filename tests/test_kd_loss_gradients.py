@@ -55,6 +55,20 @@ def test_a_loss_scale_keeps_small_gradients(dtype):
     assert torch.equal(got, (want * 2.0**16).to(dtype)) and got.isfinite().all() and got.ne(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_finite_at_the_ends_of_half_types(dtype, temperature):
+    """mdistiller#60: infinite where a probability is 0. Logits of +-6e4, at one with the teacher, against it, alone."""
+    generator = torch.Generator().manual_seed(1)
+    signs, target = torch.randint(2, (6, 9), generator=generator) * 2.0 - 1, torch.arange(6)
+    for student, teacher in ((signs, -signs), (signs, signs), (0 * signs, signs), (signs, 0 * signs)):
+        student, teacher = ((6e4 * logits).to(dtype) for logits in (student, teacher))
+        loss, grad = with_gradient(ops.kd_loss, student, teacher, target, temperature=temperature, alpha=0.5)
+        want, exact = with_gradient(ops.kd_loss, student.double(), teacher.double(), target, temperature=temperature)
+        assert loss.isfinite() and grad.isfinite().all() and torch.allclose(loss.double(), want.double(), rtol=1e-3)
+        assert torch.allclose(grad.double(), exact, rtol=2e-2, atol=1e-3)
+
+
 def test_backward_twice_gives_the_same_gradient_twice():
     student, teacher, target = make(Case())
     _, want = with_gradient(ops.kd_loss, student, teacher, target)

@@ -41,7 +41,8 @@ def test_two_classes_by_hand():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
 def test_temperature_is_squared(temperature):
-    # HikariTJU/LD#74, keras-io#869: without T^2 the teacher fades as the temperature rises.
+    # HikariTJU/LD#74, keras-io#869, haitongli/knowledge-distillation-pytorch#2: without T^2 the teacher fades as the
+    # temperature rises.
     student, teacher, target = torch.randn(7, 5).double(), torch.randn(7, 5).double(), torch.arange(7) % 5
     got = KDLoss(temperature, alpha=0.7)(student, teacher, target)
     assert got.item() == pytest.approx(written_out(student, teacher, target, temperature, 0.7).item(), rel=1e-10)
@@ -57,6 +58,7 @@ def test_gradient_keeps_its_size_as_the_temperature_rises():
 
 
 def test_mean_over_rows_not_over_elements():
+    # facebookresearch/deit#116, haitongli/knowledge-distillation-pytorch#48: a mean over elements is C times smaller.
     # The same row again changes nothing, and neither does a class that no one believes in.
     student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[3.0, -1.0]])
     loss = KDLoss(alpha=1.0, temperature=1.0)
@@ -88,6 +90,8 @@ def test_alpha_zero_is_cross_entropy():
 
 
 def test_alpha_one_hears_the_teacher_alone():
+    """trl PR#5731: half a hard loss by a default that nobody saw. Here alpha=1 has none, and the default says 0.5."""
+    assert KDLoss().alpha == 0.5
     student, teacher = torch.randn(6, 5), torch.randn(6, 5)
     loss = KDLoss(alpha=1)
     want = written_out(student, teacher, torch.zeros(6, dtype=torch.long), 4.0, 1.0).item()

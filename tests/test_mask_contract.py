@@ -97,7 +97,7 @@ def optimizer_of(request):
 
 
 def test_by_hand():
-    """A momentum of 2 would move the pruned weight on, and decay has nothing to decay."""
+    """A momentum of 2 would move the pruned weight on (he-y/FPGM#47, jacobgil/pytorch-pruning#41)."""
     model = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 4.0]]))
@@ -114,6 +114,7 @@ def test_by_hand():
 
 
 def test_holds_through_gradual_pruning(optimizer_of):
+    """OPTML-Group/Unlearn-Saliency#32: weight decay and momentum change masked parameters, until both are cleared."""
     model = network()
     optimizer = optimizer_of(model.parameters())
     pruner = Pruner(model, 0.8, optimizer=optimizer, schedule=CubicSL(2, 8, update_frequency=2), ignored_layers=())

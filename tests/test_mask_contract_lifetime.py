@@ -117,8 +117,9 @@ def one_rank(rank, folder):
             assert same_on_all_ranks(pruner), (importance, step)
         total = sum(mask.numel() for mask in pruner.masks.values())
         assert pruner.sparsity() == round(0.7 * total) / total
-    # Without DDP the weights differ too, and one rank's second layer has no gradients.
-    for importance in ("gradient", "magnitude"):
+    # Without DDP the weights differ too, and one rank's second layer has no gradients. microsoft/nni#5205: Taylor
+    # scores of each rank's own.
+    for importance in ("gradient", "magnitude", "taylor"):
         model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
         pruner = Pruner(model, 0.5, importance, ignored_layers=(), importance_steps=2)
         for _ in range(2):
@@ -126,7 +127,7 @@ def one_rank(rank, folder):
             (model(x) if rank == 0 else model[0](x)).square().mean().backward()
             pruner.step()
         assert same_on_all_ranks(pruner) and pruner.sparsity() == 0.5
-    # What is wrong on one rank is an error on all of them: none is left waiting.
+    # What is wrong on one rank is an error on all of them: none is left waiting (VainF/Torch-Pruning#281, #252).
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     pruner = Pruner(model, 0.5, "magnitude", ignored_layers=(), importance_steps=1)
     if rank == 0:
@@ -148,4 +149,5 @@ def one_rank(rank, folder):
 
 
 def test_masks_are_the_same_on_all_ranks(tmp_path):
+    """huggingface/transformers#29227 asks for one mask of all ranks; neuralmagic/sparseml#429 got several."""
     torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)

@@ -7,9 +7,11 @@
                       product), at most 1 (Evci et al., "Rigging the lottery", ICML 2020, after Mocanu et al., 2018)
 ``{glob: sparsity}``  each layer loses the fraction given for its name; of several matching globs the last one counts;
                       layers that no glob matches stay dense, and the Pruner's ``sparsity`` is not used
+``LatencyBudget``    what brings the network to a latency at the least loss of importance (``latency.py``), chosen
+                      at the first pruning; the Pruner's ``sparsity`` is not used
 ==================== =================================================================================================
 
-Globs match the layer's name (``layer1.0.conv1``) or its parameter's (``layer1.0.conv1.weight``). The first three take
+Globs match the layer's name (``layer1.0.conv1``) or its parameter's (``layer1.0.conv1.weight``). All but the globs take
 ``min_sparsity`` and ``max_sparsity`` of layers, a number or a dict of globs: what one layer may not lose, others do.
 """
 
@@ -23,6 +25,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .latency import LatencyBudget, Spending
 from .patterns import Units, lowest_units
 
 BUDGETS = ("global", "uniform", "erk")
@@ -82,7 +85,7 @@ class Budget:
     """Distributes a sparsity over layers.
 
     Args:
-        budget: "global", "uniform", "erk" or a mapping from name globs to sparsities.
+        budget: "global", "uniform", "erk", a mapping from name globs to sparsities, or a LatencyBudget.
         sparsity: of all prunable weights; a mapping brings its own.
         sizes: parameter name to its number of weights, or to its shape, which "erk" needs.
         min_sparsity, max_sparsity: of single layers; a number for all, a dict for those that its globs match.
@@ -96,7 +99,7 @@ class Budget:
 
     def __init__(
         self,
-        budget: str | Mapping[str, float],
+        budget: str | Mapping[str, float] | LatencyBudget,
         sparsity: float,
         sizes: Mapping[str, int | torch.Size],
         min_sparsity: Caps = None,
@@ -106,9 +109,15 @@ class Budget:
         self.sizes = {name: size if isinstance(size, int) else math.prod(size) for name, size in sizes.items()}
         self.sparsity = check_sparsity(sparsity)
         self.layers: dict[str, float] | None = None  # final sparsity of each layer; None: they compete
+        self.spending: Spending | None = None  # of a latency, until :meth:`decide` knows the layers
         names = list(self.sizes)
-        explicit = isinstance(budget, Mapping)
-        if not explicit and budget not in BUDGETS:
+        explicit, timed = isinstance(budget, Mapping), isinstance(budget, LatencyBudget)
+        if isinstance(budget, str) and budget == "latency":
+            raise ValueError(
+                "Expected a budget of latency with its times, sparsekd.latency_budget(model, example_inputs, target), "
+                "got 'latency'"
+            )
+        if not explicit and not timed and budget not in BUDGETS:
             known = ", ".join(map(repr, BUDGETS))
             raise ValueError(f"Expected budget to be one of {known} or a dict of name globs, got {budget!r}")
         if explicit and not (min_sparsity is None and max_sparsity is None):
@@ -120,20 +129,23 @@ class Budget:
             self._caps(max_sparsity, 1.0, "max_sparsity"),
         )
         if limits is not None:
-            if explicit or self.capped:
+            if explicit or timed or self.capped:
                 raise ValueError(
                     "Expected no budget of single layers with a pattern that fixes their sparsity, got one"
                 )
             self.layers = {name: limits[name] / max(self.sizes[name], 1) for name in names}
         elif explicit:
             self.layers = dict.fromkeys(names, 0.0) | by_glob(budget, names, "budget globs")
+        elif timed:
+            self._check_caps()
+            self.spending = Spending(budget, self.sizes, self.low, self.high)
         elif budget != "global" or self.capped:
             self._check_room()
-        if self.layers is None and budget == "uniform":
+        if self.layers is None and not timed and budget == "uniform":
             self.layers = dict.fromkeys(names, self.sparsity)
             if self.capped:
                 self.layers = shared_sparsity(dict.fromkeys(names, 1.0), self.sizes, self.sparsity, self.low, self.high)
-        elif self.layers is None and budget == "erk":
+        elif self.layers is None and not timed and budget == "erk":
             raw = {name: sum(shape) / max(math.prod(shape), 1) for name, shape in sizes.items()}
             self.layers = shared_sparsity(raw, self.sizes, self.sparsity, self.low, self.high)
 
@@ -149,20 +161,36 @@ class Budget:
             found = dict.fromkeys(self.sizes, check_sparsity(caps, name))
         return found
 
-    def _check_room(self) -> None:
-        total = max(sum(self.sizes.values()), 1)
-        least, most = (sum(caps[n] * size for n, size in self.sizes.items()) / total for caps in (self.low, self.high))
+    def _check_caps(self) -> None:
         crossed = [name for name in self.sizes if self.low[name] > self.high[name]]
         if crossed:
             raise ValueError(f"Expected min_sparsity of at most max_sparsity, got more for {', '.join(crossed)}")
+
+    def _check_room(self) -> None:
+        self._check_caps()
+        total = max(sum(self.sizes.values()), 1)
+        least, most = (sum(caps[n] * size for n, size in self.sizes.items()) / total for caps in (self.low, self.high))
         if not least - 1e-9 <= self.sparsity <= most + 1e-9:
             raise ValueError(
                 f"Expected a sparsity that min_sparsity and max_sparsity allow, {least:.4f}..{most:.4f}, "
                 f"got {self.sparsity}"
             )
 
+    @property
+    def undecided(self) -> bool:
+        """Whether how much each layer loses waits for the first scores."""
+        return self.spending is not None and self.layers is None
+
+    def decide(self, units: Mapping[str, Units]) -> None:
+        """What each layer loses under a latency, from now on."""
+        if self.undecided:
+            self.layers = self.spending.choose(units)
+
     def total(self, at: Callable[[float], float] = float) -> int:
-        """How many weights go in all; ``at`` maps a final sparsity to that of the moment (a schedule)."""
+        """How many weights go in all; ``at`` maps a final sparsity to that of the moment (a schedule). While it is
+        undecided: 0."""
+        if self.undecided:
+            return 0
         if self.layers is None:
             return round(at(self.sparsity) * sum(self.sizes.values()))
         return sum(round(at(self.layers[name]) * size) for name, size in self.sizes.items())
@@ -203,7 +231,19 @@ class Budget:
         """How many weights each layer loses when every weight is a unit of its own."""
         check_scores(scores)
         units = {name: Units(scores[name].flatten(), None, None) for name in self.sizes}
+        if self.undecided:
+            layers = self.spending.choose(units)
+            return {name: round(at(layers[name]) * size) for name, size in self.sizes.items()}
         return {name: int(part.sum()) for name, part in self.choose(units, at).items()}
+
+
+def plain(given: object) -> object:
+    """A budget or caps as a checkpoint holds them: torch.load(weights_only=True) does not read numpy's floats."""
+    if isinstance(given, Mapping):
+        return {glob: float(value) for glob, value in given.items()}
+    if isinstance(given, LatencyBudget):
+        return str(given)
+    return given if given is None or isinstance(given, str) else float(given)
 
 
 def check_scores(scores: Mapping[str, Tensor]) -> None:

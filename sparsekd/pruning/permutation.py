@@ -10,6 +10,9 @@ A grouping is worth the sum over its vectors of max(score of the vector - tau, 0
 ``density`` of all vectors reach. From a greedy start it is improved round by round: one channel leaves each group, and
 all of them are assigned anew, exactly, by the Hungarian method. No round makes it worse.
 
+On nets trained on shapes (3 seeds, 90%, V = 16, |w|; ``benchmarks/permutation.py``) neighbours keep 0.143 of a net's
+importance, this grouping 0.159, simulated annealing of a minute a layer 0.159; single weights keep 0.260.
+
 Pool and Yu, "Channel permutations for N:M sparsity", NeurIPS 2021, swap channels.
 """
 

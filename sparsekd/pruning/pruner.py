@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .budget import Budget, Caps, check_scores, check_sparsity
+from .budget import Budget, Caps, check_scores, check_sparsity, plain
 from .gatherers import GradientGatherer, InputGatherer
 from .importance import Importance, find_importance, score, statistic_of
+from .latency import LatencyBudget
 from .layers import Ignored, find_prunable, module_at, unwrap
 from .mask_keeper import MaskKeeper
 from .optimizers import moved_by
@@ -43,7 +44,8 @@ class Pruner:
             :mod:`sparsekd.pruning.importance`.
         pattern: "unstructured", "4x1", "4x1-permuted", "2:4", ..., see :mod:`sparsekd.pruning.patterns`. N:M and V:N:M
             fix the sparsity; ``sparsity`` has to be 1 - N/M then.
-        budget: "global", "uniform", "erk", or a dict from name globs to sparsities, see :mod:`sparsekd.pruning.budget`.
+        budget: "global", "uniform", "erk", a dict from name globs to sparsities, or what
+            :func:`sparsekd.latency_budget` makes, see :mod:`sparsekd.pruning.budget`.
         schedule: :class:`CubicSL`, :class:`LinearSL`, :class:`IterativeSL`, :class:`RigL` or None.
         optimizer: held to the mask contract after each of its steps, for as long as it lives. Other optimizers of
             ``torch.optim`` that step with prunable weights are held to it too, for as long as the Pruner lives; weights
@@ -70,7 +72,7 @@ class Pruner:
         sparsity: float,
         importance: str | Importance = "gradient",
         pattern: str = "unstructured",
-        budget: str | Mapping[str, float] = "global",
+        budget: str | Mapping[str, float] | LatencyBudget = "global",
         schedule: SparsitySchedule | None = None,
         optimizer: Optimizer | None = None,
         ignored_layers: Ignored = "first_last",
@@ -88,7 +90,8 @@ class Pruner:
             raise TypeError(
                 f"Expected schedule to be CubicSL, LinearSL, IterativeSL, RigL or None, got {type(schedule).__name__}"
             )
-        if schedule is not None and not isinstance(budget, Mapping) and schedule.init_sparsity > sparsity:
+        own = isinstance(budget, (Mapping, LatencyBudget))  # which do without `sparsity`
+        if schedule is not None and not own and schedule.init_sparsity > sparsity:
             raise ValueError(f"Expected init_sparsity of at most sparsity={sparsity}, got {schedule.init_sparsity}")
         if isinstance(importance_steps, bool) or not isinstance(importance_steps, int) or importance_steps < 1:
             raise ValueError(f"Expected importance_steps to be a whole number from 1 on, got {importance_steps!r}")
@@ -107,10 +110,9 @@ class Pruner:
             "sparsity": sparsity,
             "importance": label or type(importance).__name__,
             "pattern": self._pattern.name,
-            # Plain floats: torch.load(weights_only=True) does not read numpy's.
-            "budget": _plain(budget),
-            "min_sparsity": _plain(min_sparsity),
-            "max_sparsity": _plain(max_sparsity),
+            "budget": plain(budget),
+            "min_sparsity": plain(min_sparsity),
+            "max_sparsity": plain(max_sparsity),
             "schedule": repr(schedule),
             "importance_steps": importance_steps,
         }
@@ -218,6 +220,7 @@ class Pruner:
         if self._pattern.sparsity is not None:
             # As many may be gone already, though not in the right places: the shape is complete only at the end.
             changed = total > 0
+        changed = changed or (self._budget.undecided and at(1.0) > 0)
         if changed:
             gradients = None if self._gatherer is None else self._gatherer.means()
             scores = score(self._importance, self._weights, gradients)
@@ -227,6 +230,7 @@ class Pruner:
             check_scores(scores)
             self._choose_permutations(scores)
             units = {name: self._units(name, values) for name, values in scores.items()}
+            self._budget.decide(units)
             masks = {}
             for name, gone in self._budget.choose(units, at).items():
                 masks[name] = new_whole(self._weights[name], torch.bool)  # in the weight's memory format
@@ -246,7 +250,7 @@ class Pruner:
             self._gatherer.forget()
         return changed
 
-    def _make_budget(self, budget: str | Mapping, sparsity: float, low: Caps, high: Caps) -> Budget:
+    def _make_budget(self, budget: str | Mapping | LatencyBudget, sparsity: float, low: Caps, high: Caps) -> Budget:
         shapes, fixed = {name: weight.shape for name, weight in self._weights.items()}, self._pattern.sparsity
         if fixed is None:
             return Budget(budget, sparsity, shapes, low, high)
@@ -350,6 +354,8 @@ class Pruner:
             "steps": self._steps,
             "finished": self._finished,
             "gathered": None if self._gatherer is None else self._gatherer.state_dict(),
+            # Of a latency: measured again, it might be spent otherwise.
+            "layers": dict(self._budget.layers) if self._budget.spending and self._budget.layers else None,
             "permutations": {name: vars(made) | {"order": made.order} for name, made in self._permutations.items()},
             "regrown": self._regrown,
             "snapshot": None if self._snapshot is None else dict(self._snapshot),
@@ -379,6 +385,8 @@ class Pruner:
         )
         self._steps, self._finished, self._regrown = state["steps"], state["finished"], state["regrown"]
         self._permutations = permutations
+        if self._budget.spending is not None:
+            self._budget.layers = None if state["layers"] is None else dict(state["layers"])
         snapshot = state["snapshot"]
         self._snapshot = None if snapshot is None else {name: value.clone() for name, value in snapshot.items()}
         self._keeper.hold()
@@ -408,10 +416,3 @@ class Pruner:
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self._settings.items())
         return f"Pruner({settings}; {len(self._weights)} layers, step {self._steps}, now {self.sparsity():.4f})"
-
-
-def _plain(caps: object) -> object:
-    # Plain floats: torch.load(weights_only=True) does not read numpy's.
-    if isinstance(caps, Mapping):
-        return {glob: float(value) for glob, value in caps.items()}
-    return caps if caps is None or isinstance(caps, str) else float(caps)

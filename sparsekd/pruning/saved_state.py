@@ -8,6 +8,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
+from .budget import check_sparsity
 from .layers import check_count, check_keys, check_like
 from .patterns import Layout
 from .permutation import Permutation
@@ -29,7 +30,7 @@ def check_state(
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"Expected state to be a dict of Pruner.state_dict(), got {type(state).__name__}")
-    parts = ("settings", "masks", "steps", "finished", "gathered", "permutations", "regrown", "snapshot")
+    parts = ("settings", "masks", "steps", "finished", "gathered", "layers", "permutations", "regrown", "snapshot")
     check_keys("a Pruner's state", state, parts)
     check_keys("settings", state["settings"], settings)
     for key, own in settings.items():
@@ -40,6 +41,10 @@ def check_state(
         check_like(f"the mask of {name}", state["masks"][name], weight, (torch.bool,))
     check_count("steps", state["steps"])
     check_count("regrown", state["regrown"])
+    if state["layers"] is not None:
+        check_keys("layers", state["layers"], weights)
+        for name, sparsity in state["layers"].items():
+            check_sparsity(sparsity, f"the sparsity of {name}")
     check_keys("permutations", state["permutations"], weights if state["permutations"] else ())
     permutations = {}
     for name, made in state["permutations"].items():

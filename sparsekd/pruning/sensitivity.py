@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -75,17 +76,8 @@ def sensitivity(
         ValueError, TypeError, RuntimeError: what the Pruner raises; a pattern that fixes its sparsity wants just that.
     """
     sparsities = [check_sparsity(value) for value in sparsities]
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    gradients = [parameter.grad for parameter in model.parameters()]
-    given = list(batches)
-
-    def restore() -> None:
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                value.copy_(state[name])
-
-    try:
-        scores = _scores(model, importance, ignored_layers, given, loss_fn)
+    with _put_back(model) as restore:
+        scores = _scores(model, importance, ignored_layers, list(batches), loss_fn)
         restore()  # forwards in train mode have moved the statistics
         baseline = float(eval_fn(model))
         found: dict[str, list[float]] = {name: [] for name in scores}
@@ -107,6 +99,40 @@ def sensitivity(
                     restore()
                     done(name)
         return Sensitivity(baseline, sparsities, found)
+
+
+def gather_importance(
+    model: nn.Module,
+    importance: str | Importance = "gradient",
+    batches: Iterable[tuple[Tensor, Tensor]] = (),
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    ignored_layers: Ignored = (),
+) -> dict[str, Tensor]:
+    """Parameter name to the scores of its weights, over all batches; nothing is pruned.
+
+    Args:
+        importance, batches, loss_fn, ignored_layers: as in :func:`sensitivity`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: what the Pruner raises, as for an importance without its data.
+    """
+    with _put_back(model):
+        return _scores(model, importance, ignored_layers, list(batches), loss_fn)
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """A function that puts the model's state back, bit for bit; at the end that, and its gradients."""
+    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    gradients = [parameter.grad for parameter in model.parameters()]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                value.copy_(state[name])
+
+    try:
+        yield restore
     finally:
         restore()
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):

@@ -21,7 +21,7 @@ from ..measure import tuned
 from ..measure.machine import clock, identity
 from ..measure.progress import track
 from ..measure.timing import compare
-from .dispatch import KINDS, MIN_SPARSITY, Choice, choose, evaluating, from_dense, kind_of, sparsity_of
+from .dispatch import KINDS, MIN_SPARSITY, Choice, best_grouping, choose, evaluating, from_dense, kind_of, sparsity_of
 from .packed_module import DTYPES, SparseModule
 from .shapes import Shapes
 from .surgery import bare, call, carry_hooks, copied, put_in_place, record_inputs, unhooked
@@ -108,6 +108,8 @@ def convert(
         inplace: change ``model`` itself; otherwise a deep copy is converted.
         filter_fn: ``(module, name) -> bool``; layers for which it is False are left alone.
         mapping: name glob to ``{"kernel": "auto" | "sparse" | "dense", "vector": int | "auto"}``; later globs win.
+            "auto" is the largest V that output channels fit as they come or, if that is more, in another order, which
+            is then kept in the packed weight.
         strict: raise when a pruned layer stays dense.
         progress: show a bar on a terminal.
 
@@ -150,7 +152,10 @@ def convert(
         if kept.reason:
             made[name] = kept
             continue
-        twin = from_dense(plain, vector=settings["vector"])
+        vector, permute = settings["vector"], False
+        if vector == "auto":
+            vector, permute = best_grouping(plain)
+        twin = from_dense(plain, vector=vector, permute=permute)
         with evaluating(plain), evaluating(twin):
             for x in seen[module]:
                 _check_equal(plain(x), twin(x), name)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..measure import tuned
 from ..measure.machine import clock, identity
 from ..measure.timing import compare, speedup
-from . import cost_model
+from . import cost_model, formats
 from .modules import SparseConv1d, SparseConv2d, SparseLinear
 from .ops import tuning_tiles
 from .packed_module import SparseModule
@@ -69,6 +69,13 @@ def from_dense(
     """The sparse twin of an nn.Conv1d, nn.Conv2d or nn.Linear."""
     twins = {nn.Conv1d: SparseConv1d, nn.Conv2d: SparseConv2d, nn.Linear: SparseLinear}
     return twins[kind_of(module)].from_dense(module, mask, vector, permute)
+
+
+def best_grouping(module: nn.Module) -> tuple[int, bool]:
+    """V of a plain layer's zeros, and whether its output channels have to be put in another order for that."""
+    keep, groups = module.weight.detach() != 0, getattr(module, "groups", 1)
+    consecutive, ordered = formats.largest_vector(keep, groups), formats.largest_grouping(keep, groups)
+    return (ordered, True) if ordered > consecutive else (consecutive, False)
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

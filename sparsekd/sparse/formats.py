@@ -86,6 +86,19 @@ def grouping_permutation(mask: Tensor, vector: int, groups: int = 1) -> Tensor:
     return torch.cat(order).to(torch.int32) if order else torch.empty(0, dtype=torch.int32, device=mask.device)
 
 
+def largest_grouping(mask: Tensor, groups: int = 1) -> int:
+    """The largest V, of 64, 32, ..., 2, for which some order of the output channels fits V x 1; 1 where none does.
+
+    It is that of :func:`grouping_permutation`; the channels of the last group of each convolution group may be fewer.
+    """
+    rows = _row_masks(mask, groups)
+    counts = [torch.unique(own, dim=0, return_counts=True)[1] for own in rows if own.numel()]
+    for vector in (64, 32, 16, 8, 4, 2):
+        if counts and rows.shape[1] >= vector and all(int((own % vector).count_nonzero()) <= 1 for own in counts):
+            return vector
+    return 1
+
+
 def _check_permutation(row_indices: Tensor, out_channels: int, groups: int) -> None:
     per_group = out_channels // groups
     expected = torch.arange(out_channels, device=row_indices.device)
