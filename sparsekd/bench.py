@@ -29,7 +29,7 @@ TOLERANCE = 1e-4  # of an engine's output, relative to the largest element of fl
 
 
 class FirstOutput(nn.Module):
-    """The one output that networks with several are asked for (of a segmentation network: its map)."""
+    """The one output that networks with several are asked for: the map of a segmentation network, else the first."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -37,7 +37,9 @@ class FirstOutput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         output = self.network(x)
-        return output["out"] if isinstance(output, dict) else output[0]
+        if isinstance(output, dict):
+            return output.get("out", next(iter(output.values()), None))
+        return output[0]
 
 
 def masked(model: nn.Module, sparsity: float, vector: int) -> nn.Module:
@@ -54,10 +56,15 @@ def masked(model: nn.Module, sparsity: float, vector: int) -> nn.Module:
 
 
 def folded(model: nn.Module, x: Tensor) -> nn.Module:
-    """A plain network in eval mode with one output, its batch-norm folded where torch.fx can trace it."""
+    """A plain network in eval mode with one output, its batch-norm folded where torch.fx can trace it.
+
+    ValueError: a network whose first answer is no tensor (a detector's, say).
+    """
     model = to_dense(model).eval()
     if not isinstance(model(x), Tensor):
         model = FirstOutput(model)
+        if not isinstance(output := model(x), Tensor):
+            raise ValueError(f"Expected a network whose answers are tensors to compare, got {type(output).__name__}")
     try:
         return fuse(model)
     except Exception:  # torch.fx raises many kinds; all engines then get the network as it is

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -229,12 +230,28 @@ def with_recipe(words: list[str]) -> list[str]:
     return [*words[:1], *given, *words[1:]]
 
 
+def check_files(args: argparse.Namespace) -> None:
+    """Before any work: what is to be written at its end must have a place."""
+    for option in ("json", "html", "csv", "png", "out"):
+        name = getattr(args, option, None)
+        if not name or name == "-" or (args.command, option) == ("demo", "out"):  # that is a folder
+            continue
+        path = Path(name)
+        folder = path.parent
+        while option == "out" and not folder.exists():  # made on the way
+            folder = folder.parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            why = "a folder" if path.is_dir() else f"a file in {folder}, which is no folder that can be written to"
+            raise ValueError(f"Expected --{option} to name a file that can be written, got {name}: {why}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 when it succeeds, 1 after one sentence about an error, 130 when interrupted."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = None
     try:
         args = parser().parse_args(with_recipe(words))
+        check_files(args)
         # JSON for standard output has it to itself.
         aside = contextlib.redirect_stdout(sys.stderr) if args.json == "-" else contextlib.nullcontext()
         with aside:

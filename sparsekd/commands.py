@@ -227,6 +227,7 @@ def convert(args) -> dict:
         converted = convert_model(model, images, progress=True)
         made = report(converted, images, progress=True)
     if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         save(converted, args.out)
     return _show(made, args)
 

@@ -16,7 +16,10 @@ def model_of(name: str, num_classes: int):
 
     package, _, factory = name.rpartition(":")
     if package == "timm":
-        return _imported("timm").create_model(factory, pretrained=False, num_classes=num_classes)
+        timm = _imported("timm")
+        if not timm.is_model(factory):
+            raise ValueError(f"Expected a model of timm's (timm.list_models()), got {factory!r}")
+        return timm.create_model(factory, pretrained=False, num_classes=num_classes)
     if package == "torchvision":
         return _of_torchvision(factory, num_classes)
     if package:

@@ -25,6 +25,12 @@ def test_report_covers_every_topic_in_plain_sentences():
         assert not advice or advice[0].isupper()
 
 
+def test_packages_that_are_missing_are_named():
+    (finding,) = doctor.packages({"timm": "1.0", "onnx": "2.0"}.get)
+    assert finding.value == "timm 1.0, onnx 2.0" and finding.advice.endswith("install torchvision onnxruntime openvino")
+    assert doctor.packages(lambda name: None)[0].value == "none" and not doctor.packages(lambda name: "1")[0].advice
+
+
 def test_report_is_printed_in_columns():
     out = io.StringIO()
     doctor.print_report([Finding("a", "1"), Finding("long", "2", "Do this.")], out)

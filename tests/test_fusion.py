@@ -1,6 +1,7 @@
 """optimize_for_inference: what is fused, what must not be, and that it computes what the model did."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -305,8 +306,11 @@ def test_the_result_is_for_inference_and_goes_back_to_dense(x):
     assert not any(parameter.requires_grad for parameter in result.parameters())
     with pytest.raises(RuntimeError, match="gradient"):
         result(x.clone().requires_grad_())
-    for name, choice in sparsekd.choices(result).items():
-        assert isinstance(result.get_submodule(name), SparseConv2d) and choice.kernel == "sparse"
+    for network in (result, copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
+        made = sparsekd.choices(network)
+        assert len(made) == 3 and made.seconds > 0
+        for name, choice in made.items():
+            assert isinstance(network.get_submodule(name), SparseConv2d) and choice.kernel == "sparse"
     dense = sparsekd.to_dense(result)
     assert not any(isinstance(module, SparseConv2d) for module in dense.modules())
     assert_near(dense(x), model(x))
@@ -328,12 +332,21 @@ def test_the_original_is_unchanged_and_the_fastest_is_taken(x):
         sparsekd.optimize_for_inference("resnet", x)
 
 
-def test_the_result_exports(x):
+@torch.no_grad()
+@pytest.mark.parametrize("turn", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_result_exports(x, tmp_path, turn, compiled):
+    """Fused and with a dynamic batch; by AOTInductor to a library, too."""
     model = pruned(nn.Sequential(nn.Conv2d(8, 8, 3), nn.MaxPool2d(3, 2, 1), Block(torch.add, F.relu, True)))
-    result = fused(model, x)
-    exported = torch.export.export(result, (x,))
-    assert "sparsekd.conv2d_fused" in exported.graph_module.code
-    assert_near(exported.module()(x), model(x))
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(fused(model, x, turn), (x,), dynamic_shapes=({0: batch},))
+    assert exported.graph_module.code.count("sparsekd.conv2d_fused") == 2
+    run = exported.module()
+    if compiled:
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+        run = torch._inductor.aoti_load_package(package)
+    for images in (x, x[:1], torch.randn(5, *x.shape[1:])):
+        assert_near(run(images), model(images))
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -68,6 +68,15 @@ def versions() -> list[Finding]:
         Finding("triton", triton or "not installed", "" if triton else "The Triton kernels are out; all else works."),
         Finding("sparsekd", own or "not installed", "" if own else f"Install it: {REBUILD}"),
     ]
+
+
+def packages(version: Callable[[str], str | None] = _version) -> list[Finding]:
+    """What the commands can use beside torch: model zoos and the engines of `sparsekd bench --against`."""
+    found = {name: version(name) for name in ("torchvision", "timm", "onnx", "onnxruntime", "openvino")}
+    value = ", ".join(f"{name} {release}" for name, release in found.items() if release)
+    missing = [name for name, release in found.items() if not release]
+    advice = f"Their models and engines are left out: pip install {' '.join(missing)}" if missing else ""
+    return [Finding("other packages", value or "none", advice)]
 
 
 # ---- our own library ----
@@ -247,6 +256,7 @@ def report(environ: Mapping[str, str] | None = None) -> list[Finding]:
     built_for = torch.cuda.get_arch_list() if torch.version.cuda else []
     return [
         *versions(),
+        *packages(),
         *extension(extension_file(), loaded_isa()),
         *environment(environ),
         *threads(torch.get_num_threads(), cores),

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 CLOCKS = ("cpu", "wall", "cuda")
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def threads(count: int) -> Iterator[None]:
     """Let torch use `count` threads within the block, and as many as before after it."""
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"Expected a number of threads of at least 1, got {count!r}")
+    if count > MOST_THREADS:  # OpenMP ends the process where the system gives it no more
+        raise ValueError(f"Expected at most {MOST_THREADS} threads, got {count}")
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

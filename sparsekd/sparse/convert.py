@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._prims_common import suggest_memory_format
 from torch.nn.utils import parametrize
 
@@ -26,6 +26,7 @@ from .packed_module import DTYPES, SparseModule
 from .shapes import Shapes
 from .surgery import bare, call, carry_hooks, copied, put_in_place, record_inputs, unhooked
 
+KEPT = "_sparsekd_choices"  # the attribute of a converted model
 SETTINGS = {"kernel": ("auto", "sparse", "dense"), "vector": None}
 
 
@@ -186,8 +187,8 @@ def convert(
     # Hooks of the copy, which may be bound to what was copied with it.
     target = put_in_place(target, {old: carry_hooks(old, unhooked(sparse[name])) for name, old in names.items()})
     turned = _to_channels_last(target) if channels_last else []
-    target._sparsekd_choices = Choices(made, time.perf_counter() - began, turned)
-    logging.getLogger("sparsekd").info("%s", target._sparsekd_choices.summary())
+    keep_choices(target, Choices(made, time.perf_counter() - began, turned))
+    logging.getLogger("sparsekd").info("%s", choices(target).summary())
     return target
 
 
@@ -336,7 +337,20 @@ class Choices(dict[str, Choice]):
 
 def choices(model: nn.Module) -> Choices:
     """What :func:`convert` chose for each layer of this model, by name; empty for a model that it did not make."""
-    return getattr(model, "_sparsekd_choices", None) or Choices()
+    return next((place[KEPT] for place in _places(model) if KEPT in place), Choices())
+
+
+def keep_choices(model: nn.Module, made: Choices | None) -> None:
+    """Puts what was chosen where :func:`choices` finds it; None: nothing."""
+    for place in _places(model):
+        place.pop(KEPT, None)
+        if made is not None:
+            place[KEPT] = made
+
+
+def _places(model: nn.Module) -> list[dict]:
+    # Of what hangs on a graph, a deep copy takes only the meta along, and a pickle all but that.
+    return [vars(model), *([model.meta] if isinstance(model, fx.GraphModule) else [])]
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -348,8 +362,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     made = choices(target)
     for name in made.turned:
         target.get_submodule(name).to(memory_format=torch.contiguous_format)
-    if hasattr(target, "_sparsekd_choices"):
-        del target._sparsekd_choices
+    keep_choices(target, None)
     return target
 
 

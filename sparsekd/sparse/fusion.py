@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..measure.machine import clock
 from ..measure.timing import compare
 from . import ops
-from .convert import Choices, choices, convert, to_dense
+from .convert import Choices, choices, convert, keep_choices, to_dense
 from .fused_modules import FusedConv2d, MaxPool2d
 from .modules import SparseConv2d
 from .packed_module import SparseModule
@@ -360,7 +360,7 @@ def _fused(model: nn.Module, channels_last: bool, turn: bool, lanes: bool = Fals
     for name, choice in choices(model).items():
         inside = isinstance(model.get_submodule(name), FusedConv2d)
         renamed[f"{name}.conv" if inside else name] = choice
-    model._sparsekd_choices = renamed
+    keep_choices(model, renamed)
     return model
 
 
