@@ -84,14 +84,15 @@ class Bench:
         torch.manual_seed(1000)
         model = network(s.teacher_width, self.data.classes)
         if not file.exists():
+            self.check_new("teacher", file)
             everything = data.Loader(
                 self.data.train_images, self.data.train_labels, s.batch_size, True, 1000, self.name == "shapes"
             )
             began = time.process_time()
             optimizer = self.optimizer(model, s.lr, s.weight_decay, s.teacher_epochs * len(everything))
             Distiller(model, None).fit(everything, s.teacher_epochs, optimizer, progress=True)
-            self.write("teacher", {"accuracy": evaluate(model, self.test), "seconds": time.process_time() - began})
             _save(model, file)
+            self.write("teacher", {"accuracy": evaluate(model, self.test), "seconds": time.process_time() - began})
         model.load_state_dict(torch.load(file, weights_only=True))
         return TeacherCache(model.eval(), folder=self.runs / "answers").eval()
 
@@ -101,12 +102,13 @@ class Bench:
         torch.manual_seed(seed)
         model = network(s.width, self.data.classes)
         if not file.exists():
+            self.check_new(f"student-{seed}", file)
             began, train = time.process_time(), self.loader(seed)
             optimizer = self.optimizer(model, s.lr, s.weight_decay, s.dense_epochs * len(train))
             Distiller(model, None).fit(train, s.dense_epochs, optimizer, progress=False)
+            _save(model, file)
             result = {"accuracy": evaluate(model, self.test), "seconds": time.process_time() - began}
             self.write(f"student-{seed}", result | {"train_accuracy": evaluate(model, train)})
-            _save(model, file)
         model.load_state_dict(torch.load(file, weights_only=True))
         return model
 
@@ -157,6 +159,14 @@ class Bench:
             if pruner.finished:
                 break
         train.epoch = 0
+
+    def check_new(self, name: str, file: Path) -> None:
+        """Another machine rounds otherwise and would make another one: cells of two would be in one table."""
+        if self.path(name).exists():
+            raise SystemExit(
+                f"Expected {file}, which the cells in {self.results} come from, got no such file: bring it from where "
+                "they were made, remove them, or choose --out"
+            )
 
     def path(self, name: str) -> Path:
         return self.results / f"{name}.json"
