@@ -85,6 +85,11 @@ def dense(distilled: bool, recipe: str = "") -> Cell:
     return Cell("dense", 0.0, "none", distilled, recipe=recipe)
 
 
+def globally() -> tuple[Cell, Cell]:
+    """By the search's budget; trained longer they are the best recipe."""
+    return Cell(budget="global"), Cell("4x1-permuted", budget="global")
+
+
 def stages(name: str) -> list[list[Cell]]:
     """Cells in the order of what they tell; a stage is run for all seeds before the next."""
     both = (True, False)
@@ -102,7 +107,7 @@ def stages(name: str) -> list[list[Cell]]:
     first = [dense(taught) for taught in both]
     first += [Cell(pattern, distilled=taught) for taught in both for pattern in (*GRID[:3], *WIDE)]
     budgets = [Cell(sparsity=0.95, budget=budget) for budget in ("erk", "uniform", "global")]
-    long = [dense(True, "long"), Cell(recipe="long"), Cell("4x1-permuted", recipe="long")]
+    best = [dense(True, "long"), *(replace(cell, recipe="long") for cell in globally())]
     ways = [Cell("4x1", lasso=4), Cell("16x1", lasso=16)]
     ways += [Cell(pattern, schedule="once") for pattern in (*GRID[:3], *WIDE)]
     fixed = [
@@ -114,8 +119,8 @@ def stages(name: str) -> list[list[Cell]]:
     budgets_by_gradient = [replace(cell, importance="gradient") for cell in budgets]
     more = [Cell(pattern, importance=i) for i in ("taylor", "movement") for pattern in ("unstructured", "4x1-permuted")]
     once = [Cell(pattern, importance="gradient", schedule="once") for pattern in GRID[:2]]
-    listed = [first, budgets, long, ways, grid[0.9], fixed[:3], more, budgets_by_gradient, grid[0.95], fixed, grid[0.8]]
-    listed.append(once)
+    more += [*budgets_by_gradient, *grid[0.95], *fixed, *grid[0.8], *once]
+    listed = [first, best, budgets, ways, list(globally()), grid[0.9], fixed[:3], more]
     seen: set[Cell] = set()
     return [[cell for cell in stage if not (cell in seen or seen.add(cell))] for stage in listed]
 

@@ -11,7 +11,6 @@ images and neither they nor the teacher has seen one of these. One JSON a trial 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,16 +22,12 @@ from sparsekd import data
 JUDGES = 6000
 CHANGES = {
     "alpha1": Recipe(alpha=1.0),
-    "alpha0.9": Recipe(alpha=0.9),
-    "temperature2": Recipe(temperature=2.0),
-    "temperature8": Recipe(temperature=8.0),
     "decay1e-4": Recipe(weight_decay=1e-4),
-    "decay0": Recipe(weight_decay=0.0),
-    "decay1e-3": Recipe(weight_decay=1e-3),
     "lr0.1": Recipe(lr=0.1),
-    "lr0.025": Recipe(lr=0.025),
-    "until0.25": Recipe(prune_until=0.25),
     "until0.75": Recipe(prune_until=0.75),
+    "until0.25": Recipe(prune_until=0.25),
+    "temperature2": Recipe(temperature=2.0),
+    "long": RECIPES["long"],
 }
 
 
@@ -51,10 +46,9 @@ def trials() -> list[Cell]:
     for budget in ("global", "erk"):
         tried += [Cell(pattern, budget=budget) for pattern in ("unstructured", "4x1-permuted")]
     tried += [Cell(importance=importance, budget="global") for importance in ("taylor", "gradient")]
-    for change in CHANGES:
-        tried += [Cell(pattern, budget="global", recipe=change) for pattern in ("unstructured", "4x1-permuted")]
-        if not change.startswith("until"):
-            tried.append(replace(dense(True), recipe=change))
+    tried += [Cell("4x1-permuted", budget="global", recipe="alpha1"), dense(True, "alpha1")]
+    tried += [Cell(budget="global", recipe=change) for change in CHANGES]
+    tried += [Cell("4x1-permuted", budget="global", recipe="long"), dense(True, "long")]
     return tried
 
 

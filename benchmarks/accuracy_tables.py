@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
-from accuracy_cells import FIXED, GRID, IMPORTANCES, SETTINGS, SPARSITIES, Cell, cells, dense
+from accuracy_cells import FIXED, GRID, IMPORTANCES, SETTINGS, SPARSITIES, Cell, cells, dense, globally
 
 from sparsekd.measure.report import write_text
 
@@ -72,6 +73,9 @@ def comparisons(name: str) -> list[tuple[str, Cell, Cell]]:
     if name != "shapes":
         return []
     asked = []
+    for cell in globally():
+        label = f"90% {cell.pattern} by the best recipe, less dense of as many epochs; distilled"
+        asked.append((label, replace(cell, recipe="long"), dense(True, "long")))
     for taught in (True, False):
         with_teacher = "distilled" if taught else "labels alone"
         for pattern in ("unstructured", "4x1", "4x1-permuted"):
