@@ -120,7 +120,7 @@ def stages(name: str) -> list[list[Cell]]:
     more = [Cell(pattern, importance=i) for i in ("taylor", "movement") for pattern in ("unstructured", "4x1-permuted")]
     once = [Cell(pattern, importance="gradient", schedule="once") for pattern in GRID[:2]]
     more += [*budgets_by_gradient, *grid[0.95], *fixed, *grid[0.8], *once]
-    listed = [first, best, budgets, ways, list(globally()), grid[0.9], fixed[:3], more]
+    listed = [first, list(globally()), budgets, best, ways, grid[0.9], fixed[:3], more]
     seen: set[Cell] = set()
     return [[cell for cell in stage if not (cell in seen or seen.add(cell))] for stage in listed]
 
