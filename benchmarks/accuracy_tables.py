@@ -1,0 +1,176 @@
+"""The tables and plots of ``accuracy.py``, out of the JSON files of its cells."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+from accuracy_cells import FIXED, GRID, IMPORTANCES, SETTINGS, SPARSITIES, Cell, cells, dense, globally
+
+from sparsekd.measure.report import write_text
+
+Found = dict[str, dict[int, float]]  # name of a cell, "teacher" or "student" -> seed -> accuracy in percent
+
+
+def read(name: str, folder: Path) -> Found:
+    found: Found = {}
+    for file in sorted((folder / name).glob("*.json")):
+        cell, _, seed = file.stem.rpartition("-")
+        accuracy = 100 * json.loads(file.read_text())["accuracy"]
+        found.setdefault(cell or file.stem, {})[int(seed) if cell else 0] = accuracy
+    return found
+
+
+def said(values: list[float], sign: str = "") -> str:
+    """Mean and deviation; how many seeds there are where it is fewer than three."""
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:{sign}.2f} (1)"
+    count = f" ({len(values)})" if len(values) == 2 else ""
+    return f"{statistics.fmean(values):{sign}.2f} ± {statistics.stdev(values):.2f}{count}"
+
+
+def _of(found: Found, name: str) -> str:
+    return said(list(found.get(name, {}).values()))
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+def _grid(name: str, found: Found) -> tuple[list[str], set[str]]:
+    """The table of patterns by importances and teachers, and the names of its cells."""
+    ways = [(taught, importance) for taught in (False, True) for importance in IMPORTANCES]
+    shapes = [(pattern, sparsity) for sparsity in SPARSITIES[name] for pattern in GRID]
+    shapes += FIXED if name == "shapes" else ()
+    shown = {dense(taught).name for taught in (False, True)}
+    rows = [["dense, trained on", *(_of(found, dense(taught).name) for taught, _ in ways)]]
+    for pattern, sparsity in sorted(shapes, key=lambda shape: shape[1]):
+        made = [Cell(pattern, sparsity, importance, taught).name for taught, importance in ways]
+        shown.update(made)
+        rows.append([f"{sparsity:.0%} {pattern}", *(_of(found, cell) for cell in made)])
+    head = ["%", *(f"{importance}, distilled" if taught else importance for taught, importance in ways)]
+    return _table(head, rows), shown
+
+
+def _others(name: str, found: Found, shown: set[str]) -> list[str]:
+    """What is not in the grid, beside the same cell by the recipe of the grid."""
+    others = [cell for cell in cells(name) if cell.name not in shown]
+    rows = []
+    for cell in others:
+        plain = _of(found, cell.plain.name) if cell.plain != cell else ""
+        rows.append([cell.name, _of(found, cell.name), plain])
+    said = "Beside them, where the last column is the same by the recipe of the table above:"
+    return [said, "", *_table(["cell", "%", "plain"], rows)] if rows else []
+
+
+def comparisons(name: str) -> list[tuple[str, Cell, Cell]]:
+    """What is asked of pairs of cells: the first less the second."""
+    if name != "shapes":
+        return []
+    asked = []
+    for cell in globally():
+        label = f"90% {cell.pattern} by the best recipe, less dense of as many epochs; distilled"
+        asked.append((label, replace(cell, recipe="long"), dense(True, "long")))
+    for taught in (True, False):
+        with_teacher = "distilled" if taught else "labels alone"
+        for pattern in ("unstructured", "4x1", "4x1-permuted"):
+            asked.append((f"90% {pattern}, less dense; {with_teacher}", Cell(pattern, distilled=taught), dense(taught)))
+        for vector in ("4x1", "16x1"):
+            pair = [Cell(pattern, distilled=taught) for pattern in (f"{vector}-permuted", vector)]
+            asked.append((f"90% {vector}, permuted less consecutive; {with_teacher}", *pair))
+    for vector in ("4x1", "16x1"):
+        pair = [Cell(pattern, schedule="once") for pattern in (f"{vector}-permuted", vector)]
+        asked.append((f"90% {vector}, permuted less consecutive; pruned at once, distilled", *pair))
+    for pattern, vector in (("4x1", 4), ("16x1", 16)):
+        pair = Cell(pattern, lasso=vector), Cell(pattern)
+        asked.append((f"90% {pattern}, with a group penalty less without; distilled", *pair))
+    for importance in IMPORTANCES:
+        uniform = Cell(sparsity=0.95, importance=importance, budget="uniform")
+        for budget in ("erk", "global"):
+            asked.append(
+                (
+                    f"95% unstructured by {importance}, {budget} less uniform; distilled",
+                    Cell(sparsity=0.95, importance=importance, budget=budget),
+                    uniform,
+                )
+            )
+    return asked
+
+
+def _compared(name: str, found: Found) -> list[str]:
+    rows = []
+    for label, first, second in comparisons(name):
+        one, other = found.get(first.name, {}), found.get(second.name, {})
+        rows.append([label, said([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())], "+")])
+    text = "Differences in points, seed by seed (both have the same dense student and order of images):"
+    return [text, "", *_table(["what", "points"], rows)] if rows else []
+
+
+def section(name: str, folder: Path) -> list[str]:
+    """The tables of one set of images."""
+    found, settings, wanted = read(name, folder), SETTINGS[name], cells(name)
+    done = [sum(seed in found.get(cell.name, {}) for cell in wanted) for seed in range(3)]
+    lines = [
+        f"## {name}",
+        "",
+        f"Teacher {_of(found, 'teacher').removesuffix(' (1)')}, dense students before the cells' steps "
+        f"{_of(found, 'student')}. {settings.images:,} training images, {settings.dense_epochs} dense epochs, "
+        f"then {settings.epochs} for each cell. **{sum(done)} of {3 * len(wanted)} cells are done**: "
+        f"{', '.join(map(str, done))} of {len(wanted)} by seed.",
+        "",
+    ]
+    grid, shown = _grid(name, found)
+    return lines + grid + _others(name, found, shown) + _compared(name, found)
+
+
+def plot(name: str, folder: Path) -> None:
+    from matplotlib.figure import Figure
+
+    found = read(name, folder)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    sides = figure.subplots(1, 2, sharey=True)
+    for side, taught in zip(sides, (False, True), strict=True):
+        for color, pattern in enumerate(GRID):
+            for importance, style in (("magnitude", "o-"), ("gradient", "s--")):
+                points = [
+                    (100 * sparsity, list(found[made.name].values()))
+                    for sparsity in (0.8, 0.9, 0.95)
+                    if (made := Cell(pattern, sparsity, importance, taught)).name in found
+                ]
+                if points:
+                    means = [statistics.fmean(values) for _, values in points]
+                    spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+                    label = f"{pattern}, {importance}"
+                    side.errorbar([at for at, _ in points], means, spread, fmt=style, color=f"C{color}", label=label)
+        trained_on = found.get(dense(taught).name)
+        if trained_on:
+            mean = statistics.fmean(trained_on.values())
+            side.axhline(mean, color="black", linewidth=1, label="dense, trained on")
+        side.set(title="distilled" if taught else "labels alone", xlabel="sparsity in %")
+    sides[0].set_ylabel(f"accuracy on {name} in %")
+    if sides[1].get_legend_handles_labels()[0]:
+        sides[1].legend(fontsize="x-small")
+    figure.savefig(folder / f"{name}.png", dpi=110)
+
+
+def write(folder: Path) -> None:
+    names = [name for name in SETTINGS if any((folder / name).glob("*.json"))]
+    lines = [
+        "# Accuracy of pruned students",
+        "",
+        "Written by `python benchmarks/accuracy.py`, which says how each figure came about; one JSON file beside this "
+        "one for each. Accuracy on test images in percent, mean ± standard deviation over 3 seeds; of fewer seeds, "
+        "their number is in brackets, and of one there is no deviation; the standard error of 3,000 test images is "
+        "half a point. What is not done yet has a dash, and the command goes on with it. The images of shapes are "
+        "synthetic.",
+        "",
+    ]
+    for name in names:
+        lines += section(name, folder) + [f"![accuracy against sparsity]({name}.png)", ""]
+        plot(name, folder)
+    write_text(folder / "README.md", "\n".join(lines))
