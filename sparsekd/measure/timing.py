@@ -280,18 +280,25 @@ def _clock_for_peak(device: torch.device) -> str:
 def peak_flops(
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024, rounds: int = 7
 ) -> float:
-    """The matmul peak: floating-point operations per second of a large square product on torch's present threads.
+    """The peak: floating-point operations per second of torch's best dense product on its present threads.
 
     What a kernel's GFLOP/s are to be read against, when both are measured in one run: it is a little under what the
-    multipliers could do, and follows the clock frequency of the moment.
+    multipliers could do, and follows the clock frequency of the moment. The better of a large square matmul and, on the
+    CPU, a 3x3 convolution counts: not every library behind torch.mm takes the widest vectors that a processor has.
     """
     device = torch.device(device)
     a = torch.randn(size, size, device=device, dtype=dtype)
     b, out = torch.randn_like(a), torch.empty_like(a)
-    timing = compare({"matmul": lambda: torch.mm(a, b, out=out)}, rounds, clock=_clock_for_peak(device), device=device)[
-        "matmul"
-    ]
-    return 2 * size**3 / timing.min
+    products, flops = {"matmul": lambda: torch.mm(a, b, out=out)}, {"matmul": 2 * size**3}
+    if device.type == "cpu" and dtype.is_floating_point:
+        channels, side = max(size // 4, 1), 28
+        x = torch.randn(1, channels, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(channels, channels, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        products["convolution"] = lambda: torch.conv2d(x, weight, padding=1)
+        flops["convolution"] = 2 * 9 * (channels * side) ** 2  # pixels at the border count as the others
+    with torch.no_grad():
+        timings = compare(products, rounds, clock=_clock_for_peak(device), device=device)
+    return max(flops[name] / timing.min for name, timing in timings.items())
 
 
 def copy_bandwidth(device: torch.device | str = "cpu", megabytes: int = 128, rounds: int = 7) -> float:

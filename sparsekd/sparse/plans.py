@@ -38,8 +38,8 @@ def conv2d_plan(
 ) -> Plan | None:
     """The plan of a pattern for :func:`sparsekd.sparse.ops.conv2d_fused`.
 
-    On CUDA it is for tensor cores: half types, V >= 8. On the CPU for float32 ``[N, C, H, W]``; others are computed, too,
-    but as without a plan.
+    On CUDA it is for tensor cores: half types, V >= 8. On the CPU for float32 ``[N, C, H, W]``; others are computed,
+    too, but as without a plan.
 
     It is made for inputs ``[N, C, H, W]`` of ``input_size``, and right for those of other N, H and W, if slower. A plan
     of another pattern gives wrong numbers, but reads no foreign memory.
