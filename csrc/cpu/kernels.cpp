@@ -73,6 +73,16 @@ int64_t l1_budget() {
   return (found > 0 ? found : kUsual) * 3 / 4;
 }
 
+int64_t l2_budget() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  static const int64_t found = 0;
+#endif
+  constexpr int64_t kUsual = 512 * 1024;
+  return found > 0 ? found : kUsual;
+}
+
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;

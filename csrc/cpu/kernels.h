@@ -158,8 +158,9 @@ namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels, narrow_kernels; }  // narrow: without vectors of 64 bytes in the lanes
 #endif
 
-// Bytes of this processor's L1 that a block of channels may take.
+// Bytes of this processor's L1 that a block of channels may take, and of its L2 that planes may.
 int64_t l1_budget();
+int64_t l2_budget();
 
 // The best table that this processor runs, capped by SPARSEKD_CPU_ISA=baseline|avx2|avx512 (read once).
 const Kernels& kernels();

@@ -62,6 +62,7 @@ struct Work {
   int64_t bytes;           // of a vector of lanes
 };
 
+constexpr double kFarLine = 60;           // cycles of a line of 64 bytes that goes to L3 and back
 constexpr double kMinBlockWork = 12;      // vectors per row and block that pay for reloading the partial sums
 
 // Bytes that a tile reads of a channel.
@@ -100,6 +101,8 @@ inline double cycles(const Work& work, const TileShape& shape, const Grid& grid)
     around = 0.25 * lanes * lines_in * wide + 4 * results * grid.strip[1];
   } else {
     around = lanes * lines_in * (4 + (wide < 4 ? 1.6 : 0.8) * wide) + 6 * lanes * results;
+    // Strips are not packed in bands: what does not fit in L2 goes to L3 and back.
+    around += kFarLine * std::max(lines_in * wide * work.bytes - l2_budget(), 0.0) / 64;
   }
   return ceil_div(work.batch, grid.images) * (work.rows * grid.tiles[0] * grid.tiles[1] * row + around);
 }
