@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "arena.h"
 #include "check.h"
 
 // abi3: the same file loads in every Python from 3.10 on. Importing it only runs the registrations below.
@@ -120,6 +121,12 @@ TORCH_LIBRARY(sparsekd, m) {
         "Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, float temperature, float alpha, str divergence, "
         "float beta, int ignore_index, float label_smoothing, bool distill_ignored, SymInt chunk_rows, bool[3] wanted) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
+  // Memory of activations that is used again in the next forward.
+  m.class_<sparsekd::Arena>("Arena")
+      .def(torch::init<>())
+      .def("enter", &sparsekd::Arena::enter)
+      .def("leave", &sparsekd::Arena::leave)
+      .def("idle", &sparsekd::Arena::idle);
   // The instruction set that the CPU kernels use: baseline, avx2 or avx512.
   m.def("cpu_isa() -> str", [] { return std::string(sparsekd::cpu_isa()); });
 }

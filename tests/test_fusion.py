@@ -332,6 +332,20 @@ def test_the_original_is_unchanged_and_the_fastest_is_taken(x):
         sparsekd.optimize_for_inference("resnet", x)
 
 
+@pytest.mark.parametrize("size, reused", [(12, 0), (128, 2)])  # the latter of 1 MiB
+def test_large_activations_use_their_memory_again(size, reused):
+    x = torch.randn(2, 8, size, size)
+    model = pruned(nn.Sequential(conv(), nn.ReLU(), conv()))
+    result = sparsekd.optimize_for_inference(model, x, mapping=FORCED)
+    assert len(result._forward_hooks) + len(result._forward_pre_hooks) == reused
+    first = result(x)
+    assert_near(first, model(x))
+    kept = first.clone()
+    result(-x)
+    assert torch.equal(first, kept)  # what the caller holds is not written again
+    assert_near(sparsekd.optimize_for_inference(result, x, mapping=FORCED)(x), kept)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("turn", [False, True])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -4,6 +4,7 @@
                                                         done to results while they are in the cache
     max-pool                                            MaxPool2d of fused_modules.py
     dropout and stochastic depth in eval mode, Identity gone
+    large activations                                   in the memory of those of the last forward: arena.py
 
 The model is traced by torch.fx, as a whole or, where control flow forbids it, child by child. A traced piece is used
 only if it gives what the original gave on the example inputs.
@@ -28,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..measure.machine import clock
 from ..measure.timing import compare
 from . import ops
+from .arena import reuse_memory, reuses
 from .convert import Choices, choices, convert, keep_choices, to_dense
 from .fused_modules import FusedConv2d, MaxPool2d
 from .modules import SparseConv2d
@@ -59,7 +61,8 @@ def optimize_for_inference(
 
     Batch-norm is folded into convolutions and linear layers; ReLU, ReLU6, SiLU, Hardswish and residual additions are
     done by the sparse convolutions before them; max-pool goes by slices. What is fused is kept only if the network is
-    faster so. Parts that torch.fx cannot trace stay as :func:`convert` makes them, which is said in a warning.
+    faster so. Parts that torch.fx cannot trace stay as :func:`convert` makes them, which is said in a warning. Memory
+    of activations of 1 MiB or more is kept from one forward to the next, as much as a forward takes at once.
 
     Args:
         example_inputs: a tensor, or a tuple of positional, or a dict of named arguments of the forward.
@@ -81,7 +84,11 @@ def optimize_for_inference(
         said = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(untraced.items())[:3])
         warnings.warn(f"batch-norm and activations are not fused where torch.fx can't trace: {said}", stacklevel=2)
     converted = convert(traced, example_inputs, inplace=True, mapping=mapping)
-    return _fastest(converted, example_inputs)
+    network = _fastest(converted, example_inputs)
+    with torch.no_grad():
+        if reuses(lambda: call(network, example_inputs)):
+            reuse_memory(network)
+    return network
 
 
 class _Tracer(fx.Tracer):
