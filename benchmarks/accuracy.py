@@ -148,16 +148,17 @@ class Bench:
     ) -> None:
         """Importance over the first batches of the untrained-on model, in training mode as during training."""
         model.train()
-        for x, y in train:
-            model.zero_grad(set_to_none=True)
-            logits = model(x)
-            if teacher is None:
-                nn.functional.cross_entropy(logits, y).backward()
-            else:
-                loss(logits, teacher(x), y).backward()
-            pruner.step()
-            if pruner.finished:
-                break
+        while not pruner.finished:
+            for x, y in train:
+                model.zero_grad(set_to_none=True)
+                logits = model(x)
+                if teacher is None:
+                    nn.functional.cross_entropy(logits, y).backward()
+                else:
+                    loss(logits, teacher(x), y).backward()
+                pruner.step()
+                if pruner.finished:
+                    break
         train.epoch = 0
 
     def check_new(self, name: str, file: Path) -> None:

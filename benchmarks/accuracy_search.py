@@ -22,6 +22,7 @@ from sparsekd import data
 JUDGES = 6000
 CHANGES = {
     "alpha1": Recipe(alpha=1.0),
+    "alpha0.9": Recipe(alpha=0.9),
     "decay1e-4": Recipe(weight_decay=1e-4),
     "lr0.1": Recipe(lr=0.1),
     "until0.75": Recipe(prune_until=0.75),
