@@ -37,9 +37,10 @@ def test_a_dozen_at_most_that_fit(architecture):
 
 
 def test_less_shared_memory_leaves_fewer():
-    large = configs.Config(128, 128, 64, 8, 4)
+    large = configs.Config(128, 128, 64, 8, 4, lanes=True)
     assert configs.fits(large, 2, 90) and not configs.fits(large, 2, 86)
-    assert not configs.fits(configs.Config(256, 128, 32, 4, 1), 2, 90)  # 256 sums a thread
+    assert not configs.fits(configs.Config(256, 128, 32, 4, 1, lanes=True), 2, 90)  # 256 sums a thread
+    assert not configs.fits(configs.Config(128, 16, 64), 2, 90)  # 64 addresses a thread
 
 
 def test_a_small_map_is_split_and_a_large_one_persistent_among_the_candidates():
