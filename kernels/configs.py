@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 
@@ -63,13 +64,18 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def fits(config: Config, element_size: int, architecture: int) -> bool:
-    """Whether the staged tiles fit in shared memory, and sums and addresses in registers. A guess that leaves room."""
+    """Whether the staged tiles fit in shared memory, and sums and addresses in registers.
+
+    Registers are a guess that leaves room. An element that is gathered by itself takes about five of them for its
+    address, its mask and what is fetched ahead; one in a vector takes its own size.
+    """
     staged = (config.block_m + config.block_n) * config.block_k * element_size + 8 * config.block_k
     if staged * max(config.num_stages, 1) > shared_limit(architecture):
         return False
     threads = 32 * config.num_warps
-    gathered = config.block_m * config.block_k * (element_size / 4 if config.lanes else 1.5) / threads
-    return config.block_m * config.block_n / threads + gathered <= 160
+    sums = config.block_m * config.block_n * (2 if element_size == 8 else 1) / threads
+    gathered = config.block_m * config.block_k / threads
+    return sums + gathered * element_size / 4 <= 160 if config.lanes else sums + 5 * gathered < 220
 
 
 def _hint(size: int) -> int:
@@ -187,8 +193,12 @@ def _device_name(kind: str, index: int | None) -> str:
 
 def _known(device: torch.device) -> tuned.Tuned:
     """What was tuned on such a device with such a compiler, kept as ``measure/tuned.py`` keeps times."""
-    name = _device_name(device.type, device.index)
-    return tuned.of({"tiles of": name, "torch": torch.__version__, "triton": triton.__version__})
+    return _known_in(os.environ.get("SPARSEKD_CACHE_DIR"), device.type, device.index)
+
+
+@functools.cache  # a launch asks
+def _known_in(folder: str | None, kind: str, index: int | None) -> tuned.Tuned:
+    return tuned.of({"tiles of": _device_name(kind, index), "torch": torch.__version__, "triton": triton.__version__})
 
 
 def config_for(problem: Problem, device: torch.device, run: Callable[[Config], object] | None = None) -> Config:
@@ -209,6 +219,7 @@ def config_for(problem: Problem, device: torch.device, run: Callable[[Config], o
     return default_conv2d(problem, multiprocessors(device))
 
 
+@functools.lru_cache(4096)
 def _key(problem: Problem) -> str:
     return json.dumps(asdict(problem), sort_keys=True)
 
