@@ -3,6 +3,7 @@
 The modules call ``torch.ops.sparsekd``, where the CPU has no such kernels: here those of the emulator are put there.
 """
 
+import copy
 import dataclasses
 import re
 
@@ -178,6 +179,8 @@ def test_the_module_keeps_its_plans(on_the_cpu):
         other = sparse_conv(6, 16, 3, seed=1)
         conv.load_state_dict(other.state_dict())  # another pattern
         assert_near(conv(image), other(image).double(), torch.float16)
+        assert_near(copy.deepcopy(conv)(image), other(image).double(), torch.float16)
+        assert "_plans" in vars(conv) and not {"_plans", "_plans_of", "_last_plan"} & set(vars(copy.deepcopy(conv)))
         assert set(state) == {"values", "bias", "crow_indices", "col_indices"}
 
 
@@ -192,6 +195,7 @@ def test_training_and_other_dtypes_need_no_plan(on_the_cpu):
     assert on_the_cpu == dict.fromkeys(PLANNED, 0)
 
 
+@pytest.mark.slow
 def test_a_compiler_finds_the_plan_that_is_there(on_the_cpu):
     conv = sparse_conv(6, 16, 3)
     compiled = torch.compile(conv, fullgraph=True, backend="aot_eager")

@@ -44,9 +44,15 @@ BUGS = {
     ),
     "one record too many": (
         "conv2d.cuh",
-        "if (i + 1 < end) ahead",
-        "if (i < end) ahead",
+        "int left = end - i - 1;",
+        "int left = end - i;",
         "out of bounds|before it was",
+    ),
+    "no barrier after the places of a plane": (
+        "conv2d.cuh",
+        "    __syncthreads();  // places\n",
+        "",
+        "no barrier between|before it was written",
     ),
     "column bound off by one": (
         "conv2d.cuh",

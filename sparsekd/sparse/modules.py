@@ -178,6 +178,12 @@ class SparseConv2d(_SparseConv):
         self.channels_last = suggest_memory_format(fn(like)) == torch.channels_last
         return self
 
+    def __getstate__(self) -> dict:
+        # A copy may wake up on another device, which wants plans of its own.
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_plans", "_plans_of", "_last_plan")
+        }
+
     def plan_for(self, input: Tensor, size: tuple[int, ...]) -> ops.Plan | None:
         """What the kernels read in place of the pattern, made at the first inference of a size ``[N, C, H, W]``.
 
