@@ -204,11 +204,11 @@ class SparseConv2d(_SparseConv):
             return self._last_plan if known else None
         if not known:
             self._plans, self._plans_of = {}, self.col_indices
-        size = tuple(size)
-        if size not in self._plans:
+        plan = self._plans.get(size, self)  # a plan may be None
+        if plan is self:
             if len(self._plans) >= MOST_PLANS:
                 del self._plans[next(iter(self._plans))]
-            self._plans[size] = ops.conv2d_plan(
+            plan = self._plans[size] = ops.conv2d_plan(
                 self.crow_indices,
                 self.col_indices,
                 vector=self.vector,
@@ -220,8 +220,9 @@ class SparseConv2d(_SparseConv):
                 dilation=self.dilation,
                 groups=self.groups,
             )
-        self._last_plan = self._plans[size]
-        return self._last_plan
+        if plan is not self._last_plan:  # which a module takes longer to set than to compare
+            self._last_plan = plan
+        return plan
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input(input)
