@@ -136,7 +136,10 @@ def sample():
 
 
 def test_gradients():
-    check_gradients(OPS.conv2d_24, sample(), (0, 1, 3))
+    _, (values, metadata) = packed((2, 16, 1, 2))
+    input, bias = torch.randn(1, 16, 2, 3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+    geometry = (2, (1, 2), (2, 1), (1, 0), (1, 1), 1)
+    check_gradients(OPS.conv2d_24, [input, values, metadata, bias, *geometry], (0, 1, 3))
 
 
 def test_only_what_is_kept_has_a_gradient():

@@ -95,12 +95,6 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps) void conv2d_24_kernel
   const int first_row = row_block * kRows;
 
   uint4* stages = shared_memory<uint4>();  // [kConv2d24Stages][values | activations | metadata]
-  uint4* places = stages + kConv2d24Stages * kStageVectors;
-  for (int i = threadIdx.x; i < kPixels; i += kThreads) {
-    const Place place = place_of(p, first_pixel + i, group);
-    store_vector(places + i, uint4{unsigned(place.y), unsigned(place.x), unsigned(place.vector), 0});
-  }
-  __syncthreads();  // places
 
   // ---- what a thread copies: the same vector of every so many rows and pixels ----
   const int taps = p.kernel_h * p.kernel_w, steps = taps * p.channel_blocks;
@@ -117,17 +111,28 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps) void conv2d_24_kernel
   const auto* metadata = static_cast<const uint4*>(p.metadata) + (int64_t(group) * p.row_tiles + tile) * steps * 8 +
                          threadIdx.x % 8;
 
+  // A warp copies 4 pixels at once, kCopies times: each lane knows the place of one of them, or of every 32nd.
+  constexpr int kPlaces = (kCopies * 4 + 31) / 32;
+  Place places[kPlaces];
+#pragma unroll
+  for (int i = 0; i < kPlaces; ++i) {
+    const int copy = i * 8 + lane / 4, place = warp * 4 + lane % 4 + copy * (kThreads / 8);
+    places[i] = place_of(p, copy < kCopies ? first_pixel + place : p.pixels, group);
+  }
   int from[kCopies];  // of each pixel at the tap that is copied next, in vectors, or -1
   int tap_y = 0, tap_x = 0, block = 0, step_value = 0;
   auto turn_to_tap = [&] {
     const int dy = tap_y * p.dilation_h, dx = tap_x * p.dilation_w;
     const int distance = (dy * p.in_w + dx) * pixel_vectors;
 #pragma unroll
-    for (int j = 0; j < kCopies; ++j) {
-      const uint4 place = load_vector(places + pixel + j * (kThreads / 8));
-      const int y = static_cast<int>(place.x) + dy, x = static_cast<int>(place.y) + dx;
+    for (int i = 0; i < kPlaces; ++i) {
+      const int y = places[i].y + dy, x = places[i].x + dx;
       const bool inside = y >= 0 && y < p.in_h && x >= 0 && x < p.in_w;
-      from[j] = inside ? static_cast<int>(place.z) + distance + pixel_vector : -1;
+      const int own = inside ? places[i].vector + distance : -1;
+#pragma unroll
+      for (int j = i * 8; j < min(i * 8 + 8, kCopies); ++j) {
+        from[j] = __shfl_sync(0xffffffffu, own, j % 8 * 4 + lane / 8);
+      }
     }
   };
   auto stage = [&](int step) {
@@ -139,7 +144,7 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps) void conv2d_24_kernel
       copy_async16(to + value_to + j * kThreads, there ? values + j * value_pitch + step_value : values, there);
     }
     const bool channels_there = (block * 8 + pixel_vector) * 8 < p.channels;
-    const auto* source = static_cast<const uint4*>(p.input) + block * 8;
+    const auto* source = static_cast<const uint4*>(p.input) + block * 8 + pixel_vector;
 #pragma unroll
     for (int j = 0; j < kCopies; ++j) {
       const bool there = channels_there && from[j] >= 0;

@@ -29,10 +29,7 @@ constexpr int kConv2d24Stages = 3;
 constexpr int kStepChannels = 64;
 constexpr int kResultPitch = 20;  // floats from pixel to pixel, at the end: 16 channels, and what spreads them over banks
 
-// With kPixels pixels' places behind the stages.
-constexpr int64_t conv2d_24_bytes(const Conv2d24Variant& v) {
-  return 16 * (int64_t(kConv2d24Stages) * v.stage_vectors() + v.pixels());
-}
+constexpr int64_t conv2d_24_bytes(const Conv2d24Variant& v) { return int64_t(16) * kConv2d24Stages * v.stage_vectors(); }
 
 struct Conv2d24Params {
   const void* input;     // [batch][in_h][in_w][groups * channels], 16 bits each

@@ -5,10 +5,10 @@ At each place (r, s) of the kernel an output channel keeps two of the channels 0
     weight[k, :, r, s] = [a . b . | . . c d | ...]      values[k, r * S + s] = [a, b, c, d, ...]
                                                         places of each pair    0, 2, 2, 3, ...   ascending, 2 bits each
 
-The bits lie in ``metadata`` as the instruction ``mma.sp.m16n8k32`` wants them from the 32 lanes of a warp. One tile of 32
-words is of 16 output and 64 input channels; word ``4 * g + t`` holds of row g in its lower half and of row g + 8 in its
-upper half the places of the 8 values of channels ``16 * t`` to ``16 * t + 15``, the first in the lowest bits. Tiles never
-cross convolution groups. Where one is filled up, it says 0 and 1.
+The bits lie in ``metadata`` as the instruction ``mma.sp.m16n8k32`` wants them from the 32 lanes of a warp. One tile of
+32 words is of 16 output and 64 input channels; word ``4 * g + t`` holds of row g in its lower half and of row g + 8 in
+its upper half the places of the 8 values of channels ``16 * t`` to ``16 * t + 15``, the first in the lowest bits. Tiles
+never cross convolution groups. Where one is filled up, it says 0 and 1.
 
 Source: Mishra et al., "Accelerating sparse deep neural networks", 2021; NVIDIA, PTX ISA, "Sparse matrix storage".
 """
@@ -41,8 +41,8 @@ def _check_shape(shape: tuple[int, ...], groups: int) -> None:
         raise ValueError(f"Expected output channels divisible by groups={groups}, got {shape[0]}")
     if shape[1] == 0 or shape[1] % CHANNELS != 0:
         raise ValueError(
-            f"Expected a multiple of {CHANNELS} input channels per group for 2:4 weights, got {shape[1]} in a weight of "
-            f"shape {tuple(shape)}"
+            f"Expected a multiple of {CHANNELS} input channels per group for 2:4 weights, got {shape[1]} in a weight "
+            f"of shape {tuple(shape)}"
         )
 
 

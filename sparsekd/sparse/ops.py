@@ -191,15 +191,16 @@ def conv2d_24(
 ) -> Tensor:
     """Convolution with weights of which two of each four input channels are kept (``formats_24.py``).
 
-    On CUDA (compute capability 8.0 or later, float16 and bfloat16, sums in float32) on sparse tensor cores; channels_last
-    is taken as it is, other memory formats are copied there and back. On the CPU it is torch's dense convolution of the
-    unpacked weight, which is not faster than dense. Differentiable in input, values and bias; the backward is dense: the
-    input gradient with the unpacked weight, and the weight gradient gathered at what is kept.
+    On CUDA (compute capability 8.0 or later, float16 and bfloat16, sums in float32) on sparse tensor cores;
+    channels_last is taken as it is, other memory formats are copied there and back. On the CPU it is torch's dense
+    convolution of the unpacked weight, which is not faster than dense. Differentiable in input, values and bias; the
+    backward is dense: the input gradient with the unpacked weight, the weight gradient gathered at what is kept.
 
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``, C / groups a multiple of 16.
         values: ``[out_channels, R * S, C / groups / 2]``, dtype and device of the input.
-        metadata: int32 ``[groups * ceil(out_channels / groups / 16), R * S, ceil(C / groups / 64), 32]``.
+        metadata: int32 ``[groups * ceil(out_channels / groups / 16), R * S, ceil(C / groups / 64), 32]``, as
+            ``pack_24`` makes it.
         bias: ``[out_channels]`` or None.
         padding: int, pair, "valid" or "same".
 
@@ -208,7 +209,7 @@ def conv2d_24(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; IndexError: on the CPU, metadata that
-        ``pack_24`` does not make (on CUDA it gives wrong numbers); NotImplementedError: a GPU without such tensor cores.
+        ``pack_24`` does not make (on CUDA it gives wrong numbers); NotImplementedError: a GPU before 8.0.
 
     Source: Mishra et al., "Accelerating sparse deep neural networks", 2021.
     """
