@@ -30,7 +30,9 @@ def test_as_the_masked_layer(mode, dtype):
     input = torch.randn(2, 32, 6, 5, dtype=dtype)
     assert_near(sparse(input), conv.double()(input.double()), dtype)
     assert sparse.sparsity == 0.5 and "pattern='2:4'" in repr(sparse)
-    assert torch.equal(sparse.weight.double(), conv.weight) and torch.equal(sparse.to_dense().weight.double(), conv.weight)
+    assert torch.equal(sparse.weight.double(), conv.weight) and torch.equal(
+        sparse.to_dense().weight.double(), conv.weight
+    )
 
 
 def test_training_moves_what_is_kept_alone():
@@ -118,7 +120,7 @@ def test_what_does_not_fit_is_refused():
         SparseConv2d.from_dense(conv, pattern="2:4")
     with pytest.raises(ValueError, match="multiple of 16 input channels per group for 2:4 weights, got 8"):
         SparseConv2d.from_dense(nn.Conv2d(8, 4, 3), pattern="2:4")
-    with pytest.raises(ValueError, match='Expected pattern to be None or "2:4", got \'1:4\''):
+    with pytest.raises(ValueError, match="Expected pattern to be None or \"2:4\", got '1:4'"):
         SparseConv2d.from_dense(conv, pattern="1:4")
     with pytest.raises(ValueError, match="with vector=1 and permute=False, got 4 and False"):
         SparseConv2d.from_dense(conv, pattern="2:4", vector=4)
