@@ -39,8 +39,8 @@ def plan_24(
         counts = crow_indices.diff()
         if col_indices.shape[0] != shape[0] * half or not bool((counts == half).all()):
             raise ValueError(
-                f"Expected a mask that keeps two of each four consecutive input channels, {half} weights of each output "
-                f"channel, got {col_indices.shape[0]} weights of {shape[0]} channels"
+                f"Expected a mask that keeps two of each four consecutive input channels, {half} weights of each "
+                f"output channel, got {col_indices.shape[0]} weights of {shape[0]} channels"
             )
         places = torch.arange(1, col_indices.shape[0] + 1, device=col_indices.device).view(-1, 1)
         dense = formats.unpack(places, crow_indices, col_indices, row_indices, shape, groups)
