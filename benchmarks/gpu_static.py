@@ -166,9 +166,12 @@ def compile_source(source: Path, architecture: str, home: Path, folder: Path) ->
 
 
 def hot_loop(code: list[sass.Instruction]) -> list[sass.Instruction]:
-    """The innermost loop with the most multiply-adds, or [] where multiplying is not what the kernel does."""
+    """The innermost loop with the most multiply-adds, or [] where multiplying is not what the kernel does.
+
+    Of a loop that the compiler cut in two, while there is something to copy and after that, the one that copies.
+    """
     loops = sass.innermost_loops(code)
-    best = max(loops, key=lambda loop: sum(map(sass.macs, loop)), default=[])
+    best = max(loops, key=lambda loop: (sum(map(sass.macs, loop)), sass.mix(loop)["LDGSTS"]), default=[])
     multiplying = sum(1 for instruction in best if sass.macs(instruction))
     # One instruction of the tensor cores is work enough.
     return best if multiplying >= 0.15 * len(best) or any(i.name == "HMMA" for i in best) else []

@@ -86,6 +86,15 @@ def test_tensor_cores_are_counted_by_their_matrices():
     assert row(TENSOR_LOOP, arch="9.0")["bound"] == pytest.approx(0.5)
 
 
+def test_a_uniform_branch_may_fall_through():
+    """As 10.0 has it: the predicate is an operand, and what comes after is reached."""
+    found = row(TENSOR_LOOP.replace("@P0 BRA 0x0 ", "BRA.U UP0, 0x0 "))
+    assert found["hot_loop"] == row(TENSOR_LOOP)["hot_loop"]
+    code = next(iter(sass.parse_sass(TENSOR_LOOP.replace("@P0 BRA 0x0 ", "BRA.U !UP0, 0x0 ")).values()))
+    assert code[3].conditional and code[3].target == 0
+    assert not next(iter(sass.parse_sass(TENSOR_LOOP.replace("@P0 BRA 0x0 ", "BRA.U 0x0 ")).values()))[3].conditional
+
+
 def test_sparse_matrices_count_half_of_their_products():
     found = row(TENSOR_LOOP.replace("HMMA.16816.F32", "HMMA.SP.16832.F32"))
     assert found["hot_loop"] == {"BRA": 1, "HMMA.SP.16832": 2, "LDSM.x4": 1}

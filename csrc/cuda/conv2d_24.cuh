@@ -36,6 +36,21 @@ __device__ __forceinline__ Place place_of(const Conv2d24Params& p, int64_t pixel
   return {y, x, static_cast<int>((first * p.groups + group) * (p.channels / 8))};
 }
 
+// One choice for all of them: a choice for each would be most of the kernel's code.
+__device__ __forceinline__ void activate_all(float (&x)[8], Activation activation) {
+  auto each = [&x](auto constant) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = activate(x[e], decltype(constant)::value);
+  };
+  switch (activation) {
+    case Activation::relu: return each(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::relu6: return each(std::integral_constant<Activation, Activation::relu6>{});
+    case Activation::silu: return each(std::integral_constant<Activation, Activation::silu>{});
+    case Activation::hardswish: return each(std::integral_constant<Activation, Activation::hardswish>{});
+    default: return;
+  }
+}
+
 // The end of the convolution for `count` (at most 8) channels of every 16th pixel from `place` on.
 template <class T, int kPixels>
 __device__ __forceinline__ void store_channels(const Conv2d24Params& p, const float* results, int64_t first_pixel,
@@ -53,27 +68,31 @@ __device__ __forceinline__ void store_channels(const Conv2d24Params& p, const fl
     T* to = static_cast<T*>(p.output) + at;
     const auto* four = reinterpret_cast<const float4*>(results + i * kResultPitch);
     const float4 low = load_vector(four), high = load_vector(four + 1);
-    const float sums[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    if (p.whole_vectors) {
-      alignas(16) T added[8], stored[8];
-      if (residual) {
-        const uint4 words = load_vector(reinterpret_cast<const uint4*>(residual));
-        __builtin_memcpy(added, &words, 16);
-      }
+    float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const float result = sums[e] * scale[e] + shift[e] + (residual ? to_float(added[e]) : 0.0f);
-        stored[e] = from_float<T>(activate(result, p.activation));
-      }
+    for (int e = 0; e < 8; ++e) x[e] = x[e] * scale[e] + shift[e];
+    if (residual && p.whole_vectors) {
+      alignas(16) T added[8];
+      const uint4 words = load_vector(reinterpret_cast<const uint4*>(residual));
+      __builtin_memcpy(added, &words, 16);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[e] += to_float(added[e]);
+    } else if (residual) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[e] += e < count ? to_float(residual[e]) : 0.0f;
+    }
+    activate_all(x, p.activation);
+    if (p.whole_vectors) {
+      alignas(16) T stored[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) stored[e] = from_float<T>(x[e]);
       uint4 words;
       __builtin_memcpy(&words, stored, 16);
       store_vector(reinterpret_cast<uint4*>(to), words);
     } else {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        if (e >= count) continue;
-        const float result = sums[e] * scale[e] + shift[e] + (residual ? to_float(residual[e]) : 0.0f);
-        store_vector(to + e, from_float<T>(activate(result, p.activation)));
+        if (e < count) store_vector(to + e, from_float<T>(x[e]));
       }
     }
   }
