@@ -154,6 +154,9 @@ def test_only_what_is_kept_has_a_gradient():
 
 def test_opcheck():
     check_op(OPS.conv2d_24, sample(), (0, 1, 3))
+
+
+def test_opcheck_fused():
     input, values, metadata, shift, *geometry = sample()
     residual = torch.randn(2, 12, 3, 4, dtype=torch.float64)
     check_op(OPS.conv2d_24_fused, [input, values, metadata, None, shift, residual, "silu", *geometry], ())
