@@ -57,10 +57,11 @@ at::Tensor activated(const at::Tensor& x, Activation activation) {
   }
 }
 
-at::Tensor run(const at::Tensor& input, const at::Tensor& values, const at::Tensor& metadata, const OptionalTensor& scale,
-               const OptionalTensor& shift, const char* shift_name, const OptionalTensor& residual,
-               Activation activation, int64_t out_channels, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+at::Tensor run(const at::Tensor& input, const at::Tensor& values, const at::Tensor& metadata,
+               const OptionalTensor& scale, const OptionalTensor& shift, const char* shift_name,
+               const OptionalTensor& residual, Activation activation, int64_t out_channels,
+               at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+               int64_t groups) {
   check_floating(input, "input");
   const Conv2d24Shape shape =
       checked_shape_24(input, values, metadata, out_channels, kernel_size, stride, padding, dilation, groups);
@@ -91,8 +92,8 @@ at::Tensor run(const at::Tensor& input, const at::Tensor& values, const at::Tens
 at::Tensor conv2d_24_cpu(const at::Tensor& input, const at::Tensor& values, const at::Tensor& metadata,
                          const OptionalTensor& bias, int64_t out_channels, at::IntArrayRef kernel_size,
                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  return run(input, values, metadata, {}, bias, "bias", {}, Activation::none, out_channels, kernel_size, stride, padding,
-             dilation, groups);
+  return run(input, values, metadata, {}, bias, "bias", {}, Activation::none, out_channels, kernel_size, stride,
+             padding, dilation, groups);
 }
 
 at::Tensor conv2d_24_fused_cpu(const at::Tensor& input, const at::Tensor& values, const at::Tensor& metadata,

@@ -30,10 +30,12 @@ const Conv2d24Variant& choose(const Conv2d24Shape& shape, int64_t pixels, const 
   double least = 0;
   for (const Conv2d24Variant& v : kConv2d24Variants) {
     if (conv2d_24_bytes(v) > limits.shared_bytes) continue;
-    const int64_t blocks = shape.conv.groups * ceil_div(shape.rows, int64_t(v.rows())) * ceil_div(pixels, int64_t(v.pixels()));
+    const int64_t row_blocks = shape.conv.groups * ceil_div(shape.rows, int64_t(v.rows()));
+    const int64_t blocks = row_blocks * ceil_div(pixels, int64_t(v.pixels()));
     const int64_t warps = v.row_warps * v.pixel_warps;
     const double multiplied = static_cast<double>(v.rows() * v.pixels() * kStepChannels) / 2048;
-    const double moved = static_cast<double>(warps * (8 * (v.row_tiles + v.pixel_tiles) + v.row_tiles)) + v.stage_vectors() / 8.0;
+    const double operands = static_cast<double>(warps * (8 * (v.row_tiles + v.pixel_tiles) + v.row_tiles));
+    const double moved = operands + v.stage_vectors() / 8.0;
     const double cost = static_cast<double>(ceil_div(blocks, int64_t(limits.multiprocessors))) *
                         (static_cast<double>(steps) * std::max(multiplied, moved) + 1000);
     if (best && least <= cost) continue;
@@ -56,13 +58,14 @@ at::Tensor aligned(const at::Tensor& t) {
   return reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0 ? whole : whole.clone();
 }
 
-at::Tensor run(const at::Tensor& input, const at::Tensor& values, const at::Tensor& metadata, const OptionalTensor& scale,
-               const OptionalTensor& shift, const char* shift_name, const OptionalTensor& residual,
-               Activation activation, int64_t out_channels, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+at::Tensor run(const at::Tensor& input, const at::Tensor& values, const at::Tensor& metadata,
+               const OptionalTensor& scale, const OptionalTensor& shift, const char* shift_name,
+               const OptionalTensor& residual, Activation activation, int64_t out_channels,
+               at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+               int64_t groups) {
   check_device(input, "input");
-  TORCH_CHECK_TYPE(input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16, "Expected input of dtype Half "
-                   "or BFloat16 for 2:4 weights on cuda, got ", input.scalar_type());
+  TORCH_CHECK_TYPE(input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16,
+                   "Expected input of dtype Half or BFloat16 for 2:4 weights on cuda, got ", input.scalar_type());
   const Conv2d24Shape shape =
       checked_shape_24(input, values, metadata, out_channels, kernel_size, stride, padding, dilation, groups);
   const Conv2dShape& conv = shape.conv;
@@ -72,16 +75,17 @@ at::Tensor run(const at::Tensor& input, const at::Tensor& values, const at::Tens
   if (residual) check_residual(*residual, size, input);
   const int64_t limit = std::numeric_limits<int32_t>::max(), pixels = conv.batch * conv.output[0] * conv.output[1];
   for (int d = 0; d < 2; ++d) {
-    TORCH_CHECK_VALUE(conv.input[d] + 2 * conv.padding[d] < 1 << 30, "Expected a padded input of less than 2^30 rows and "
-                      "columns, got ", conv.input[d] + 2 * conv.padding[d]);
+    TORCH_CHECK_VALUE(conv.input[d] + 2 * conv.padding[d] < 1 << 30,
+                      "Expected a padded input of less than 2^30 rows and columns, got ",
+                      conv.input[d] + 2 * conv.padding[d]);
   }
   // Distances are counted in vectors of 8 channels, those of taps beyond the borders too.
   const double farthest = (static_cast<double>(conv.batch) * static_cast<double>(conv.input[0]) +
                            2.0 * static_cast<double>(conv.padding[0])) *
                           (static_cast<double>(conv.input[1]) + 2.0 * static_cast<double>(conv.padding[1])) *
                           static_cast<double>(conv.in_channels / 8);
-  TORCH_CHECK_VALUE(farthest < static_cast<double>(limit), "Expected fewer than 2^34 activations with their padding, got an "
-                    "input of shape ", input.sizes());
+  TORCH_CHECK_VALUE(farthest < static_cast<double>(limit),
+                    "Expected fewer than 2^34 activations with their padding, got an input of shape ", input.sizes());
   TORCH_CHECK_VALUE(conv.kernel[0] * conv.kernel[1] * shape.channel_blocks <= limit / kTile24Words,
                     "Expected fewer than 2^26 places of the kernel times blocks of 64 channels, got a kernel of size ",
                     kernel_size);
@@ -89,7 +93,8 @@ at::Tensor run(const at::Tensor& input, const at::Tensor& values, const at::Tens
   const at::Tensor result = at::empty(size, input.options().memory_format(format));
   if (result.numel() == 0) return result;
   const bool last = format == at::MemoryFormat::ChannelsLast;
-  const at::Tensor output = last ? result : at::empty(size, input.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const auto in_order = input.options().memory_format(at::MemoryFormat::ChannelsLast);
+  const at::Tensor output = last ? result : at::empty(size, in_order);
 
   Call call(input);
   Limits limits{};
@@ -137,8 +142,8 @@ at::Tensor run(const at::Tensor& input, const at::Tensor& values, const at::Tens
   p.channel_blocks = int(shape.channel_blocks);
   const int64_t row_blocks = ceil_div(shape.rows, int64_t(variant.rows()));
   const int64_t pixel_blocks = ceil_div(pixels, int64_t(variant.pixels()));
-  TORCH_CHECK_VALUE(row_blocks * groups <= limit / pixel_blocks, "Expected fewer than 2^31 blocks of results, got an output "
-                    "of shape ", at::IntArrayRef(size));
+  TORCH_CHECK_VALUE(row_blocks * groups <= limit / pixel_blocks,
+                    "Expected fewer than 2^31 blocks of results, got an output of shape ", at::IntArrayRef(size));
   p.row_blocks = int(row_blocks);
   p.pixel_blocks = int(pixel_blocks);
   p.whole_vectors = shape.rows % 8 == 0;
@@ -151,15 +156,15 @@ at::Tensor run(const at::Tensor& input, const at::Tensor& values, const at::Tens
 at::Tensor conv2d_24_cuda(const at::Tensor& input, const at::Tensor& values, const at::Tensor& metadata,
                           const OptionalTensor& bias, int64_t out_channels, at::IntArrayRef kernel_size,
                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  return run(input, values, metadata, {}, bias, "bias", {}, Activation::none, out_channels, kernel_size, stride, padding,
-             dilation, groups);
+  return run(input, values, metadata, {}, bias, "bias", {}, Activation::none, out_channels, kernel_size, stride,
+             padding, dilation, groups);
 }
 
 at::Tensor conv2d_24_fused_cuda(const at::Tensor& input, const at::Tensor& values, const at::Tensor& metadata,
-                                const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
-                                c10::string_view activation, int64_t out_channels, at::IntArrayRef kernel_size,
-                                at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                                int64_t groups) {
+                                const OptionalTensor& scale, const OptionalTensor& shift,
+                                const OptionalTensor& residual, c10::string_view activation, int64_t out_channels,
+                                at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                                at::IntArrayRef dilation, int64_t groups) {
   return run(input, values, metadata, scale, shift, "shift", residual, activation_of(activation), out_channels,
              kernel_size, stride, padding, dilation, groups);
 }

@@ -27,9 +27,11 @@ struct Conv2d24Sizes {
 constexpr Conv2d24Variant kConv2d24Variants[] = {{4, 8, 2, 2}, {4, 8, 1, 4}, {4, 4, 1, 4}, {2, 4, 2, 2}};
 constexpr int kConv2d24Stages = 3;
 constexpr int kStepChannels = 64;
-constexpr int kResultPitch = 20;  // floats from pixel to pixel, at the end: 16 channels, and what spreads them over banks
+constexpr int kResultPitch = 20;  // floats from pixel to pixel, at the end: 16 channels, and 4 for the banks
 
-constexpr int64_t conv2d_24_bytes(const Conv2d24Variant& v) { return int64_t(16) * kConv2d24Stages * v.stage_vectors(); }
+constexpr int64_t conv2d_24_bytes(const Conv2d24Variant& v) {
+  return int64_t(16) * kConv2d24Stages * v.stage_vectors();
+}
 
 struct Conv2d24Params {
   const void* input;     // [batch][in_h][in_w][groups * channels], 16 bits each

@@ -98,8 +98,8 @@ void multiply(void* const* slots, unsigned) {
   }
 }
 
-// A is 16 x 16, two of each four columns of a matrix with 32. Two bits for each value, in ascending order, say which; what
-// is not in ascending order is undefined in the PTX ISA, and no number here.
+// A is 16 x 16, two of each four columns of a matrix with 32. Two bits for each value, in ascending order, say which;
+// what is not in ascending order is undefined in the PTX ISA, and no number here.
 void multiply_sparse(void* const* slots, unsigned) {
   const auto& first = *static_cast<const Product*>(slots[0]);
   float a[16][16], b[32][8], c[16][8] = {};
@@ -140,7 +140,8 @@ void load_matrices(uint32_t* words, const void* row, int line, const void* pc) {
   meet(Meeting::matrix, ~0u, &slot, spread, line);
 }
 
-void mma_sparse(float* c, const uint32_t* a, const uint32_t* b, uint32_t metadata, int selector, bool bfloat16, int line) {
+void mma_sparse(float* c, const uint32_t* a, const uint32_t* b, uint32_t metadata, int selector, bool bfloat16,
+                int line) {
   Product slot{c, a, b, 32, bfloat16, metadata, selector};
   meet(Meeting::matrix, ~0u, &slot, multiply_sparse, line);
 }

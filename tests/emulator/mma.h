@@ -8,7 +8,8 @@ namespace emulator {
 void load_matrices_transposed(uint32_t* words, const void* row, int line, const void* pc);
 void load_matrices(uint32_t* words, const void* row, int line, const void* pc);
 void mma(float* c, const uint32_t* a, const uint32_t* b, int depth, bool bfloat16, int line);
-void mma_sparse(float* c, const uint32_t* a, const uint32_t* b, uint32_t metadata, int selector, bool bfloat16, int line);
+void mma_sparse(float* c, const uint32_t* a, const uint32_t* b, uint32_t metadata, int selector, bool bfloat16,
+                int line);
 
 // Of the device that is played; the tests set them.
 extern int device_major, device_shared_bytes, device_multiprocessors;
