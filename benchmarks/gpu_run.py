@@ -26,7 +26,7 @@ from torch import nn
 
 import sparsekd
 from sparsekd.measure.timing import compare
-from sparsekd.sparse import formats, ops, reference
+from sparsekd.sparse import formats, formats_24, ops, reference
 
 HERE = Path(__file__).resolve().parent
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16}
@@ -155,6 +155,12 @@ class Layer:
         return error
 
 
+def two_of_four(out_channels: int, in_channels: int, kernel: int) -> torch.Tensor:
+    """A mask that keeps two of each four input channels at random."""
+    scores = torch.rand(out_channels, in_channels // 4, 4, kernel, kernel)
+    return (scores.argsort(2).argsort(2) < 2).view(out_channels, in_channels, kernel, kernel)
+
+
 def golden(run: Run) -> None:
     """Products of whole numbers are exact in every precision: any wrong place in a fragment shows."""
     found = {}
@@ -171,6 +177,12 @@ def golden(run: Run) -> None:
                     got = ops.conv2d(input.to(run.device, dtype), values.to(dtype), crow, col, **geometry)
                     want = F.conv2d(input, weight).to(dtype)
                     found[f"{backend} {precision} V={vector}"] = bool(torch.equal(got.cpu(), want))
+    for precision, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        weight, mask = torch.randint(-3, 4, (48, 128, 1, 1)).double(), two_of_four(48, 128, 1)
+        input = torch.randint(-3, 4, (2, 128, 4, 4)).double()
+        values, metadata = (t.to(run.device) for t in formats_24.pack_24(weight, mask))
+        got = ops.conv2d_24(input.to(run.device, dtype), values.to(dtype), metadata, kernel_size=1)
+        found[f"{precision} 2:4"] = bool(torch.equal(got.cpu(), F.conv2d(input, weight * mask).to(dtype)))
     run.write("golden.json", found)
     if not all(found.values()):
         raise SystemExit(f"Expected exact products, got {found}")
@@ -234,6 +246,33 @@ def bench_conv2d(run: Run) -> list[dict]:
         about = dict(layer=list(shape), precision=precision, vector=vector, density=density, error=error)
         rows.append(about | dict(ms=ms, speedup=dense / ms["sparsekd"]))
         print(*(f"{k}={v}" for k, v in about.items()), f"{rows[-1]['speedup']:.2f}x", flush=True)
+    return rows
+
+
+def bench_conv2d_24(run: Run) -> list[dict]:
+    """2:4 against dense, both in fp16 and channels_last."""
+    rows = []
+    for in_channels, out_channels, kernel, size in run.layers:
+        torch.manual_seed(0)
+        weight = torch.randn(out_channels, in_channels, kernel, kernel).div_(in_channels**0.5).half()
+        mask = two_of_four(out_channels, in_channels, kernel)
+        values, metadata = (t.to(run.device) for t in formats_24.pack_24(weight, mask))
+        weight, input = (weight * mask).to(run.device), torch.randn(run.batch, in_channels, size, size)
+        weight, input = (t.to(run.device, torch.float16, memory_format=torch.channels_last) for t in (weight, input))
+        pad, wanted = kernel // 2, F.conv2d(input.double(), weight.double(), padding=kernel // 2)
+        engines = {
+            "dense channels_last": lambda x=input, w=weight, pad=pad: F.conv2d(x, w, padding=pad),
+            "sparsekd": lambda x=input, v=values, m=metadata, k=kernel, pad=pad: ops.conv2d_24(
+                x, v, m, kernel_size=k, padding=pad
+            ),
+        }
+        error = float((engines["sparsekd"]() - wanted).abs().max() / wanted.abs().max())
+        if not error <= TOLERANCE["fp16"]:
+            raise SystemExit(f"Expected the 2:4 convolution within {TOLERANCE['fp16']} of the dense one, got {error}")
+        ms = run.time(engines)
+        layer = [in_channels, out_channels, kernel, size]
+        rows.append(dict(layer=layer, error=error, ms=ms, speedup=ms["dense channels_last"] / ms["sparsekd"]))
+        print(f"2:4 layer={layer}", f"{rows[-1]['speedup']:.2f}x", flush=True)
     return rows
 
 
@@ -326,7 +365,12 @@ def bench_end_to_end(run: Run) -> list[dict]:
 
 
 def bench(run: Run) -> None:
-    parts = dict(kd_loss=bench_kd_loss, linear_kd_loss=bench_linear_kd_loss, end_to_end=bench_end_to_end)
+    parts = dict(
+        conv2d_24=bench_conv2d_24,
+        kd_loss=bench_kd_loss,
+        linear_kd_loss=bench_linear_kd_loss,
+        end_to_end=bench_end_to_end,
+    )
     run.write("results.json", {n: part(run) for n, part in (parts | dict(conv2d=bench_conv2d)).items()})
 
 

@@ -10,7 +10,8 @@ cores after optimize_for_inference in batches divisible by 8. The arithmetic of 
 made of them (`results/gpu_static.json`) and from the shared-memory wavefronts that the emulator counted
 (`results/gpu_wavefronts.json`). ASSUMPTIONS says the rest; they are in the file too. Break-even is the sparsity from
 which on the sparse layer is predicted to be faster than the dense one in the same precision, for fp32 than the dense
-one in TF32 too.
+one in TF32 too. 2:4 is 50% whatever the sparsity, so that its times don't fall; what it
+does at every call is to put its values in order.
 """
 
 from __future__ import annotations
@@ -61,8 +62,10 @@ ASSUMPTIONS = {
     "latency": 0.8,  # share of its bound that a sparse kernel reaches, for what nobody hides
     "launch_us": 2.0,  # of each kernel, back to back in a stream
     "columns_even": "each row group has its share of the non-zeros",
+    "l2_bytes": 32,  # of the second-level cache, a cycle and SM: the 2:4 kernel reads activations again for each tap
 }
 
+TILES_24 = ((4, 8, 2, 2), (4, 8, 1, 4), (4, 4, 1, 4), (2, 4, 2, 2))  # of the 2:4 kernel, as in gpu_static.py
 LANES = 8  # of the tensor-core kernel
 TENSOR_VARIANTS = {8: ((2, 32), (4, 16)), 16: ((1, 32), (2, 16)), 32: ((1, 16),), 64: ((1, 8),)}  # groups, positions
 
@@ -203,6 +206,31 @@ def tensor_cores(device: Device, layer: Layer, batch: int, vector: int, density:
     return before + max(device.seconds(best), moved(device, read + written + pattern)) + launches(1)
 
 
+def sparse_tensor_cores(device: Device, layer: Layer, batch: int, kept: bool, static) -> float:
+    """Seconds of conv2d_24_kernel in fp16. Its weights are 2:4 whatever is pruned beyond that."""
+    steps = layer.kernel**2 * math.ceil(layer.in_channels / 64)
+    best = math.inf
+    for m, n, row_warps, pixel_warps in TILES_24:
+        rows, pixels, warps = 16 * m * row_warps, 8 * n * pixel_warps, row_warps * pixel_warps
+        staged = rows * 4 + pixels * 8 + rows // 2  # vectors of 16 bytes, in three stages
+        if 3 * 16 * staged > device.shared_bytes:
+            continue
+        row = static[f"conv2d_24_kernel<__half, {m}, {n}, {row_warps}, {pixel_warps}>", device.arch]
+        products = rows * pixels * 32 / device.tensor_macs / device.sync_share
+        # Operands by ldmatrix, metadata, and what is copied.
+        wavefronts = warps * (8 * (m + n) + m) + staged / 8
+        issue = warps * row["instructions_per_fma"] * row["products"] / 4
+        step = max(products, wavefronts, issue) / ASSUMPTIONS["latency"]
+        step = max(step, staged * 16 / ASSUMPTIONS["l2_bytes"])
+        blocks = math.ceil(layer.out_channels / rows) * math.ceil(batch * layer.size**2 / pixels)
+        best = min(best, (steps * step + 1000) * math.ceil(blocks / device.multiprocessors))
+    read, written, weight = layer.bytes(batch, 2)
+    pattern = weight * (1 / 2 + 1 / 8 / 2)  # values, and two bits each
+    # Values into the order of the instruction, with an index of 32 bits each.
+    before = 0.0 if kept else moved(device, weight * (1 / 2 + 1 / 2 + 1)) + launches(1)
+    return before + max(device.seconds(best), moved(device, read + written + pattern)) + launches(1)
+
+
 def break_even(sparse, dense_seconds: float) -> float | None:
     """The sparsity from which on `sparse(density)` is faster, or None below 99%."""
     if sparse(0.01) >= dense_seconds:
@@ -229,6 +257,7 @@ def patterns(static: dict, factors: dict) -> dict[str, tuple]:
             "fp16",
             lambda *of, v=vector: tensor_cores(*of[:3], v, *of[3:], factors),
         )
+    found["2:4 fp16"] = ("fp16", lambda *of: sparse_tensor_cores(*of[:3], of[4], static))
     return found
 
 
@@ -240,8 +269,18 @@ def gather_factors(table: dict) -> dict[int, float]:
     return {vector: round(sum(values) / len(values), 3) for vector, values in by_vector.items()}
 
 
-def predicted(device: Device, batch: int, layers: list[Layer], precision: str, seconds) -> dict:
-    """Dense and sparse ms and break-even of all layers together, and of each."""
+def predicted(device: Device, batch: int, layers: list[Layer], precision: str, seconds, fixed: float | None) -> dict:
+    """Dense and sparse ms and break-even of all layers together, and of each.
+
+    Args:
+        fixed: the sparsity of a pattern that has but one, which breaks even there or never.
+    """
+
+    def even(sparse, dense_s: float) -> float | None:
+        if fixed is None:
+            return break_even(sparse, dense_s)
+        return fixed if sparse(1 - fixed) < dense_s else None
+
     against = ["fp32", "tf32"] if precision == "fp32" else [precision]
 
     def of(some: list[Layer]) -> dict:
@@ -253,8 +292,8 @@ def predicted(device: Device, batch: int, layers: list[Layer], precision: str, s
             "dense_ms": {p: round(1e3 * s, 4) for p, s in dense_s.items()},
             "sparse_ms": [round(1e3 * sparse(1 - s, False), 4) for s in SPARSITIES],
             "kept_ms": [round(1e3 * sparse(1 - s, True), 4) for s in SPARSITIES],
-            "break_even": {p: break_even(lambda d: sparse(d, False), s) for p, s in dense_s.items()},
-            "break_even_kept": {p: break_even(lambda d: sparse(d, True), s) for p, s in dense_s.items()},
+            "break_even": {p: even(lambda d: sparse(d, False), s) for p, s in dense_s.items()},
+            "break_even_kept": {p: even(lambda d: sparse(d, True), s) for p, s in dense_s.items()},
         }
 
     one_each = [replace(layer, count=1) for layer in layers]
@@ -301,7 +340,7 @@ def main() -> None:
         for batch in args.batches:
             for name, (precision, seconds) in patterns(static, factors).items():
                 row = {"device": device.name, "batch": batch, "pattern": name}
-                row |= predicted(device, batch, layers, precision, seconds)
+                row |= predicted(device, batch, layers, precision, seconds, 0.5 if name.startswith("2:4") else None)
                 rows.append(row)
                 print(line(row))
     written = {

@@ -41,8 +41,9 @@ def parse_sass(text: str) -> dict[str, list[Instruction]]:
             current = functions.setdefault(line.partition("Function :")[2].strip(), [])
         elif found := _LINE.match(line):
             address, guard, opcode, operands = found.groups()
-            # @UPT and @PT are always true.
-            conditional = guard is not None and guard.strip() not in ("@PT", "@UPT")
+            # @UPT and @PT are always true. A uniform branch has its predicate among the operands: BRA.U !UP0, 0x1330.
+            guarded = guard is not None and guard.strip() not in ("@PT", "@UPT")
+            conditional = guarded or (opcode.startswith("BRA.U") and re.match(r"!?UP\d", operands) is not None)
             current.append(Instruction(int(address, 16), opcode, operands.strip(), conditional))
     return functions
 

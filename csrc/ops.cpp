@@ -100,6 +100,12 @@ TORCH_LIBRARY(sparsekd, m) {
   m.def("conv2d_weight_grad(Tensor input, Tensor grad_output, Tensor crow_indices, Tensor col_indices, "
         "Tensor? row_indices, SymInt vector, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, "
         "SymInt[2] dilation, SymInt groups) -> Tensor");
+  // Two of each four input channels kept (sparsekd/sparse/formats_24.py), for the sparse tensor cores of CUDA.
+  m.def("conv2d_24(Tensor input, Tensor values, Tensor metadata, Tensor? bias, SymInt out_channels, "
+        "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
+  m.def("conv2d_24_fused(Tensor input, Tensor values, Tensor metadata, Tensor? scale, Tensor? shift, Tensor? residual, "
+        "str activation, SymInt out_channels, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, "
+        "SymInt[2] dilation, SymInt groups) -> Tensor");
   m.def("linear(Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? row_indices, "
         "Tensor? transpose, Tensor? bias, SymInt out_features) -> Tensor");
   m.def("linear_input_grad(Tensor grad_output, Tensor values, Tensor crow_indices, Tensor col_indices, "

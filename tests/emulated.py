@@ -25,6 +25,7 @@ CXX = os.environ.get("CXX", "c++")
 OPERATORS = (
     *("conv2d_tiling", "conv2d_plan", "conv2d_planned"),
     *("conv2d", "conv2d_fused", "conv2d_input_grad", "conv2d_weight_grad", "transpose_pattern"),
+    *("conv2d_24", "conv2d_24_fused"),
     *("linear", "linear_input_grad", "linear_weight_grad", "kd_loss_forward"),
 )
 

@@ -51,9 +51,9 @@ def calls():
 
 
 @contextlib.contextmanager
-def device(major, shared_bytes=LARGE):
+def device(major, shared_bytes=LARGE, multiprocessors=108):
     set_device = emulated.emulator().functions.emulator_set_device
-    set_device(major, shared_bytes, 108)
+    set_device(major, shared_bytes, multiprocessors)
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsekd.sparse import formats, ops
+from sparsekd.sparse import formats, formats_24, ops
 
 GEOMETRY = ((3, 3), (2, 1), (1, 1), (1, 2), 2)  # kernel, stride, padding, dilation, groups
 
@@ -26,12 +26,17 @@ def samples(dtype=torch.float32, memory_format=torch.contiguous_format):
     packed, *of_linear = formats.pack(weight, torch.rand(10, 7) < 0.5, 1)
     rows, grad_rows = torch.randn(3, 7).to(dtype), torch.randn(3, 10).to(dtype)
     flat = ops.transpose_pattern(*of_linear, vector=1, out_channels=10, in_channels=7, taps=1)
+    two_of_four = (torch.arange(16).view(1, 16, 1, 1) % 4 < 2).expand(12, 16, 3, 3)
+    kept = formats_24.pack_24(torch.randn(12, 16, 3, 3).to(dtype), two_of_four, 2)
+    wide = torch.randn(4, 32, 9, 8).to(dtype).contiguous(memory_format=memory_format)
     logits, target = torch.randn(2, 5, 10).to(dtype), torch.randint(10, (5,))
     return {
         "conv2d": (input, values, *pattern, plan, shift, 12, *GEOMETRY),
         "conv2d_fused": (input, values, *pattern, shift, shift, grad_output, "relu", 12, *GEOMETRY),
         "conv2d_input_grad": (grad_output, values, *pattern, plan, (4, 6, 9, 8), *GEOMETRY),
         "conv2d_weight_grad": (input, grad_output, *pattern, 2, *GEOMETRY),
+        "conv2d_24": (wide, *kept, shift, 12, *GEOMETRY),
+        "conv2d_24_fused": (wide, *kept, shift, shift, grad_output, "silu", 12, *GEOMETRY),
         "linear": (rows, packed, *of_linear, flat, None, 10),
         "linear_input_grad": (grad_rows, packed, *of_linear, flat, 7),
         "linear_weight_grad": (rows, grad_rows, *of_linear, 1),

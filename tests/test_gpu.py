@@ -7,6 +7,7 @@ import os
 import interpreted
 import pytest
 import test_conv2d
+import test_cuda_conv2d_24
 import test_kernels_linear
 import test_linear
 import test_linear_kd_loss
@@ -159,3 +160,14 @@ def test_compiled_equals_eager():
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager" if REHEARSE else "inductor")
     assert_near(compiled(input), function(input))
+
+
+@pytest.mark.parametrize("seed", range(4 if REHEARSE else 80))
+def test_2_to_4_convolutions(seed):
+    case = test_cuda_conv2d_24.draw(seed)
+    input, values, metadata, generator = test_cuda_conv2d_24.operands(case)
+    bias = torch.randn(case.geometry[0], generator=generator).to(case.dtype)
+    with torch.no_grad():
+        got = torch.ops.sparsekd.conv2d_24(*on_device([input, values, metadata, bias]), *case.geometry)
+    want = reference.conv2d_24_reference(input.double(), values.double(), metadata, bias.double(), *case.geometry)
+    assert_near(got.cpu(), want, case.dtype, str(case))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,26 @@ def test_tensor_cores_are_counted_by_their_matrices():
     # Two products of 2048 at 1024 a cycle: 4 cycles, as many as 512 bytes take.
     assert found["bound"] == 1.0
     assert row(TENSOR_LOOP, arch="9.0")["bound"] == pytest.approx(0.5)
+
+
+def test_a_uniform_branch_may_fall_through():
+    """As 10.0 has it: the predicate is an operand, and what comes after is reached."""
+    found = row(TENSOR_LOOP.replace("@P0 BRA 0x0 ", "BRA.U UP0, 0x0 "))
+    assert found["hot_loop"] == row(TENSOR_LOOP)["hot_loop"]
+    code = next(iter(sass.parse_sass(TENSOR_LOOP.replace("@P0 BRA 0x0 ", "BRA.U !UP0, 0x0 ")).values()))
+    assert code[3].conditional and code[3].target == 0
+    assert not next(iter(sass.parse_sass(TENSOR_LOOP.replace("@P0 BRA 0x0 ", "BRA.U 0x0 ")).values()))[3].conditional
+
+
+def test_sparse_matrices_count_half_of_their_products():
+    found = row(TENSOR_LOOP.replace("HMMA.16816.F32", "HMMA.SP.16832.F32"))
+    assert found["hot_loop"] == {"BRA": 1, "HMMA.SP.16832": 2, "LDSM.x4": 1}
+    # Two of 4096, zeros included, at 2048 a cycle: 4 cycles again.
+    assert found["bound"] == 1.0
+    copying = TENSOR_LOOP.replace("HMMA.16816.F32", "HMMA.SP.16832.F32").replace(
+        "BRA 0x0", "LDGSTS.E.BYPASS.128 [R5], [R2.64] ; /* 0x0 */\n        /*0038*/ @P0 BRA 0x0"
+    )
+    assert (row(copying)["bound"], row(copying)["limiter"]) == (0.5, "shared memory")  # 512 bytes more
 
 
 def test_a_table_agrees_with_itself():
@@ -176,3 +197,12 @@ def test_the_committed_table_holds_what_is_required():
     table = json.loads((gpu_static.RESULTS / "gpu_static.json").read_text())
     assert {r["arch"] for r in table["kernels"]} == {"8.0", "8.6", "9.0", "10.0"}
     assert [sentence for r in table["kernels"] for sentence in gpu_static.missing(r)] == []
+
+
+def test_the_bound_of_2_to_4_convolutions():
+    """Of what `mma.sp` reaches on an architecture, copies and metadata counted: the tile of 128 x 128."""
+    table = json.loads((gpu_static.RESULTS / "gpu_static.json").read_text())
+    rows = [r for r in table["kernels"] if re.fullmatch(r"conv2d_24_kernel<\w+, 4, 8, 2, 2>", r["kernel"])]
+    assert len(rows) == 2 * 4
+    for r in rows:
+        assert r["bound"] / gpu_static.ARCHITECTURES[r["arch"]].sync_share >= 0.6, r

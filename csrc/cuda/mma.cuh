@@ -5,7 +5,13 @@
 //   B, K x 8:  word i holds rows 2 * t + {0, 1} + 8 * i, column g
 //   C, 16 x 8: element i is row g + 8 * (i / 2), column 2 * t + i % 2
 //
-// K = 8 has the first half of the words. The architectures before 8.0 lack them: there they trap.
+// K = 8 has the first half of the words. Of sparse matrices ("Sparse mma.m16n8k32") A is 16 x 16 as above: of each four
+// columns of a 16 x 32 matrix the two that are kept. B has two more words, rows 16 and up. Which two is told by two bits
+// for each value, in ascending order; with h = t % 2, the lanes t / 2 = selector hold
+//
+//   metadata:  bits 16 * e + 2 * i and the next, of row g + 8 * e: which of its four columns value i + 8 * h is
+//
+// The architectures before 8.0 lack them: there they trap.
 #pragma once
 #include "device.cuh"
 #ifndef __CUDACC__
@@ -23,6 +29,18 @@ __device__ __forceinline__ SharedAddress shared_address(const void* p) {
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&words)[4], SharedAddress row) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(row)
+               : "memory");
+#else
+  __trap();
+#endif
+}
+
+// The same without transposing: word i of each lane is row g, columns 2 * t + {0, 1} of matrix i.
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], SharedAddress row) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(row)
                : "memory");
@@ -68,6 +86,35 @@ __device__ __forceinline__ void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, 
 #endif
 }
 #undef SPARSEKD_MMA
+
+// From PTX 8.5 on the ascending order is said, without which later architectures are slower.
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define SPARSEKD_MMA_SPARSE "mma.sp::ordered_metadata"
+#else
+#define SPARSEKD_MMA_SPARSE "mma.sp"
+#endif
+
+// c += a * b, 16 x 32 (two of each four columns of a kept) by 32 x 8.
+template <class T, int kSelector>
+__device__ __forceinline__ void mma_sparse_k32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                               uint32_t metadata) {
+#if __CUDA_ARCH__ >= 800
+#define SPARSEKD_PRODUCT(type)                                                                                    \
+  asm volatile(SPARSEKD_MMA_SPARSE ".sync.aligned.m16n8k32.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, " \
+                                   "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n"          \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),          \
+                 "r"(metadata), "n"(kSelector))
+  if constexpr (std::is_same_v<T, Half>) {
+    SPARSEKD_PRODUCT("f16");
+  } else {
+    SPARSEKD_PRODUCT("bf16");
+  }
+#undef SPARSEKD_PRODUCT
+#else
+  __trap();
+#endif
+}
 
 // What the host side chooses by.
 struct DeviceLimits {

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .convert import dense_state_dict
 from .dispatch import KINDS, from_dense, sparsity_of
+from .modules import SparseConv2d
 from .packed_module import DTYPES, SparseModule
 from .surgery import put_in_place
 
@@ -96,6 +97,8 @@ def save(model: nn.Module, path: str | os.PathLike, dtype: torch.dtype | None = 
         if module is not None:
             mask = module.mask
             packed[key] = {"shape": list(tensor.shape), "vector": module.vector}
+            if getattr(module, "pattern", None) is not None:
+                packed[key]["pattern"] = module.pattern
             if module.row_indices is not None:
                 tensors[f"{key}#rows"] = module.row_indices.cpu()
         elif tensor.dim() >= 2 and tensor.is_floating_point() and sparsity_of(tensor) > PACK_FROM:
@@ -183,6 +186,8 @@ def _check_packed(key: str, info: dict, tensors: dict[str, Tensor]) -> None:
         raise ValueError(f"values {list(nonzeros.shape)} of {nonzeros.dtype} for {key}")
     if "vector" in info and not (type(info["vector"]) is int and 1 <= info["vector"] <= max(shape[0], 1)):
         raise ValueError(f"vector {info['vector']} for {key} of shape {shape}")
+    if "pattern" in info and (info["pattern"] != "2:4" or len(shape) != 4 or info.get("vector") != 1):
+        raise ValueError(f"pattern {info['pattern']!r} for {key} of shape {shape}")
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -222,7 +227,10 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         with torch.no_grad():
             made.weight.copy_(weight)
         mask = mask.to(made.weight.device)
-        swaps[old] = from_dense(made, mask, info["vector"], False if rows is None else rows)
+        if "pattern" in info:
+            swaps[old] = SparseConv2d.from_dense(made, mask, pattern=info["pattern"])
+        else:
+            swaps[old] = from_dense(made, mask, info["vector"], False if rows is None else rows)
     for key, source in facts["aliases"].items():
         if source not in state:
             raise ValueError(f"Expected {source}, which {key} equals, in {path}, got none")

@@ -55,23 +55,28 @@ class FusedConv2d(nn.Module):
             output = conv(_lie(input, False))
             residual = _lie(residual, False)
             return ACTIVATIONS[self.activation](output if residual is None else output + residual)
+        common = {
+            "kernel_size": conv.kernel_size,
+            "shift": conv.bias,
+            "residual": residual,
+            "activation": self.activation,
+            "stride": conv.stride,
+            "padding": conv.padding,
+            "dilation": conv.dilation,
+            "groups": conv.groups,
+        }
+        if conv.pattern is not None:
+            return ops.conv2d_24_fused(input, *conv.packed_24(), **common)
         return ops.conv2d_fused(
             input,
             conv.values,
             conv.crow_indices,
             conv.col_indices,
             out_channels=conv.out_channels,
-            kernel_size=conv.kernel_size,
-            shift=conv.bias,
-            residual=residual,
-            activation=self.activation,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
             row_indices=conv.row_indices,
             plan=plan,
             lanes=lanes,
+            **common,
         )
 
     def _as_the_result(self, input: Tensor, residual: Tensor | float) -> bool:

@@ -6,6 +6,7 @@ pruned weight.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
 from . import ops
+from .formats_24 import TwoOfFour
 from .packed_module import SparseModule
+from .plan_24 import Plan24, filled_mask, plan_24
 
 MOST_PLANS = 4  # of a layer, for as many sizes of its input
 
@@ -159,6 +162,74 @@ class SparseConv2d(_SparseConv):
     _plans: dict[tuple[int, ...], ops.Plan | None]  # by size of the input
     _plans_of: Tensor | None = None  # the col_indices that they are of
     _last_plan: ops.Plan | None = None
+    pattern: str | None = None  # "2:4": computed by `ops.conv2d_24`
+    _plan_24: Plan24 | None = None
+
+    @classmethod
+    def from_dense(
+        cls,
+        conv: nn.Conv2d,
+        mask: Tensor | None = None,
+        vector: int | str = 1,
+        permute: bool | Tensor = False,
+        pattern: str | None = None,
+    ) -> SparseConv2d:
+        """Packs ``conv``; the original is left as it is.
+
+        Args:
+            conv: the plain module.
+            mask: bool, the weight's shape, True = keep (the kept weights may be 0). None takes the weight's zeros; a
+                vector is then kept when any of its weights is non-zero.
+            vector: V, or "auto": the largest V whose groups of consecutive output channels share their columns. Output
+                channels need not be a multiple of V.
+            permute: True groups equal output channels that are not neighbours; or the permutation to use.
+            pattern: None, or "2:4", for sparse tensor cores (see :func:`sparsekd.sparse.ops.conv2d_24`): two of each
+                four input channels are kept, of which a group has a multiple of 16. On CUDA it computes in float16 and
+                bfloat16 alone, best in channels_last; on the CPU it takes as long as the dense layer. Where the
+                weight's zeros are taken and a four has more than two, zeros are kept as well. ``vector`` is then 1.
+
+        Raises:
+            TypeError: not torch's module, one with another forward, a complex weight, or a mask that is not bool.
+            ValueError: a mask of another shape, or one that does not fit V or the pattern; a lazy module that has seen
+                no input; an unknown pattern.
+        """
+        if pattern is None:
+            return super().from_dense(conv, mask, vector, permute)
+        if pattern != "2:4":
+            raise ValueError(f'Expected pattern to be None or "2:4", got {pattern!r}')
+        if vector not in (1, "auto") or permute is not False:
+            raise ValueError(f'Expected pattern="2:4" with vector=1 and permute=False, got {vector!r} and {permute!r}')
+        _check_plain(conv, nn.Conv2d, "forward", "_conv_forward")
+        module = super().from_dense(conv, filled_mask(conv.weight, mask, conv.groups))
+        module.pattern = pattern
+        module._plan_24 = module._planned_24(*module._indices())
+        return module
+
+    def _planned_24(self, crow: Tensor, col: Tensor, rows: Tensor | None) -> Plan24:
+        return plan_24(crow, col, rows, self.weight_shape, self.groups)
+
+    def _set_pattern(self, indices: tuple[Tensor | None, ...], copy: bool = False) -> None:
+        super()._set_pattern(indices, copy)
+        if self.pattern is not None:
+            # A module that comes from meta has no pattern yet: the use of it would tell.
+            with contextlib.suppress(ValueError):
+                self._plan_24 = self._planned_24(*self._indices())
+
+    def _check_pattern(self, values: Tensor, crow: Tensor, col: Tensor, rows: Tensor | None) -> None:
+        super()._check_pattern(values, crow, col, rows)
+        if self.pattern is not None:
+            if values.shape[1] != 1:
+                raise ValueError(f'Expected values [n, 1] of pattern "2:4", got {tuple(values.shape)}')
+            self._planned_24(crow, col, rows)
+
+    def packed_24(self) -> TwoOfFour:
+        """Values and metadata as :func:`sparsekd.sparse.ops.conv2d_24` takes them; differentiable in ``values``."""
+        if self._plan_24 is None or self._plan_24.col_indices is not self.col_indices:
+            self._plan_24 = self._planned_24(*self._indices())
+        return self._plan_24.packed(self.values)
+
+    def _pattern_repr(self) -> str:
+        return super()._pattern_repr() + ("" if self.pattern is None else f", pattern={self.pattern!r}")
 
     def _take(self, conv: nn.Conv2d, mask: Tensor | None, vector: int | str, permute: bool | Tensor) -> None:
         # nn.Conv2d answers in channels_last when its weight is so stored, even to an input that is not.
@@ -189,7 +260,7 @@ class SparseConv2d(_SparseConv):
 
         None where they gain nothing by it, and in training, whose backward reads the pattern.
         """
-        if torch.is_grad_enabled() or isinstance(self.padding, str):
+        if torch.is_grad_enabled() or isinstance(self.padding, str) or self.pattern is not None:
             return None
         device = input.device
         lowered = torch.is_autocast_enabled(device.type)
@@ -235,20 +306,17 @@ class SparseConv2d(_SparseConv):
             return self._shapes.dense(self)(input)
         plan = self.plan_for(input, (*(1,) * (4 - input.dim()), *input.shape))
         input, padding = self._padded(input)
-        geometry = {
-            "out_channels": self.out_channels,
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "padding": padding,
-            "dilation": self.dilation,
-            "groups": self.groups,
-            "row_indices": self.row_indices,
-        }
-        pattern = (self.values, self.crow_indices, self.col_indices)
-        if plan is not None:
-            output = ops.conv2d_fused(input, *pattern, shift=self.bias, plan=plan, **geometry)
+        geometry = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
+        geometry["kernel_size"] = self.kernel_size
+        if self.pattern is not None:
+            output = ops.conv2d_24(input, *self.packed_24(), self.bias, **geometry)
         else:
-            output = ops.conv2d(input, *pattern, self.bias, transpose=self._plan(), **geometry)
+            geometry |= {"out_channels": self.out_channels, "row_indices": self.row_indices}
+            packed = (self.values, self.crow_indices, self.col_indices)
+            if plan is not None:
+                output = ops.conv2d_fused(input, *packed, shift=self.bias, plan=plan, **geometry)
+            else:
+                output = ops.conv2d(input, *packed, self.bias, transpose=self._plan(), **geometry)
         if self.channels_last:
             # Not `contiguous()`, which leaves the strides of sides of 1 alone, by which torch tells the format later.
             batched = output if output.dim() == 4 else output.unsqueeze(0)

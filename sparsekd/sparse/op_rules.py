@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from .formats_24 import gather_24, unpack_24
+
 _ops = torch.ops.sparsekd
 LANES = 8  # images side by side in a vector of 16 bytes
 
@@ -68,6 +70,25 @@ def _conv2d_planned_fake(
         return input.new_empty_strided(size, (out_channels * height * pitch, height * pitch, pitch, LANES, 1))
     size = (batch, out_channels, height, width)
     return input.new_empty(size) if input.dim() == 5 else _like(input, size)
+
+
+@torch.library.register_fake("sparsekd::conv2d_24")
+def _conv2d_24_fake(
+    input, values, metadata, bias, out_channels, kernel_size, stride, padding, dilation, groups
+):  # fmt: skip
+    _check_same_device(input, {"values": values, "metadata": metadata, "bias": bias})
+    size = [_output_size(input.shape[2 + d], kernel_size[d], stride[d], padding[d], dilation[d]) for d in range(2)]
+    return _like(input, (input.shape[0], out_channels, *size))
+
+
+@torch.library.register_fake("sparsekd::conv2d_24_fused")
+def _conv2d_24_fused_fake(
+    input, values, metadata, scale, shift, residual, activation, out_channels, kernel_size, stride, padding, dilation,
+    groups
+):  # fmt: skip
+    _check_same_device(input, {"scale": scale, "shift": shift, "residual": residual})
+    geometry = (out_channels, kernel_size, stride, padding, dilation, groups)
+    return _conv2d_24_fake(input, values, metadata, None, *geometry)
 
 
 @torch.library.register_fake("sparsekd::conv2d_input_grad")
@@ -188,6 +209,33 @@ def _inference_only(ctx, inputs, output):
     )
 
 
+def _conv2d_24_setup(ctx, inputs, output):
+    input, values, metadata, bias, ctx.out_channels, ctx.kernel_size, *ctx.geometry = inputs
+    ctx.save_for_backward(input, values, metadata)
+
+
+def _conv2d_24_backward(ctx, grad):
+    """Dense: rows of the transposed weight are not 2:4, and what the weight's gradient skips would save no product."""
+    input, values, metadata = ctx.saved_tensors
+    *convolution, groups = ctx.geometry
+    shape = (ctx.out_channels, input.shape[1] // groups, *ctx.kernel_size)
+    weight = unpack_24(values, metadata, shape, groups)
+    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+    biases = [ctx.out_channels] if wanted[2] else None
+    grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad, input, weight, biases, *convolution, False, [0, 0], groups, wanted
+    )
+    grad_values = gather_24(grad_weight, metadata, groups) if wanted[1] else None
+    return grad_input, grad_values, None, grad_bias, *[None] * 6
+
+
+def _conv2d_24_fused_setup(ctx, inputs, output):
+    raise RuntimeError(
+        "Expected conv2d_24_fused under torch.no_grad() or on tensors without gradients, as it is for inference; got "
+        "one that requires a gradient: use conv2d_24"
+    )
+
+
 def _conv2d_input_grad_setup(ctx, inputs, output):
     grad_output, values, crow, col, rows, transpose, _, *ctx.geometry = inputs
     ctx.save_for_backward(grad_output, values, crow, col, rows, transpose)
@@ -300,9 +348,20 @@ torch.library.register_autograd(
     "sparsekd::linear_kd_loss", _linear_kd_loss_backward, setup_context=_linear_kd_loss_setup
 )
 
-for _name in ("conv2d", "conv2d_input_grad", "conv2d_weight_grad", "linear", "linear_input_grad", "linear_weight_grad"):
+for _name in (
+    "conv2d",
+    "conv2d_24",
+    "conv2d_input_grad",
+    "conv2d_weight_grad",
+    "linear",
+    "linear_input_grad",
+    "linear_weight_grad",
+):
     torch.library.register_autograd(
         f"sparsekd::{_name}", globals()[f"_{_name}_backward"], setup_context=globals()[f"_{_name}_setup"]
     )
 for _name in ("conv2d_fused", "conv2d_planned"):
     torch.library.register_autograd(f"sparsekd::{_name}", _inference_only, setup_context=_inference_only)
+torch.library.register_autograd(
+    "sparsekd::conv2d_24_fused", _conv2d_24_fused_setup, setup_context=_conv2d_24_fused_setup
+)

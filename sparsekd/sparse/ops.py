@@ -187,6 +187,96 @@ def conv2d_fused(
     return output if batched else output.squeeze(0)
 
 
+def conv2d_24(
+    input: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution with weights of which two of each four input channels are kept (``formats_24.py``).
+
+    On CUDA (compute capability 8.0 or later, float16 and bfloat16, sums in float32) on sparse tensor cores;
+    channels_last is taken as it is, other memory formats are copied there and back. On the CPU it is torch's dense
+    convolution of the unpacked weight, which is not faster than dense. Differentiable in input, values and bias; the
+    backward is dense: the input gradient with the unpacked weight, the weight gradient gathered at what is kept.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``, C / groups a multiple of 16.
+        values: ``[out_channels, R * S, C / groups / 2]``, dtype and device of the input.
+        metadata: int32 ``[groups * ceil(out_channels / groups / 16), R * S, ceil(C / groups / 64), 32]``, as
+            ``pack_24`` makes it.
+        bias: ``[out_channels]`` or None.
+        padding: int, pair, "valid" or "same".
+
+    Returns:
+        ``[N, out_channels, H', W']`` in the memory format of the input (``[out_channels, H', W']`` without a batch).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; IndexError: on the CPU, metadata that
+        ``pack_24`` does not make (on CUDA it gives wrong numbers); NotImplementedError: a GPU before 8.0.
+
+    Source: Mishra et al., "Accelerating sparse deep neural networks", 2021.
+    """
+    _check_device(input, "conv2d_24")
+    input, geometry = _prepared(input, kernel_size, stride, padding, dilation, groups)
+    input, values, bias = _autocast(input, values, bias)
+    batched = input.dim() == 4
+    output = _call(
+        _ops.conv2d_24.default,
+        input if batched else input.unsqueeze(0),
+        values,
+        metadata,
+        bias,
+        values.shape[0],
+        *geometry,
+    )
+    return output if batched else output.squeeze(0)
+
+
+def conv2d_24_fused(
+    input: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    *,
+    kernel_size: int | tuple[int, int],
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``activation(scale * conv2d_24(input) + shift + residual)``, for inference; see :func:`conv2d_fused`."""
+    _check_device(input, "conv2d_24_fused")
+    input, geometry = _prepared(input, kernel_size, stride, padding, dilation, groups)
+    input, values, scale, shift, residual = _autocast(input, values, scale, shift, residual)
+    batched = input.dim() == 4
+    if not batched:
+        input = input.unsqueeze(0)
+        residual = None if residual is None else residual.unsqueeze(0)
+    output = _call(
+        _ops.conv2d_24_fused.default,
+        input,
+        values,
+        metadata,
+        scale,
+        shift,
+        residual,
+        activation,
+        values.shape[0],
+        *geometry,
+    )
+    return output if batched else output.squeeze(0)
+
+
 def _prepared(
     input: Tensor, kernel_size, stride, padding, dilation, groups, lanes: bool = False
 ) -> tuple[Tensor, tuple]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formats import gather, unpack
+from .formats_24 import unpack_24
 
 
 def conv2d_reference(
@@ -45,6 +46,44 @@ def conv2d_fused_reference(
     *geometry: object,
 ) -> Tensor:
     output = conv2d_reference(input, values, crow_indices, col_indices, row_indices, None, out_channels, *geometry)
+    return _finished(output, scale, shift, residual, activation)
+
+
+def conv2d_24_reference(
+    input: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    weight = unpack_24(values, metadata, (out_channels, input.shape[1] // groups, *kernel_size), groups)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d_24_fused_reference(
+    input: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out_channels: int,
+    *geometry: object,
+) -> Tensor:
+    return _finished(
+        conv2d_24_reference(input, values, metadata, None, out_channels, *geometry), scale, shift, residual, activation
+    )
+
+
+def _finished(
+    output: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:
     output = output if scale is None else output * scale.view(-1, 1, 1)
     output = output if shift is None else output + shift.view(-1, 1, 1)
     return ACTIVATIONS[activation](output if residual is None else output + residual)

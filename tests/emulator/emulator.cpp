@@ -291,6 +291,8 @@ std::map<Request, Cost> costs;
 constexpr uintptr_t kNowhere = 0;  // a lane that takes part in a request without reading anything
 std::map<std::pair<unsigned, Request>, std::vector<uintptr_t>[32]> traces;  // of the running block's warps
 
+size_t last_shared_bytes = 0;  // of the last launch
+
 uint64_t distinct(std::vector<uintptr_t> values) {
   std::sort(values.begin(), values.end());
   return std::unique(values.begin(), values.end()) - values.begin();
@@ -517,6 +519,7 @@ cudaError_t run(dim3 grid, dim3 size, size_t shared_bytes, void (*entry)(const v
   kernel_entry = entry;
   kernel_closure = closure;
   launch_epoch = epoch + 1;
+  last_shared_bytes = shared_bytes;
   message.clear();
   const unsigned threads = size.x * size.y * size.z;
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 ||
@@ -565,6 +568,7 @@ cudaError_t run(dim3 grid, dim3 size, size_t shared_bytes, void (*entry)(const v
 extern "C" {
 
 void emulator_set_seed(uint64_t seed) { emulator::seed = seed; }
+uint64_t emulator_last_shared_bytes() { return emulator::last_shared_bytes; }
 void emulator_count(int on) {
   emulator::counting = on;
   if (on) emulator::costs.clear();

@@ -1,4 +1,5 @@
-// Matrix instructions of a warp. Layouts after the PTX ISA, "Matrix fragments for mma.m16n8k8 / .m16n8k16" and "ldmatrix";
+// Matrix instructions of a warp. Layouts after the PTX ISA, "Matrix fragments for mma.m16n8k8 / .m16n8k16", "Matrix
+// fragments for sparse mma.m16n8k32 with .f16 and .bf16 types", "Sparse matrix storage" and "ldmatrix";
 // tests/test_mma.py compares them with CUTLASS's own.
 #include "mma.h"
 
@@ -20,6 +21,8 @@ struct Product {
   const uint32_t *a, *b;
   int depth;
   bool bfloat16;
+  uint32_t metadata = 0;  // of a sparse product
+  int selector = 0;
 };
 
 // gcc converts a half in software, slower than a look into a table.
@@ -47,6 +50,15 @@ float value(uint32_t word, int i, bool bfloat16) {
 }
 
 // As meet() wants them: what each lane handed over.
+void spread(void* const* slots, unsigned) {
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const auto* row = static_cast<const Matrices*>(slots[8 * i + lane / 4])->row;
+      std::memcpy(static_cast<Matrices*>(slots[lane])->words + i, static_cast<const uint32_t*>(row) + lane % 4, 4);
+    }
+  }
+}
+
 void transpose(void* const* slots, unsigned) {
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
@@ -86,7 +98,53 @@ void multiply(void* const* slots, unsigned) {
   }
 }
 
+// A is 16 x 16, two of each four columns of a matrix with 32. Two bits for each value, in ascending order, say which;
+// what is not in ascending order is undefined in the PTX ISA, and no number here.
+void multiply_sparse(void* const* slots, unsigned) {
+  const auto& first = *static_cast<const Product*>(slots[0]);
+  float a[16][16], b[32][8], c[16][8] = {};
+  int column[16][16];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& own = *static_cast<const Product*>(slots[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      for (int e = 0; e < 2; ++e) {
+        a[g + 8 * (i % 2)][2 * t + e + 8 * (i / 2)] = value(own.a[i], e, first.bfloat16);
+        b[2 * t + e + 8 * i][g] = value(own.b[i], e, first.bfloat16);
+      }
+    }
+    if (t / 2 != first.selector) continue;
+    for (int bit = 0; bit < 32; bit += 2) {
+      column[g + bit / 16 * 8][t % 2 * 8 + bit % 16 / 2] = own.metadata >> bit & 3;
+    }
+  }
+  for (int m = 0; m < 16; ++m) {
+    for (int k = 0; k < 16; ++k) {
+      const bool ascending = column[m][k & ~1] < column[m][k | 1];
+      for (int n = 0; n < 8; ++n) {
+        c[m][n] += ascending ? a[m][k] * b[k / 2 * 4 + column[m][k]][n] : std::numeric_limits<float>::quiet_NaN();
+      }
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& own = *static_cast<const Product*>(slots[lane]);
+    for (int i = 0; i < 4; ++i) own.c[i] += c[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2];
+  }
+}
+
 }  // namespace
+
+void load_matrices(uint32_t* words, const void* row, int line, const void* pc) {
+  access(row, 16, false, pc);
+  Matrices slot{row, words};
+  meet(Meeting::matrix, ~0u, &slot, spread, line);
+}
+
+void mma_sparse(float* c, const uint32_t* a, const uint32_t* b, uint32_t metadata, int selector, bool bfloat16,
+                int line) {
+  Product slot{c, a, b, 32, bfloat16, metadata, selector};
+  meet(Meeting::matrix, ~0u, &slot, multiply_sparse, line);
+}
 
 void load_matrices_transposed(uint32_t* words, const void* row, int line, const void* pc) {
   access(row, 16, false, pc);
@@ -121,7 +179,28 @@ void emulator_mma(float* c, const uint32_t* a, const uint32_t* b, int depth, int
   emulator::multiply(slots, ~0u);
 }
 
+// The sparse one: a, b and c [32][4], metadata [32].
+void emulator_mma_sparse(float* c, const uint32_t* a, const uint32_t* b, const uint32_t* metadata, int selector,
+                         int bfloat16) {
+  emulator::Product products[32];
+  void* slots[32];
+  for (int i = 0; i < 32; ++i) {
+    products[i] = {c + 4 * i, a + 4 * i, b + 4 * i, 32, bfloat16 != 0, metadata[i], selector};
+    slots[i] = &products[i];
+  }
+  emulator::multiply_sparse(slots, ~0u);
+}
+
 // Rows [32][8] of 16 bits to words [32][4].
+void emulator_load_matrices(uint32_t* words, const uint16_t* rows) {
+  emulator::Matrices matrices[32];
+  void* slots[32];
+  for (int i = 0; i < 32; ++i) {
+    matrices[i] = {rows + 8 * i, words + 4 * i};
+    slots[i] = &matrices[i];
+  }
+  emulator::spread(slots, ~0u);
+}
 void emulator_load_matrices_transposed(uint32_t* words, const uint16_t* rows) {
   emulator::Matrices matrices[32];
   void* slots[32];

@@ -1,0 +1,257 @@
+// Convolution with 2:4 weights on sparse tensor cores: an implicit matrix product in NHWC, 16-bit values, fp32 sums.
+//
+//   output [rows x pixels] += weight [rows x channels, two of each four kept] * activations [channels x pixels]
+//
+// summed over taps (r, s) and blocks of 64 channels: a step. For each step a block of threads copies to shared memory,
+// two steps ahead, the values [rows][32] and metadata of its output channels and the activations [pixels][64] that its
+// pixels read at that tap, zeros beyond the borders. A warp takes its operands from there by ldmatrix, 16 bytes a row:
+//
+//   values       row of 64 bytes, vector c at c ^ (row / 2) % 4     so that eight rows, and eight pixels, that are read
+//   activations  pixel of 128 bytes, vector c at c ^ pixel % 8      at once lie in different banks
+//
+// Metadata lie as mma.sp wants them (mma.cuh): one word of each lane serves two instructions, selector 0 for channels 0
+// to 31 of the block and 1 for the others. They only choose among four rows of an operand in registers, so that wrong
+// ones give wrong numbers at worst.
+//
+// 2:4 after Mishra et al., "Accelerating sparse deep neural networks", 2021.
+#pragma once
+#include "conv2d.cuh"
+#include "conv2d_24.h"
+#include "mma.cuh"
+
+namespace sparsekd::cuda {
+
+// Of a pixel: where its first tap lies, in rows, columns and vectors of 8 channels.
+struct Place {
+  int y, x, vector;
+};
+constexpr int kOutside = -(1 << 30);  // a row that no tap brings inside
+
+__device__ __forceinline__ Place place_of(const Conv2d24Params& p, int64_t pixel, int group) {
+  if (pixel >= p.pixels) return {kOutside, 0, 0};
+  const int x = static_cast<int>(pixel % p.out_w) * p.stride_w - p.padding_w;
+  const int64_t row = pixel / p.out_w;
+  const int y = static_cast<int>(row % p.out_h) * p.stride_h - p.padding_h;
+  const int64_t first = (row / p.out_h * p.in_h + y) * p.in_w + x;
+  return {y, x, static_cast<int>((first * p.groups + group) * (p.channels / 8))};
+}
+
+// One choice for all of them: a choice for each would be most of the kernel's code.
+__device__ __forceinline__ void activate_all(float (&x)[8], Activation activation) {
+  auto each = [&x](auto constant) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = activate(x[e], decltype(constant)::value);
+  };
+  switch (activation) {
+    case Activation::relu: return each(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::relu6: return each(std::integral_constant<Activation, Activation::relu6>{});
+    case Activation::silu: return each(std::integral_constant<Activation, Activation::silu>{});
+    case Activation::hardswish: return each(std::integral_constant<Activation, Activation::hardswish>{});
+    default: return;
+  }
+}
+
+// The end of the convolution for `count` (at most 8) channels of every 16th pixel from `place` on.
+template <class T, int kPixels>
+__device__ __forceinline__ void store_channels(const Conv2d24Params& p, const float* results, int64_t first_pixel,
+                                               int place, int channel, int count) {
+  float scale[8], shift[8];
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    scale[e] = p.scale && e < count ? load_value(p.scale, p.dtype, channel + e) : 1.0f;
+    shift[e] = p.shift && e < count ? load_value(p.shift, p.dtype, channel + e) : 0.0f;
+  }
+#pragma unroll 1
+  for (int i = place; i < kPixels && first_pixel + i < p.pixels; i += 16) {
+    const int64_t at = (first_pixel + i) * p.groups * p.rows + channel;
+    const auto* residual = p.residual ? static_cast<const T*>(p.residual) + at : nullptr;
+    T* to = static_cast<T*>(p.output) + at;
+    const auto* four = reinterpret_cast<const float4*>(results + i * kResultPitch);
+    const float4 low = load_vector(four), high = load_vector(four + 1);
+    float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = x[e] * scale[e] + shift[e];
+    if (residual && p.whole_vectors) {
+      alignas(16) T added[8];
+      const uint4 words = load_vector(reinterpret_cast<const uint4*>(residual));
+      __builtin_memcpy(added, &words, 16);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[e] += to_float(added[e]);
+    } else if (residual) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[e] += e < count ? to_float(residual[e]) : 0.0f;
+    }
+    activate_all(x, p.activation);
+    if (p.whole_vectors) {
+      alignas(16) T stored[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) stored[e] = from_float<T>(x[e]);
+      uint4 words;
+      __builtin_memcpy(&words, stored, 16);
+      store_vector(reinterpret_cast<uint4*>(to), words);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        if (e < count) store_vector(to + e, from_float<T>(x[e]));
+      }
+    }
+  }
+}
+
+template <class T, int kRowTiles, int kPixelTiles, int kRowWarps, int kPixelWarps>
+__global__ __launch_bounds__(32 * kRowWarps * kPixelWarps) void conv2d_24_kernel(const Conv2d24Params p) {
+  using Sizes = Conv2d24Sizes<Conv2d24Variant{kRowTiles, kPixelTiles, kRowWarps, kPixelWarps}>;
+  constexpr int kRows = Sizes::kRows, kPixels = Sizes::kPixels, kThreads = Sizes::kThreads;
+  constexpr int kValueCopies = kRows * 4 / kThreads, kCopies = kPixels * 8 / kThreads;
+  constexpr int kMetadataAt = kRows * 4 + kPixels * 8, kStageVectors = Sizes::kStageVectors;
+  static_assert(kRows * 4 % kThreads == 0 && kPixels * 8 % kThreads == 0 && kRows / 2 <= kThreads);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int row_warp = warp % kRowWarps, pixel_warp = warp / kRowWarps;
+  // Blocks that read the same pixels run one after another.
+  const int row_block = blockIdx.x % p.row_blocks;
+  const int group = blockIdx.x / p.row_blocks % p.groups;
+  const int64_t first_pixel = int64_t(blockIdx.x / p.row_blocks / p.groups) * kPixels;
+  const int first_row = row_block * kRows;
+
+  uint4* stages = shared_memory<uint4>();  // [kConv2d24Stages][values | activations | metadata]
+
+  // ---- what a thread copies: the same vector of every so many rows and pixels ----
+  const int taps = p.kernel_h * p.kernel_w, steps = taps * p.channel_blocks;
+  const int group_vectors = p.channels / 16, pixel_vectors = p.groups * (p.channels / 8);
+  const int value_row = threadIdx.x / 4, value_vector = threadIdx.x % 4;
+  const int value_to = value_row * 4 + (value_vector ^ value_row / 2 % 4);
+  const auto* values = static_cast<const uint4*>(p.values) +
+                       (int64_t(group) * p.rows + first_row + value_row) * taps * group_vectors + value_vector;
+  const int64_t value_pitch = int64_t(kThreads / 4) * taps * group_vectors;
+  const int pixel = threadIdx.x / 8, pixel_vector = threadIdx.x % 8;
+  const int pixel_to = kRows * 4 + pixel * 8 + (pixel_vector ^ pixel % 8);
+  // Rows beyond the last tile take the last one's: their values are zeros, but zeros are no metadata.
+  const int tile = min(first_row / 16 + static_cast<int>(threadIdx.x) / 8, p.row_tiles - 1);
+  const auto* metadata = static_cast<const uint4*>(p.metadata) + (int64_t(group) * p.row_tiles + tile) * steps * 8 +
+                         threadIdx.x % 8;
+
+  // A warp copies 4 pixels at once, kCopies times: each lane knows the place of one of them, or of every 32nd.
+  constexpr int kPlaces = (kCopies * 4 + 31) / 32;
+  Place places[kPlaces];
+#pragma unroll
+  for (int i = 0; i < kPlaces; ++i) {
+    const int copy = i * 8 + lane / 4, place = warp * 4 + lane % 4 + copy * (kThreads / 8);
+    places[i] = place_of(p, copy < kCopies ? first_pixel + place : p.pixels, group);
+  }
+  int from[kCopies];  // of each pixel at the tap that is copied next, in vectors, or -1
+  int tap_y = 0, tap_x = 0, block = 0, step_value = 0;
+  auto turn_to_tap = [&] {
+    const int dy = tap_y * p.dilation_h, dx = tap_x * p.dilation_w;
+    const int distance = (dy * p.in_w + dx) * pixel_vectors;
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
+      const int y = places[i].y + dy, x = places[i].x + dx;
+      const bool inside = y >= 0 && y < p.in_h && x >= 0 && x < p.in_w;
+      const int own = inside ? places[i].vector + distance : -1;
+#pragma unroll
+      for (int j = i * 8; j < min(i * 8 + 8, kCopies); ++j) {
+        from[j] = __shfl_sync(0xffffffffu, own, j % 8 * 4 + lane / 8);
+      }
+    }
+  };
+  auto stage = [&](int step) {
+    uint4* to = stages + step % kConv2d24Stages * kStageVectors;
+    const bool value_there = block * 4 + value_vector < group_vectors;
+#pragma unroll
+    for (int j = 0; j < kValueCopies; ++j) {
+      const bool there = value_there && first_row + value_row + j * (kThreads / 4) < p.rows;
+      copy_async16(to + value_to + j * kThreads, there ? values + j * value_pitch + step_value : values, there);
+    }
+    const bool channels_there = (block * 8 + pixel_vector) * 8 < p.channels;
+    const auto* source = static_cast<const uint4*>(p.input) + block * 8 + pixel_vector;
+#pragma unroll
+    for (int j = 0; j < kCopies; ++j) {
+      const bool there = channels_there && from[j] >= 0;
+      copy_async16(to + pixel_to + j * kThreads, source + (there ? from[j] : 0), there);
+    }
+    if (threadIdx.x < kRows / 2) copy_async16(to + kMetadataAt + threadIdx.x, metadata + int64_t(step) * 8, true);
+    step_value += 4;
+    if (++block < p.channel_blocks) return;
+    block = 0;
+    if (++tap_x == p.kernel_w) {
+      tap_x = 0;
+      ++tap_y;
+    }
+    step_value = (tap_y * p.kernel_w + tap_x) * group_vectors;
+    turn_to_tap();
+  };
+
+  float sums[kRowTiles][kPixelTiles][4];
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kPixelTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[m][n][e] = 0.0f;
+    }
+  }
+  turn_to_tap();
+#pragma unroll
+  for (int step = 0; step < kConv2d24Stages - 1; ++step) {
+    if (step < steps) stage(step);
+    copy_async_commit();
+  }
+
+  // Lanes 8 * i ... 8 * i + 7 give the rows of matrix i: of values, rows 8 * (i % 2) and on, vector i / 2; of
+  // activations, eight pixels, vector i.
+  const int own_row = row_warp * kRowTiles * 16 + lane % 16, own_pixel = pixel_warp * kPixelTiles * 8 + lane % 8;
+  const int value_at = own_row * 4, value_turn = own_row / 2 % 4, pixel_at = kRows * 4 + own_pixel * 8;
+  for (int step = 0; step < steps; ++step) {
+    copy_async_wait<kConv2d24Stages - 2>();
+    __syncthreads();  // what other threads copied, and the stage that is filled next was read
+    if (step + kConv2d24Stages - 1 < steps) stage(step + kConv2d24Stages - 1);
+    copy_async_commit();
+    const uint4* staged = stages + step % kConv2d24Stages * kStageVectors;
+    uint32_t words[kRowTiles];
+    const auto* own_words = reinterpret_cast<const uint32_t*>(staged + kMetadataAt) + row_warp * kRowTiles * 32 + lane;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) words[m] = load_vector(own_words + m * 32);
+    auto multiply = [&](auto selector) {
+      constexpr int kSelector = decltype(selector)::value;
+      const SharedAddress row = shared_address(staged + value_at + ((kSelector * 2 + lane / 16) ^ value_turn));
+      const SharedAddress at = shared_address(staged + pixel_at + ((kSelector * 4 + lane / 8) ^ lane % 8));
+      uint32_t kept[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) load_matrices(kept[m], row + m * 16 * 4 * 16);
+#pragma unroll
+      for (int n = 0; n < kPixelTiles; ++n) {
+        uint32_t in[4];
+        load_matrices(in, at + n * 8 * 8 * 16);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) mma_sparse_k32<T, kSelector>(sums[m][n], kept[m], in, words[m]);
+      }
+    };
+    multiply(std::integral_constant<int, 0>{});
+    multiply(std::integral_constant<int, 1>{});
+  }
+  copy_async_wait<0>();
+  __syncthreads();  // before the stages take results
+
+  // ---- 16 channels of all its pixels at a time, each warp to itself, so that a lane stores 8 channels of a pixel ----
+  float* results = shared_memory<float>() + warp * kPixelTiles * 8 * kResultPitch;
+  const int g = lane / 4, t = lane % 4, half = lane / 16;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kPixelTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {  // row g + 8 * (e / 2), pixel 2 * t + e % 2
+        results[(n * 8 + 2 * t + e % 2) * kResultPitch + g + e / 2 * 8] = sums[m][n][e];
+      }
+    }
+    __syncwarp();  // results
+    const int row = first_row + (row_warp * kRowTiles + m) * 16 + half * 8;
+    if (row < p.rows) {
+      store_channels<T, kPixelTiles * 8>(p, results + half * 8, first_pixel + pixel_warp * kPixelTiles * 8, lane % 16,
+                                         group * p.rows + row, min(p.rows - row, 8));
+    }
+    __syncwarp();  // before the next results
+  }
+}
+
+}  // namespace sparsekd::cuda
