@@ -90,8 +90,8 @@ def _transpose(crow, col, in_channels, row_groups_per_group, geometry, block) ->
     taps, groups, device = geometry.taps, geometry.groups, col.device
     channels = in_channels // groups
     blocks = cdiv(channels, block)
-    # The one phase that each tap belongs to. All on the device: a copy from the host waits, and a graph that is captured
-    # does not allow it.
+    # The one phase that each tap belongs to. All on the device: a copy from the host waits, and a captured graph does
+    # not allow it.
     phases = geometry.stride[0] * geometry.stride[1]
     every_tap = torch.arange(taps, device=device)
     r, s = every_tap // geometry.kernel[1], every_tap % geometry.kernel[1]
