@@ -90,15 +90,13 @@ def _transpose(crow, col, in_channels, row_groups_per_group, geometry, block) ->
     taps, groups, device = geometry.taps, geometry.groups, col.device
     channels = in_channels // groups
     blocks = cdiv(channels, block)
-    # Taps sorted by the one phase that each belongs to, so that a phase's slots lie together. All on the device: a copy
-    # from the host waits, which a graph that is captured does not allow.
+    # The one phase that each tap belongs to. All on the device: a copy from the host waits, and a captured graph does
+    # not allow it.
     phases = geometry.stride[0] * geometry.stride[1]
     every_tap = torch.arange(taps, device=device)
     r, s = every_tap // geometry.kernel[1], every_tap % geometry.kernel[1]
     phase_of = (r * geometry.dilation[0] - geometry.padding[0]) % geometry.stride[0] * geometry.stride[1]
     phase_of = phase_of + (s * geometry.dilation[1] - geometry.padding[1]) % geometry.stride[1]
-    tap_order = torch.argsort(phase_of, stable=True)
-    rank_of_tap = torch.argsort(tap_order)
     of_phase = phase_of[:, None] == torch.arange(phases, device=device)  # [taps, phases]
     taps_of_phase = of_phase.sum(0)
 
@@ -107,7 +105,7 @@ def _transpose(crow, col, in_channels, row_groups_per_group, geometry, block) ->
     row_group = torch.searchsorted(crow[1:].contiguous(), index, right=True).clamp(max=crow.shape[0] - 2)
     group, within = row_group // row_groups_per_group, row_group % row_groups_per_group
     channel, tap = col.long() // taps, col.long() % taps
-    place = ((group * blocks * block + channel) * taps + rank_of_tap[tap]) * row_groups_per_group + within
+    place = ((group * blocks * block + channel) * taps + tap) * row_groups_per_group + within
     size = groups * blocks * block * taps * row_groups_per_group
     place = torch.where((col >= 0) & (channel < channels), place, size)
     dense = torch.full((size + 1,), -1, dtype=torch.int32, device=device)
@@ -115,18 +113,18 @@ def _transpose(crow, col, in_channels, row_groups_per_group, geometry, block) ->
     length = taps * row_groups_per_group
     dense = dense.view(groups * blocks, block, length).transpose(1, 2)  # [blocks, slots of a block, block]
 
-    # Within each phase the slots that are used come first, in their order.
+    # Slots by phase; within each those that are used come first, in their order.
     absent = (dense < 0).all(dim=2).to(torch.int32)  # [blocks, slots of a block]
-    phase = phase_of[tap_order][:, None].expand(-1, row_groups_per_group).reshape(-1)  # of each slot
+    phase = phase_of[:, None].expand(-1, row_groups_per_group).reshape(-1)  # of each slot
     sorted_slots = torch.argsort(phase * 2 + absent, dim=1, stable=True)
     vector_of = torch.gather(dense, 1, sorted_slots[:, :, None].expand(-1, -1, block))
-    column = tap_order[:, None] + torch.arange(row_groups_per_group, device=device) * taps
+    column = every_tap[:, None] + torch.arange(row_groups_per_group, device=device) * taps
     column = column.reshape(-1)[sorted_slots]
 
     first = (taps_of_phase.cumsum(0) - taps_of_phase) * row_groups_per_group
     begin = torch.arange(groups * blocks, device=device)[:, None] * length + first
     used = (1 - absent).view(groups * blocks, taps, row_groups_per_group).sum(2)
-    count = (used[:, :, None] * of_phase[tap_order]).sum(1)  # [blocks, phases]
+    count = (used[:, :, None] * of_phase).sum(1)  # [blocks, phases]
     return Transposed(
         begin.reshape(-1).to(torch.int32),
         (begin + count).reshape(-1).to(torch.int32),
