@@ -69,7 +69,7 @@ def _obstacle(module: nn.Module, owners: dict[int, list[str]], parents: dict, se
     if weight is None:
         return "its weight is no parameter"
     if weight.device.type != "cpu":
-        return f"no sparse kernel is built for {weight.device.type}"
+        return f"only layers on the CPU are measured and swapped, got {weight.device.type}: use from_dense"
     if weight.dtype not in DTYPES:
         return f"no sparse kernel is built for {weight.dtype}"
     return None
