@@ -24,6 +24,8 @@ from sparsekd.kernels import registration
 from torch._library.triton import set_wrap_triton_enabled
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sparsekd.sparse import ops
+
 try:
     import triton
     import triton.language as tl
@@ -172,11 +174,13 @@ def as_cpu_ops():
     """The project's ops run these kernels, interpreted, for tensors on the CPU."""
     library = registration.register("CPU")
     _registered.append(library)
+    takes_plans, ops.takes_plans = ops.takes_plans, lambda *_: False  # plans are for the CPU's own kernels
     try:
         # New tensors hold NaN, so that what is read before it was written, or never written, shows.
         with interpreting(), filled_with_nan():
             yield
     finally:
+        ops.takes_plans = takes_plans
         _registered.pop()._destroy()
 
 

@@ -269,8 +269,8 @@ class SparseConv2d(_SparseConv):
             return None
         known = self._plans_of is self.col_indices  # `functional_call` may have put in another pattern
         compiling = torch.compiler.is_compiling()
-        if device.type == "cpu" and (compiling or not input.is_contiguous() or type(self.col_indices) is not Tensor):
-            return None
+        if dtype == torch.float32 and (compiling or not input.is_contiguous() or type(self.col_indices) is not Tensor):
+            return None  # on the CPU a plan is for one layout
         if compiling:  # a compiler traces what is there; any plan fits any size
             return self._last_plan if known else None
         if not known:
