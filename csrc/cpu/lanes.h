@@ -63,7 +63,9 @@ struct Work {
 };
 
 constexpr double kFarLine = 60;           // cycles of a line of 64 bytes that goes to L3 and back
-constexpr double kMinBlockWork = 12;      // vectors per row and block that pay for reloading the partial sums
+// Vectors per row and block that pay for reloading the partial sums. Of a 1 x 1 kernel a block takes few entries of a row,
+// and in a network weights come from L3: several times, if a line holds those of more than one block.
+constexpr double kMinBlockWork = 12, kMinFlatBlockWork = 60;
 
 // Bytes that a tile reads of a channel.
 inline int64_t footprint_of(const Work& work, const Grid& grid) {
@@ -75,7 +77,8 @@ inline int64_t footprint_of(const Work& work, const Grid& grid) {
 // Blocks of channels, so that what a tile reads of one stays in L1 while all rows pass.
 inline int64_t blocks_of(const Work& work, const Grid& grid) {
   const int64_t footprint = footprint_of(work, grid);
-  const auto least = static_cast<int64_t>(kMinBlockWork * work.channels / std::max(work.vectors_per_row, 1.0));
+  const double enough = work.planes->taps.size() == 1 ? kMinFlatBlockWork : kMinBlockWork;
+  const auto least = static_cast<int64_t>(enough * work.channels / std::max(work.vectors_per_row, 1.0));
   const int64_t block = std::max<int64_t>({l1_budget() / footprint, least, 1});
   return std::max<int64_t>(ceil_div(work.channels, block), 1);
 }
