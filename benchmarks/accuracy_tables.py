@@ -76,6 +76,15 @@ def comparisons(name: str) -> list[tuple[str, Cell, Cell]]:
     for cell in globally():
         label = f"90% {cell.pattern} by the best recipe, less dense of as many epochs; distilled"
         asked.append((label, replace(cell, recipe="long"), dense(True, "long")))
+    trained = [replace(cell, recipe="long") for cell in globally()]
+    for how, (single, vector) in (
+        ("by the best recipe", trained),
+        ("global budget", globally()),
+        ("erk budget", (Cell(), Cell("4x1-permuted"))),
+    ):
+        asked.append((f"90% 4x1-permuted less unstructured; {how}, distilled", vector, single))
+    for cell in globally():
+        asked.append((f"90% {cell.pattern}, global budget, less erk; distilled", cell, cell.plain))
     for taught in (True, False):
         with_teacher = "distilled" if taught else "labels alone"
         for pattern in ("unstructured", "4x1", "4x1-permuted"):
