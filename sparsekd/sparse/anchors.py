@@ -24,7 +24,7 @@ from .problem import Problem
 
 DENSITIES = (0.02, 0.1, 0.2, 0.4)
 # Half of the cases in benchmarks/results/cost_model-avx2.json were off by less, in their speed-up. The machine was
-# shared: measuring the same twice was as far apart.
+# shared: measuring the same twice was as far apart. On a quiet one it is 1.5% (cost_model-avx512.json).
 ERROR = 0.12
 
 
