@@ -108,6 +108,19 @@ def test_foreign_plans_read_nothing_foreign(geometry):
         assert torch.equal(planned(conv, x, plan._replace(tiling=tuple(tiling))), conv(x))
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_the_plan_is_what_is_read(geometry):
+    """With all its columns at the first one's place, the numbers are others; for another size they are made anew."""
+    conv, x = layer(geometry), torch.randn(2, 12, 15, 13)
+    plan = plan_of(conv, x.shape)
+    first = conv.crow_indices.numel() + conv.col_indices.numel()
+    plan.indices[first:] = int(plan.indices[first:].min())
+    assert not torch.equal(planned(conv, x, plan), conv(x))
+    other = torch.randn(2, 12, 30, 40)
+    assert plan_of(conv, other.shape).tiling != plan.tiling
+    assert torch.equal(planned(conv, other, plan), conv(other))
+
+
 def test_errors():
     conv, x = layer(GEOMETRIES["3x3"]), torch.randn(2, 12, 15, 13)
     plan = plan_of(conv, x.shape)
