@@ -45,7 +45,7 @@ class FusedConv2d(nn.Module):
         conv = self._modules["conv"]
         sparse = isinstance(conv, SparseConv2d)
         if sparse:
-            if residual is None or type(residual) is Tensor:
+            if not conv.channels_last and (residual is None or type(residual) is Tensor):
                 output = conv.again(input, self.activation, residual)
                 if output is not None:
                     return output

@@ -268,8 +268,8 @@ class SparseConv2d(_SparseConv):
         if not ops.takes_plans(device, dtype, self.vector):
             return None
         compiling = torch.compiler.is_compiling()
-        if dtype == torch.float32 and (compiling or not input.is_contiguous() or type(self.col_indices) is not Tensor):
-            return None  # on the CPU a plan is for one layout
+        if dtype == torch.float32 and (compiling or type(self.col_indices) is not Tensor):
+            return None  # on the CPU a plan is for one size, which a trace may not be
         plans = self._plans
         known = plans is not None and plans.pattern is self.col_indices
         if compiling:  # a compiler traces what is there; any plan fits any size
@@ -294,8 +294,7 @@ class SparseConv2d(_SparseConv):
 
     def again(self, input: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor | None:
         """``activation(self(input) + residual)`` by a call that is remembered; None where there is none for it."""
-        plans = self._plans
-        if plans is None or torch.compiler.is_compiling() or type(input) is not Tensor:
+        if torch.compiler.is_compiling() or (plans := self._plans) is None or type(input) is not Tensor:
             return None
         call = plans.calls.get((input.shape, activation))
         # Of these, looked up past nn.Module's own way, others may be put in: by functional_call, say.
@@ -312,8 +311,17 @@ class SparseConv2d(_SparseConv):
             self._plans.remember(input.shape, activation, self.row_indices, geometry)
 
     def forward(self, input: Tensor) -> Tensor:
-        if (output := self.again(input)) is not None:
-            return output
+        output = self.again(input)
+        if output is None:
+            output = self._forward(input)
+        if self.channels_last:
+            # Not `contiguous()`, which leaves the strides of sides of 1 alone, by which torch tells the format later.
+            batched = output if output.dim() == 4 else output.unsqueeze(0)
+            batched = batched.to(memory_format=torch.channels_last)
+            output = batched if output.dim() == 4 else batched.squeeze(0)
+        return output
+
+    def _forward(self, input: Tensor) -> Tensor:
         self._check_input(input)
         if input.dim() not in (3, 4) or input.shape[-3] != self.in_channels:
             raise ValueError(
@@ -323,26 +331,18 @@ class SparseConv2d(_SparseConv):
         if self.runs_dense(input):
             return self._shapes.dense(self)(input)
         plan = self.plan_for(input, (*(1,) * (4 - input.dim()), *input.shape))
-        if plan is not None and self.padding_mode == "zeros" and not self.channels_last:
+        if plan is not None and self.padding_mode == "zeros":
             self.remember(input)
         input, padding = self._padded(input)
         geometry = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
         geometry["kernel_size"] = self.kernel_size
         if self.pattern is not None:
-            output = ops.conv2d_24(input, *self.packed_24(), self.bias, **geometry)
-        else:
-            geometry |= {"out_channels": self.out_channels, "row_indices": self.row_indices}
-            packed = (self.values, self.crow_indices, self.col_indices)
-            if plan is not None:
-                output = ops.conv2d_fused(input, *packed, shift=self.bias, plan=plan, **geometry)
-            else:
-                output = ops.conv2d(input, *packed, self.bias, transpose=self._plan(), **geometry)
-        if self.channels_last:
-            # Not `contiguous()`, which leaves the strides of sides of 1 alone, by which torch tells the format later.
-            batched = output if output.dim() == 4 else output.unsqueeze(0)
-            batched = batched.to(memory_format=torch.channels_last)
-            output = batched if output.dim() == 4 else batched.squeeze(0)
-        return output
+            return ops.conv2d_24(input, *self.packed_24(), self.bias, **geometry)
+        geometry |= {"out_channels": self.out_channels, "row_indices": self.row_indices}
+        packed = (self.values, self.crow_indices, self.col_indices)
+        if plan is not None:
+            return ops.conv2d_fused(input, *packed, shift=self.bias, plan=plan, **geometry)
+        return ops.conv2d(input, *packed, self.bias, transpose=self._plan(), **geometry)
 
 
 class SparseConv1d(_SparseConv):
