@@ -8,6 +8,7 @@
 
 #include "arena.h"
 #include "check.h"
+#include "planned_conv2d.h"
 
 // abi3: the same file loads in every Python from 3.10 on. Importing it only runs the registrations below.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
@@ -127,6 +128,12 @@ TORCH_LIBRARY(sparsekd, m) {
         "Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, float temperature, float alpha, str divergence, "
         "float beta, int ignore_index, float label_smoothing, bool distill_ignored, SymInt chunk_rows, bool[3] wanted) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
+  // conv2d_planned of one layer and one size of its input, for the next calls.
+  m.class_<sparsekd::PlannedConv2d>("PlannedConv2d")
+      .def(torch::init<at::Tensor, std::vector<int64_t>, std::optional<at::Tensor>, std::string, std::vector<int64_t>,
+                       int64_t, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,
+                       int64_t>())
+      .def("run", &sparsekd::PlannedConv2d::run);
   // Memory of activations that is used again in the next forward.
   m.class_<sparsekd::Arena>("Arena")
       .def(torch::init<>())

@@ -58,7 +58,7 @@ def test_a_plan_changes_nothing(geometry, vector):
         module = copy.deepcopy(conv).to(x.dtype)
         for given in (x, x.contiguous(memory_format=torch.channels_last), x[:0]):
             want = module(given)  # with gradients, so without a plan
-            assert module._plans_of is None
+            assert module._plans is None
             got = planned(module, given, plan)
             assert torch.equal(got, want) and got.stride() == want.stride()
     # 1x1 kernels read an input where it lies, if that is aligned.

@@ -23,6 +23,14 @@ at::Tensor empty(at::IntArrayRef size, const at::Tensor& like, bool last) {
   return at::empty(size, like.options().memory_format(last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous));
 }
 
+// So many of a plan's entries: what narrow() gives, without its way through the dispatcher, which a small layer feels.
+at::Tensor entries(const at::Tensor& plan, int64_t from, int64_t count) {
+  at::Tensor view = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(plan.storage()), plan.key_set(), plan.dtype());
+  view.unsafeGetTensorImpl()->set_storage_offset(plan.storage_offset() + from);
+  view.unsafeGetTensorImpl()->set_sizes_contiguous(count);
+  return view;
+}
+
 // The channels' scale or shift, if any, in the dtype of the sums.
 at::Tensor checked_channels(const OptionalTensor& tensor, const char* name, const at::Tensor& input, int64_t channels) {
   if (!tensor) return {};
@@ -85,7 +93,10 @@ at::Tensor run_conv2d(const at::Tensor& input, const at::Tensor& values, const a
   const at::Tensor wide_input = last ? input : widened(input);
   at::Tensor output = empty(size, wide_input, last);
   direct_forward(shape, pattern, plan, wide_input, widened(values), finish, last, output);
-  return output.to(input.options(), false, false, input.suggest_memory_format());
+  // Which is not always the one of `last`: the strides of an image alone may tell of neither.
+  const at::MemoryFormat format = input.suggest_memory_format();
+  const bool ready = format == (last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+  return ready && wide_input.is_same(input) ? output : output.to(input.options(), false, false, format);
 }
 
 at::Tensor conv2d_cpu(const at::Tensor& input, const at::Tensor& values, const at::Tensor& crow_indices,
@@ -160,7 +171,7 @@ at::Tensor conv2d_planned_cpu(const at::Tensor& input, const at::Tensor& values,
   const int32_t* const starts = plan.const_data_ptr<int32_t>() + rows + 1 + count;
   const int32_t* const after = starts + kind.starts(rows);
   const OffsetPlan offsets{kind.tiling, starts, after, kind.ordered ? after + count : nullptr};
-  return run_conv2d(input, values, plan.narrow(0, 0, rows + 1), plan.narrow(0, rows + 1, count), row_indices, scale, shift,
+  return run_conv2d(input, values, entries(plan, 0, rows + 1), entries(plan, rows + 1, count), row_indices, scale, shift,
                     "shift", residual, activation_of(activation), out_channels,
                     {kernel_size, stride, padding, dilation, groups}, &offsets);
 }

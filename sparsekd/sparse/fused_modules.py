@@ -42,9 +42,16 @@ class FusedConv2d(nn.Module):
         self.conv, self.activation = conv, activation
 
     def forward(self, input: Tensor, residual: Tensor | float | None = None) -> Tensor:
-        conv = self.conv
+        conv = self._modules["conv"]
+        sparse = isinstance(conv, SparseConv2d)
+        if sparse:
+            if not conv.channels_last and (residual is None or type(residual) is Tensor):
+                output = conv.again(input, self.activation, residual)
+                if output is not None:
+                    return output
+            conv._check_input(input)
         size = _image_size(input)
-        fits = isinstance(conv, SparseConv2d) and conv.padding_mode == "zeros" and not conv.channels_last
+        fits = sparse and conv.padding_mode == "zeros" and not conv.channels_last
         plan = conv.plan_for(input, size) if fits else None
         lanes = self.lanes and plan is not None and input.dim() > 3 and size[0] % ops.LANES == 0
         if plan is None:
@@ -55,6 +62,8 @@ class FusedConv2d(nn.Module):
             output = conv(_lie(input, False))
             residual = _lie(residual, False)
             return ACTIVATIONS[self.activation](output if residual is None else output + residual)
+        if plan is not None and not lanes:
+            conv.remember(input, self.activation)
         common = {
             "kernel_size": conv.kernel_size,
             "shift": conv.bias,

@@ -17,10 +17,9 @@ from torch._prims_common import suggest_memory_format
 
 from . import ops
 from .formats_24 import TwoOfFour
+from .layer_plans import LayerPlans, Size
 from .packed_module import SparseModule
 from .plan_24 import Plan24, filled_mask, plan_24
-
-MOST_PLANS = 4  # of a layer, for as many sizes of its input
 
 
 def _options(parameter: Tensor) -> dict:
@@ -159,9 +158,7 @@ class SparseConv2d(_SparseConv):
     """
 
     _kind = nn.Conv2d
-    _plans: dict[tuple[int, ...], ops.Plan | None]  # by size of the input
-    _plans_of: Tensor | None = None  # the col_indices that they are of
-    _last_plan: ops.Plan | None = None
+    _plans: LayerPlans | None = None
     pattern: str | None = None  # "2:4": computed by `ops.conv2d_24`
     _plan_24: Plan24 | None = None
 
@@ -249,13 +246,16 @@ class SparseConv2d(_SparseConv):
         self.channels_last = suggest_memory_format(fn(like)) == torch.channels_last
         return self
 
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if (plans := self.__dict__.get("_plans")) is not None:
+            plans.calls.clear()
+
     def __getstate__(self) -> dict:
         # A copy may wake up on another device, which wants plans of its own.
-        return {
-            name: value for name, value in self.__dict__.items() if name not in ("_plans", "_plans_of", "_last_plan")
-        }
+        return {name: value for name, value in self.__dict__.items() if name != "_plans"}
 
-    def plan_for(self, input: Tensor, size: tuple[int, ...]) -> ops.Plan | None:
+    def plan_for(self, input: Tensor, size: Size) -> ops.Plan | None:
         """What the kernels read in place of the pattern, made at the first inference of a size ``[N, C, H, W]``.
 
         None where they gain nothing by it, and in training, whose backward reads the pattern.
@@ -267,35 +267,61 @@ class SparseConv2d(_SparseConv):
         dtype = torch.get_autocast_dtype(device.type) if lowered else input.dtype
         if not ops.takes_plans(device, dtype, self.vector):
             return None
-        known = self._plans_of is self.col_indices  # `functional_call` may have put in another pattern
         compiling = torch.compiler.is_compiling()
-        if dtype == torch.float32 and (compiling or not input.is_contiguous() or type(self.col_indices) is not Tensor):
-            return None  # on the CPU a plan is for one layout
+        if dtype == torch.float32 and (compiling or type(self.col_indices) is not Tensor):
+            return None  # on the CPU a plan is for one size, which a trace may not be
+        plans = self._plans
+        known = plans is not None and plans.pattern is self.col_indices
         if compiling:  # a compiler traces what is there; any plan fits any size
-            return self._last_plan if known else None
+            return plans.last if known else None
         if not known:
-            self._plans, self._plans_of = {}, self.col_indices
-        plan = self._plans.get(size, self)  # a plan may be None
-        if plan is self:
-            if len(self._plans) >= MOST_PLANS:
-                del self._plans[next(iter(self._plans))]
-            plan = self._plans[size] = ops.conv2d_plan(
-                self.crow_indices,
-                self.col_indices,
-                vector=self.vector,
-                input_size=size,
-                out_channels=self.out_channels,
-                kernel_size=self.kernel_size,
-                stride=self.stride,
-                padding=self.padding,
-                dilation=self.dilation,
-                groups=self.groups,
-            )
-        if plan is not self._last_plan:  # which a module takes longer to set than to compare
-            self._last_plan = plan
-        return plan
+            plans = self._plans = LayerPlans(self.col_indices)
+        return plans.plan(size, lambda: self._make_plan(size))
+
+    def _make_plan(self, size: Size) -> ops.Plan | None:
+        return ops.conv2d_plan(
+            self.crow_indices,
+            self.col_indices,
+            vector=self.vector,
+            input_size=size,
+            out_channels=self.out_channels,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+    def again(self, input: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor | None:
+        """``activation(self(input) + residual)`` by a call that is remembered; None where there is none for it."""
+        if torch.compiler.is_compiling() or (plans := self._plans) is None or type(input) is not Tensor:
+            return None
+        call = plans.calls.get((input.shape, activation))
+        # Of these, looked up past nn.Module's own way, others may be put in: by functional_call, say.
+        own = self._parameters
+        return None if call is None else call(input, own.get("values"), own.get("bias"), residual)
+
+    def remember(self, input: Tensor, activation: str = "none") -> None:
+        """To be called after a call with a plan that went the long way, for :meth:`again`."""
+        own = self._parameters
+        plain = own.get("values") is self.values and own.get("bias") is self.bias and type(input) is Tensor
+        if plain and input.is_cpu and input.dim() == 4 and input.dtype == torch.float32:
+            geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
+            geometry = (self.out_channels, *map(list, geometry), self.groups)
+            self._plans.remember(input.shape, activation, self.row_indices, geometry)
 
     def forward(self, input: Tensor) -> Tensor:
+        output = self.again(input)
+        if output is None:
+            output = self._forward(input)
+        if self.channels_last:
+            # Not `contiguous()`, which leaves the strides of sides of 1 alone, by which torch tells the format later.
+            batched = output if output.dim() == 4 else output.unsqueeze(0)
+            batched = batched.to(memory_format=torch.channels_last)
+            output = batched if output.dim() == 4 else batched.squeeze(0)
+        return output
+
+    def _forward(self, input: Tensor) -> Tensor:
         self._check_input(input)
         if input.dim() not in (3, 4) or input.shape[-3] != self.in_channels:
             raise ValueError(
@@ -305,24 +331,18 @@ class SparseConv2d(_SparseConv):
         if self.runs_dense(input):
             return self._shapes.dense(self)(input)
         plan = self.plan_for(input, (*(1,) * (4 - input.dim()), *input.shape))
+        if plan is not None and self.padding_mode == "zeros":
+            self.remember(input)
         input, padding = self._padded(input)
         geometry = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
         geometry["kernel_size"] = self.kernel_size
         if self.pattern is not None:
-            output = ops.conv2d_24(input, *self.packed_24(), self.bias, **geometry)
-        else:
-            geometry |= {"out_channels": self.out_channels, "row_indices": self.row_indices}
-            packed = (self.values, self.crow_indices, self.col_indices)
-            if plan is not None:
-                output = ops.conv2d_fused(input, *packed, shift=self.bias, plan=plan, **geometry)
-            else:
-                output = ops.conv2d(input, *packed, self.bias, transpose=self._plan(), **geometry)
-        if self.channels_last:
-            # Not `contiguous()`, which leaves the strides of sides of 1 alone, by which torch tells the format later.
-            batched = output if output.dim() == 4 else output.unsqueeze(0)
-            batched = batched.to(memory_format=torch.channels_last)
-            output = batched if output.dim() == 4 else batched.squeeze(0)
-        return output
+            return ops.conv2d_24(input, *self.packed_24(), self.bias, **geometry)
+        geometry |= {"out_channels": self.out_channels, "row_indices": self.row_indices}
+        packed = (self.values, self.crow_indices, self.col_indices)
+        if plan is not None:
+            return ops.conv2d_fused(input, *packed, shift=self.bias, plan=plan, **geometry)
+        return ops.conv2d(input, *packed, self.bias, transpose=self._plan(), **geometry)
 
 
 class SparseConv1d(_SparseConv):

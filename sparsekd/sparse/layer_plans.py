@@ -1,0 +1,56 @@
+"""What a sparse convolution remembers of its inferences, so that the next of the same size is little but the kernel.
+
+    by size of the input                    the plan that the kernels read in place of the pattern (``plans.py``)
+    by size and activation, on the CPU      the whole call: an operator whose arguments but the tensors are bound
+
+A call is remembered when everything was looked at the long way: what the layer is set to, and whether it runs sparse at
+that size. So a layer forgets its calls whenever one of its attributes is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+MOST_PLANS = 4  # of a layer, for as many sizes of its input
+
+Size = tuple[int, ...]  # [N, C, H, W]
+
+
+class LayerPlans:
+    """The plans of one pattern and the calls by them.
+
+    Attributes:
+        pattern: the col_indices that they are of.
+        last: the plan that was asked for last, for a compiler to trace.
+    """
+
+    def __init__(self, pattern: Tensor) -> None:
+        self.pattern = pattern
+        self.last: ops.Plan | None = None
+        self.by_size: dict[Size, ops.Plan | None] = {}
+        self.calls: dict[tuple[Size, str], Callable[..., Tensor | None]] = {}
+
+    def plan(self, size: Size, make: Callable[[], ops.Plan | None]) -> ops.Plan | None:
+        """The plan of a size; None where the kernels gain nothing by one."""
+        if size not in self.by_size:
+            if len(self.by_size) >= MOST_PLANS:
+                del self.by_size[next(iter(self.by_size))]
+                self.calls.clear()  # they hold plans, too
+            self.by_size[size] = make()
+        self.last = self.by_size[size]
+        return self.last
+
+    def remember(self, size: Size, activation: str, row_indices: Tensor | None, geometry: tuple) -> None:
+        """The call of a size on the CPU; ``geometry`` as the operators take it, from out_channels on."""
+        if (size, activation) in self.calls:  # and not taken, for a reason of the moment
+            return
+        plan = self.by_size[size]
+        bound = torch.classes.sparsekd.PlannedConv2d(
+            plan.indices, list(plan.tiling), row_indices, activation, list(size), *geometry
+        )
+        self.calls[size, activation] = bound.run  # looked up once: that takes longer than a dictionary
