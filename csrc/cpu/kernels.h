@@ -109,20 +109,28 @@ struct SpmvRows {
   T* output;            // [groups * vector]
 };
 
-// One row of the distillation loss; see kd_loss.inc.
-template <class T>
-struct KDLossRow {
-  const T* student;   // [classes]
-  const T* teacher;   // [classes]
-  T* grad;            // [classes], or null when no gradient is wanted
-  double* scratch;    // [3, classes rounded up to 16]
+// KL(p || q), KL(q || p), or beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+enum class Divergence { kForwardKL, kReverseKL, kJSD };
+
+// Of all rows of the distillation loss; see kd_loss.inc.
+struct KDLossSettings {
   int64_t classes;
-  int64_t target;     // class index, or -1 for no cross-entropy term
-  bool distill;       // whether the KL term takes this row
+  Divergence divergence;
+  double beta;           // of kJSD
   double temperature;
   double label_smoothing;
-  double ce_scale;    // weight of this row's cross-entropy in the total: (1 - alpha) / rows
-  double kl_scale;    // alpha * T^2 / rows
+  double ce_scale;       // weight of a row's cross-entropy in the total: (1 - alpha) / rows
+  double distill_scale;  // of its divergence: alpha * T^2 / rows
+};
+
+template <class T>
+struct KDLossRow : KDLossSettings {
+  const T* student;      // [classes]
+  const T* teacher;      // [classes]
+  T* grad;               // [classes], may be `student`; or null when no gradient is wanted
+  double* scratch;       // [3, classes rounded up to 16]
+  int64_t target;        // class index, or -1 for no cross-entropy term
+  bool distill;          // whether the divergence takes this row
 };
 
 // One vector made of another by a pattern of lanes; elements from the plane's beginning.

@@ -149,6 +149,12 @@ def _kd_loss_forward_fake(
     return student.new_empty((), dtype=dtype), student.new_empty(student.shape if with_grad else (0,), dtype=dtype)
 
 
+@torch.library.register_fake("sparsekd::kd_loss_rows_")
+def _kd_loss_rows_fake(student, teacher, target, *settings):
+    _check_same_device(student, {"teacher logits": teacher, "target": target})
+    return student.new_empty((), dtype=torch.float64)
+
+
 @torch.library.register_fake("sparsekd::linear_kd_loss")
 def _linear_kd_loss_fake(
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, target, temperature, alpha,
