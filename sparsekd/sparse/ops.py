@@ -180,7 +180,9 @@ def conv2d_fused(
         residual = None if residual is None else residual.unsqueeze(0)
     finish = (scale, shift, residual, activation)
     if plan is not None:
-        op, arguments = _ops.conv2d_planned.default, (*plan, row_indices, *finish, lanes)
+        if plan.order is not None:
+            values = values.index_select(0, plan.order)
+        op, arguments = _ops.conv2d_planned.default, (plan.indices, plan.tiling, row_indices, *finish, lanes)
     else:
         op, arguments = _ops.conv2d_fused.default, (crow_indices, col_indices, row_indices, *finish)
     output = _call(op, input, values, *arguments, out_channels, *geometry)

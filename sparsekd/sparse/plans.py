@@ -21,6 +21,9 @@ class Plan(NamedTuple):
 
     indices: Tensor  # int32 [n]
     tiling: tuple[int, ...]  # chooses the kernel on CUDA; on the CPU the layout of the input that the plan is for
+    order: Tensor | None = (
+        None  # int32 [n_vectors]: the pattern's entry at each of the plan's places, if it has its own
+    )
 
 
 def conv2d_plan(
@@ -35,6 +38,7 @@ def conv2d_plan(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    ordered: bool = False,
 ) -> Plan | None:
     """The plan of a pattern for :func:`sparsekd.sparse.ops.conv2d_fused`.
 
@@ -44,6 +48,11 @@ def conv2d_plan(
     It is made for inputs ``[N, C, H, W]`` of ``input_size``, and right for those of other N, H and W, if slower. A plan
     of another pattern gives wrong numbers, but reads no foreign memory.
 
+    Args:
+        ordered: on the CPU entries lie as they are read, block by block of input channels, so that a weight that isn't
+            in the caches comes in one stream. Values are then to be brought into the plan's ``order`` first, which
+            :func:`sparsekd.sparse.ops.conv2d_fused` does at each call. CUDA has no such plans.
+
     Returns:
         None where tensor cores can't take the layer, and for no images.
     """
@@ -51,9 +60,12 @@ def conv2d_plan(
     tiling = torch.ops.sparsekd.conv2d_tiling(col_indices, vector, input_size, *geometry)
     if not tiling:
         return None
-    return Plan(
-        torch.ops.sparsekd.conv2d_plan(crow_indices, col_indices, tiling, vector, input_size, *geometry), tuple(tiling)
-    )
+    ordered = ordered and col_indices.is_cpu
+    if ordered:
+        tiling = [1, *tiling[1:]]
+    indices = torch.ops.sparsekd.conv2d_plan(crow_indices, col_indices, tiling, vector, input_size, *geometry)
+    order = indices[indices.shape[0] - col_indices.shape[0] :] if ordered else None
+    return Plan(indices, tuple(tiling), order)
 
 
 def takes_plans(device: torch.device, dtype: torch.dtype, vector: int) -> bool:
