@@ -21,9 +21,7 @@ class Plan(NamedTuple):
 
     indices: Tensor  # int32 [n]
     tiling: tuple[int, ...]  # chooses the kernel on CUDA; on the CPU the layout of the input that the plan is for
-    order: Tensor | None = (
-        None  # int32 [n_vectors]: the pattern's entry at each of the plan's places, if it has its own
-    )
+    order: Tensor | None = None  # int32 [n_vectors]: the pattern's entry at each place, if the plan has its own
 
 
 def conv2d_plan(
