@@ -34,7 +34,7 @@ void forward(const Conv2dShape& shape, const Pattern& pattern, const OffsetPlan*
   const Batch<T> result{output, shape.batch, shape.out_channels, shape.output, channels_last};
   const T* start = bias ? init.data() : nullptr;
   const GridKey key = grid_key(kForwardGrid, shape, pass.rows, channels_last);
-  if (is_flat(shape)) return over_pixels(key, source, shape.stride, shape.output, passes, start, epilogue, result);
+  if (is_flat(shape)) return over_pixels(key, source, shape.stride, shape.output, {1, 1}, passes, start, epilogue, result);
   run_passes<T>(
       key, source, shape.output,
       [&](const Pair& positions, std::vector<Pass<T>>* of) {
@@ -121,8 +121,8 @@ void input_grad(const Conv2dShape& shape, const Transposed& transposed, const T*
   const Batch<const T> source{grad_output, shape.batch, shape.out_channels, shape.output, channels_last};
   const Batch<T> result{grad_input, shape.batch, shape.in_channels, shape.input, channels_last};
   const GridKey key = grid_key(kInputGradGrid, shape, passes[0].rows, channels_last);
-  if (is_flat(shape) && shape.stride == Pair{1, 1}) {
-    return over_pixels<T>(key, source, {1, 1}, shape.input, passes, nullptr, {}, result);
+  if (is_flat(shape) && (shape.stride == Pair{1, 1} || !channels_last)) {  // the first phase is the one that is reached
+    return over_pixels<T>(key, source, {1, 1}, shape.output, shape.stride, passes, nullptr, {}, result);
   }
   Pair pixels;  // of the largest phase
   for (int d = 0; d < 2; ++d) pixels[d] = ceil_div(shape.input[d], shape.stride[d]);

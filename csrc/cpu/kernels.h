@@ -165,6 +165,8 @@ struct TypeKernels {
   void (*transpose)(const T* in, int64_t rows, int64_t columns, int64_t in_pitch, T* out, int64_t out_pitch);
   // even[i] = in[2 * i], odd[i] = in[2 * i + 1], of `count` elements; either may be null.
   void (*split)(const T* in, int64_t count, T* even, T* odd);
+  // out[2 * i] = in[i], of `count` elements; what is between stays.
+  void (*spread)(const T* in, int64_t count, T* out);
   void (*epilogue)(const EpilogueLine<T>&);
   double (*kd_loss_row)(const KDLossRow<T>&);  // the row's share of the loss
 };

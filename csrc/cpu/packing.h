@@ -88,6 +88,13 @@ struct Batch {
   T* image(int64_t n) const { return data + n * channels * size[0] * size[1]; }
 };
 
+// out[i * step] = in[i] for i < count.
+template <class T>
+void store_apart(const T* in, int64_t count, int64_t step, T* out) {
+  if (step == 2) return type_kernels<T>().spread(in, count, out);
+  for (int64_t i = 0; i < count; ++i) out[i * step] = in[i];
+}
+
 // What is done to finished results: act(scale * x + shift + residual).
 template <class T>
 struct Epilogue {

@@ -258,10 +258,10 @@ void run_passes(const GridKey& key, const Batch<const T>& source, const Pair& pi
 }
 
 // One pass of a 1 x 1 kernel without padding, over runs of the source's pixels: those of an image where they lie, or those
-// of all images one after the other.
+// of all images one after the other. `pixels` are every stride-th of the source, and every step-th of the result.
 template <class T>
-void over_pixels(GridKey key, const Batch<const T>& source, const Pair& stride, const Pair& pixels, std::vector<Pass<T>>& passes,
-                 const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
+void over_pixels(GridKey key, const Batch<const T>& source, const Pair& stride, const Pair& pixels, const Pair& step,
+                 std::vector<Pass<T>>& passes, const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
   Pass<T>& pass = passes[0];
   const Rows<T>& rows = pass.rows;
   const int64_t count = pixels[0] * pixels[1];
@@ -303,7 +303,9 @@ void over_pixels(GridKey key, const Batch<const T>& source, const Pair& stride, 
       },
       [&](const Pass<T>&, int64_t unit, const T* packed, int64_t from, int64_t to) {
         const int64_t n = unit / bands, band = unit % bands;
-        RunStore<T> store(rows, result, epilogue, 1);
+        const bool every = step[0] == 1 && step[1] == 1;  // then an image's lines are one
+        const int64_t width = every ? count : pixels[1];
+        RunStore<T> store(rows, result, epilogue, step[1]);
         std::vector<int32_t> cursor;
         Buffer<T> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * widest);
         for_chunks(rows, widest, from, to, [&](int64_t group, int64_t begin, int64_t end) {
@@ -315,9 +317,10 @@ void over_pixels(GridKey key, const Batch<const T>& source, const Pair& stride, 
             tile.input = input + first - (in_place ? 0 : band_begin(band));
             store.clear();
             for (int64_t done = 0, run; done < valid; done += run) {
-              const int64_t image = (first + done) / count, pixel = (first + done) % count;
-              run = std::min(valid - done, count - pixel);
-              store.add(done, n + image, pixel, run);
+              const int64_t image = (first + done) / count, y = (first + done) % count / width;
+              const int64_t x = (first + done) % width;
+              run = std::min(valid - done, width - x);
+              store.add(done, n + image, y * step[0] * result.size[1] + x * step[1], run);
             }
             if (in_place && t + 1 < grid.tiles[1]) {
               // Channels lie far apart in memory, so that nothing foresees where the next tile reads.

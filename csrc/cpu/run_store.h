@@ -104,7 +104,7 @@ class RunStore {
       for (const Run& run : runs) {
         T* out = result.image(run.n) + row_of[r] * plane + run.pixel;
         if (step != 1) {
-          for (int64_t x = 0; x < run.count; ++x) out[x * step] = from[run.source + x];
+          store_apart(from + run.source, run.count, step, out);
         } else if (epilogue.any()) {
           epilogue.of_channel(result, from + run.source, out, row_of[r], run.count);
         } else {

@@ -324,7 +324,7 @@ struct StripStore {
         for (const Part& part : parts) {
           if (part.line != h) continue;
           T* const line = part.to + row * plane;
-          for (int64_t x = 0; x < part.count; ++x) line[x * target.step[1]] = part.from[x];
+          store_apart(part.from, part.count, target.step[1], line);
         }
       }
     }
