@@ -136,6 +136,7 @@ def on_the_cpu(monkeypatch):
     """The emulator's kernels as the CPU's, and how often each was called."""
     halves = (torch.float16, torch.bfloat16)
     monkeypatch.setattr(ops, "takes_plans", lambda device, dtype, vector: vector >= 8 and dtype in halves)
+    monkeypatch.setattr(ops, "for_tensor_cores", lambda device: True)
     calls = dict.fromkeys(PLANNED, 0)
 
     def counted(name):

@@ -347,7 +347,7 @@ def _keep_lanes(graph: fx.GraphModule) -> None:
 def _on_tensor_cores(model: nn.Module) -> bool:
     sparse = [module for module in model.modules() if isinstance(module, SparseConv2d)]
     found = {(module.values.device, module.vector) for module in sparse}
-    return any(device.type != "cpu" and ops.takes_plans(device, torch.float16, vector) for device, vector in found)
+    return any(ops.for_tensor_cores(on) and ops.takes_plans(on, torch.float16, vector) for on, vector in found)
 
 
 def _fused(model: nn.Module, channels_last: bool, turn: bool, lanes: bool = False) -> nn.Module:

@@ -268,11 +268,11 @@ class SparseConv2d(_SparseConv):
         if not ops.takes_plans(device, dtype, self.vector):
             return None
         compiling = torch.compiler.is_compiling()
-        if dtype == torch.float32 and (compiling or type(self.col_indices) is not Tensor):
-            return None  # on the CPU a plan is for one size, which a trace may not be
+        if not ops.for_tensor_cores(device) and (compiling or type(self.col_indices) is not Tensor):
+            return None  # such a plan is for one size, which a trace may not be
         plans = self._plans
         known = plans is not None and plans.pattern is self.col_indices
-        if compiling:  # a compiler traces what is there; any plan fits any size
+        if compiling:  # a compiler traces what is there
             return plans.last if known else None
         if not known:
             plans = self._plans = LayerPlans(self.col_indices)
