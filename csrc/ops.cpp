@@ -128,6 +128,11 @@ TORCH_LIBRARY(sparsekd, m) {
         "Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, float temperature, float alpha, str divergence, "
         "float beta, int ignore_index, float label_smoothing, bool distill_ignored, SymInt chunk_rows, bool[3] wanted) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
+  // hard * (sum of CE) + soft * T^2 * (sum of D) over rows of logits, in float64; with_grad: `student` becomes the gradient.
+  // For the chunks of linear_kd_loss on the CPU.
+  m.def("kd_loss_rows_(Tensor(a!) student, Tensor teacher, Tensor? target, float temperature, float hard, float soft, "
+        "str divergence, float beta, int ignore_index, float label_smoothing, bool distill_ignored, bool with_grad) "
+        "-> Tensor");
   // conv2d_planned of one layer and one size of its input, for the next calls.
   m.class_<sparsekd::PlannedConv2d>("PlannedConv2d")
       .def(torch::init<at::Tensor, std::vector<int64_t>, std::optional<at::Tensor>, std::string, std::vector<int64_t>,

@@ -8,10 +8,10 @@
         grad_weight         += g.T @ student[chunk]
         grad_bias           += sum of g
 
-Only a chunk of either logits is there at a time. Products are those of torch; ``kd_loss.py`` makes loss and ``g`` of a
-chunk in one pass, on the CPU the C++ kernel of kd_loss or, for divergences that it has not, PyTorch in float64.
-Gradients are summed in float32 (float64 for float64). In float16 ``g`` is scaled by the number of rows, by which it is
-averaged, as it would vanish.
+Only a chunk of either logits is there at a time. Products are those of torch; ``kd_loss.py``, on the CPU the C++ kernel
+of kd_loss, makes loss and ``g`` of a chunk in one pass, and ``g`` takes the place of the student's logits. Gradients
+are summed in float32 (float64 for float64). In float16 ``g`` is scaled by the number of rows, by which it is averaged,
+as it would vanish.
 
 Method: the head's gradient in the forward, chunk by chunk, as in Hsu et al., "Liger Kernel: efficient Triton kernels
 for LLM training", 2024.
@@ -116,8 +116,8 @@ def _chunks(batch: int, length: int, rows: int) -> Iterator[tuple[slice, slice]]
             yield slice(image, min(image + step, batch)), slice(0, length)
 
 
-def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    return torch.mm(hidden, weight.t(), out=out) if bias is None else torch.addmm(bias, hidden, weight.t(), out=out)
 
 
 def _run(
@@ -144,14 +144,18 @@ def _run(
         held = [*tensors, grad_hidden, grad_weight, grad_bias]
         chunk_rows = rows_by_memory(held, per_row, rows, student.device.type)
     scale = power_of_2(rows) if student.dtype == torch.float16 else 1
-    for images, places in _chunks(batch, length, chunk_rows) if rows else ():
+    chunks = list(_chunks(batch, length, chunk_rows)) if rows else []
+    # One block for all chunks: an allocator that gets them in turns keeps some of each.
+    most = max((student[chunk].shape[:2].numel() for chunk in chunks), default=0)
+    s_block, t_block = student.new_empty((most, classes)), teacher.new_empty((most, classes))
+    for images, places in chunks:
         hidden = student[images, places].reshape(-1, features)
-        s = _linear(hidden, weight, bias)
-        t = _linear(teacher[images, places].reshape(-1, teacher.shape[2]), teacher_weight, teacher_bias)
+        s = _linear(hidden, weight, bias, s_block[: hidden.shape[0]])
+        of_teacher = teacher[images, places].reshape(-1, teacher.shape[2])
+        t = _linear(of_teacher, teacher_weight, teacher_bias, t_block[: hidden.shape[0]])
         of_chunk = None if target is None else target.view(batch, length)[images, places].reshape(-1)
         part, g = rows_of_loss(s, t, of_chunk, any(wanted))
         loss += part
-        del s, t
         if g is None:  # no row counts
             if wanted[0]:
                 grad_hidden[images, places] = 0
@@ -161,11 +165,11 @@ def _run(
         if g.dtype != student.dtype:
             g = (g * scale).to(student.dtype) if scale != 1 else g.to(student.dtype)
         if wanted[0]:
-            of_hidden = (g @ weight).to(dtype)
-            if scale != 1:
-                of_hidden /= scale
-            grad_hidden[images, places] = of_hidden.view(-1, places.stop - places.start, features)
-            del of_hidden
+            to = grad_hidden[images, places]
+            if dtype == student.dtype and to.is_contiguous():
+                torch.mm(g, weight, out=to.view(-1, features))
+            else:
+                torch.div((g @ weight).to(dtype).view(to.shape), scale, out=to)
         if wanted[1] and dtype == student.dtype:
             grad_weight.addmm_(g.t(), hidden)
         elif wanted[1]:
@@ -262,25 +266,43 @@ def linear_kd_loss_cpu(
     count = None if labelled is None else int(labelled)
     distilled = rows if count is None or distill_ignored else count
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    # The weight of a row in either mean.
+    hard = (1 - alpha) / count if count else 0.0
+    soft = alpha / distilled if distilled else 0.0
 
     def rows_of_loss(s, t, of_chunk, with_grad):
-        # Of the weights of both means, what this chunk's rows hold.
-        rows_known = s.shape[0] if of_chunk is None else int((of_chunk != ignore_index).sum())
-        hard = (1 - alpha) * rows_known / count if count else 0.0
-        rows_distilled = s.shape[0] if of_chunk is None or distill_ignored else rows_known
-        soft = alpha * rows_distilled / distilled if distilled else 0.0
-        if hard + soft == 0:
+        known = s.shape[0] if of_chunk is None else int((of_chunk != ignore_index).sum())
+        if hard + soft == 0 or not (known or distill_ignored):
             return 0.0, None
-        if divergence != "forward_kl":
-            return _rows_in_float64(s, t, of_chunk, hard / max(rows_known, 1), soft / max(rows_distilled, 1), settings)
-        loss, grad = torch.ops.sparsekd.kd_loss_forward(
-            s, t, of_chunk, temperature, soft / (hard + soft), ignore_index, label_smoothing, distill_ignored, with_grad
-        )
-        return loss.double() * (hard + soft), grad.mul_(hard + soft)
+        if not s.is_cpu:
+            return _rows_elsewhere(s, t, of_chunk, known, hard, soft, settings)
+        s, t = s.to(wide), t.to(wide)
+        loss = torch.ops.sparsekd.kd_loss_rows_(
+            s, t, of_chunk, temperature, hard, soft, divergence, beta, ignore_index, label_smoothing, distill_ignored,
+            with_grad,
+        )  # fmt: skip
+        return loss, s.to(dtype)
 
-    extra = 48 if divergence != "forward_kl" else dtype.itemsize
+    # Where logits are narrower, or the student's narrower than the teacher's, there is a copy of them.
+    extra = wide.itemsize * ((student.dtype != wide) + (teacher.dtype != wide))
+    extra += student.element_size() if student.dtype != wide else 0
     loss, *grads = _run(tensors, target, settings, chunk_rows, wanted, extra, rows_of_loss)
     return _total(loss, rows, labelled, distill_ignored, dtype), *grads
+
+
+def _rows_elsewhere(
+    student: Tensor, teacher: Tensor, target: Tensor | None, known: int, hard: float, soft: float, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """A chunk of a device that has kd_loss but not kd_loss_rows_: CUDA without Triton."""
+    if settings.divergence != "forward_kl":
+        return _rows_in_float64(student, teacher, target, hard, soft, settings)
+    hard, soft = hard * known, soft * (student.shape[0] if settings.distill_ignored else known)
+    loss, grad = torch.ops.sparsekd.kd_loss_forward(
+        student, teacher, target, settings.temperature, soft / (hard + soft), settings.ignore_index,
+        settings.label_smoothing, settings.distill_ignored, True,
+    )  # fmt: skip
+    return loss.double() * (hard + soft), grad.mul_(hard + soft)
 
 
 def _rows_in_float64(

@@ -138,7 +138,7 @@ def checks_under_isa(isa):
 import json
 from sparsekd.sparse import ops
 found = {"isa": ops.cpu_isa()}
-for name in ("conv2d", "conv2d_fused", "linear", "kd_loss"):
+for name in ("conv2d", "conv2d_fused", "linear", "kd_loss", "kd_loss_divergences"):
     try:
         __import__("test_" + name).check_sample()
         found[name] = "ok"

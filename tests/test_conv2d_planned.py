@@ -97,7 +97,7 @@ def test_foreign_plans_read_nothing_foreign(geometry):
     conv, x = layer(geometry), torch.randn(2, 12, 15, 13)
     plan = plan_of(conv, x.shape)
     rows, count = conv.crow_indices.numel(), conv.col_indices.numel()
-    for at in range(rows + count, rows + 2 * count, max(count // 7, 1)):
+    for at in range(rows + count, plan.indices.numel(), max(count // 7, 1)):  # starts, then offsets
         for offset in (-1, -(2**31), 2**31 - 1, 10**6, 0, int(plan.indices[rows + count :].max()) + 1):
             indices = plan.indices.clone()
             indices[at] = offset
@@ -105,8 +105,14 @@ def test_foreign_plans_read_nothing_foreign(geometry):
                 planned(conv, x, plan._replace(indices=indices))
             except (IndexError, RuntimeError) as error:
                 assert "Expected" in str(error)
-    for tiling in ([2**31 - 1] * len(plan.tiling), [0] * len(plan.tiling), [-5] * len(plan.tiling), []):
-        assert torch.equal(planned(conv, x, plan._replace(tiling=tuple(tiling))), conv(x))
+    kind, pitch, blocks, *taps = plan.tiling
+    others = ((0, blocks, *taps), (pitch, blocks, *(0 for _ in taps)), (2**31 - 1, blocks, *(tap + 1 for tap in taps)))
+    for tiling in ((kind, *other) for other in others):
+        assert torch.equal(planned(conv, x, plan._replace(tiling=tiling)), conv(x))
+    wrong = [(kind, pitch, number, *taps) for number in (blocks + 1, 0, 13)]
+    for tiling in ((), (1, *plan.tiling[1:]), [-5] * len(plan.tiling), *wrong):
+        with pytest.raises(ValueError, match="Expected a (tiling|plan)"):
+            planned(conv, x, plan._replace(tiling=tuple(tiling)))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
@@ -114,8 +120,8 @@ def test_the_plan_is_what_is_read(geometry):
     """With all its columns at the first one's place, the numbers are others; for another size they are made anew."""
     conv, x = layer(geometry), torch.randn(2, 12, 15, 13)
     plan = plan_of(conv, x.shape)
-    first = conv.crow_indices.numel() + conv.col_indices.numel()
-    plan.indices[first:] = int(plan.indices[first:].min())
+    offsets = plan.indices[-conv.col_indices.numel() :]
+    offsets[:] = int(offsets.min())
     assert not torch.equal(planned(conv, x, plan), conv(x))
     other = torch.randn(2, 12, 30, 40)
     assert plan_of(conv, other.shape).tiling != plan.tiling
@@ -131,7 +137,7 @@ def test_errors():
         planned(conv, x[None], plan)
     geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
     pattern = (conv.crow_indices, conv.col_indices)
-    for tiling in ([1, 2], [-1] * 10, [2**31] * 10):
+    for tiling in ([1, 2], [-1] * 12, [2**31] * 12, [1] * 13):
         with pytest.raises(ValueError, match="Expected a tiling"):
             torch.ops.sparsekd.conv2d_plan(*pattern, tiling, 1, x.shape, 10, *geometry)
     with pytest.raises(IndexError, match="Expected col_indices in 0..107, got 108"):

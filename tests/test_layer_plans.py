@@ -217,7 +217,7 @@ def test_errors_of_a_bound_call(x):
         made(plan, [0] * 10, None, "none", [1, 6, 0, 3], 8, *geometry)
     with pytest.raises(ValueError, match="Expected two values"):
         made(plan, [0] * 10, None, "none", list(SIZE), 8, [3], *geometry[1:])
-    call = made(plan, [0] * 10, None, "none", list(SIZE), 8, *geometry).run
+    call = made(plan, [0, 0, 1] + [0] * 9, None, "none", list(SIZE), 8, *geometry).run
     with torch.no_grad(), pytest.raises(ValueError, match="Expected a plan of conv2d_plan with"):
         call(x, torch.randn(5, 1), None, None)
     assert call(x, torch.randn(5, 1), None, None) is None  # with gradients

@@ -40,14 +40,30 @@ at::Tensor checked_channels(const OptionalTensor& tensor, const char* name, cons
   return widened(*tensor);
 }
 
-void check_tiling(at::IntArrayRef tiling, const Conv2dShape& shape) {
-  TORCH_CHECK_VALUE(static_cast<int64_t>(tiling.size()) == shape.taps() + 1, "Expected a tiling of conv2d_tiling with ",
-                    shape.taps() + 1, " numbers for ", shape.taps(), " taps, got ", tiling.size());
-  for (const int64_t number : tiling) {
-    TORCH_CHECK_VALUE(number >= 0 && number <= std::numeric_limits<int32_t>::max(),
-                      "Expected a tiling of numbers from 0 to 2^31 - 1, got ", number);
+// A tiling of the ops: whether entries lie block by block, and what they depend on.
+struct PlanKind {
+  PlanKind(at::IntArrayRef numbers, const Conv2dShape& shape) {
+    TORCH_CHECK_VALUE(static_cast<int64_t>(numbers.size()) == shape.taps() + 3, "Expected a tiling of conv2d_tiling with ",
+                      shape.taps() + 3, " numbers for ", shape.taps(), " taps, got ", numbers.size());
+    for (const int64_t number : numbers) {
+      TORCH_CHECK_VALUE(number >= 0 && number <= std::numeric_limits<int32_t>::max(),
+                        "Expected a tiling of numbers from 0 to 2^31 - 1, got ", number);
+    }
+    ordered = numbers[0] != 0;
+    tiling = numbers.slice(1).vec();
+    const int64_t channels = shape.in_channels / shape.groups;
+    TORCH_CHECK_VALUE(tiling[1] >= 1 && tiling[1] <= std::max<int64_t>(channels, 1), "Expected a tiling with 1 to ",
+                      channels, " blocks of channels, got ", tiling[1]);
   }
-}
+  // Numbers in a plan [crow_indices | col_indices | starts | offsets | order], the last three as in OffsetPlan.
+  int64_t starts(int64_t row_groups) const { return ordered ? tiling[1] * row_groups + 1 : (tiling[1] + 1) * row_groups; }
+  int64_t size(int64_t row_groups, int64_t vectors) const {
+    return row_groups + 1 + (ordered ? 3 : 2) * vectors + starts(row_groups);
+  }
+
+  bool ordered;
+  Tiling tiling;
+};
 
 struct Geometry {
   at::IntArrayRef kernel_size, stride, padding, dilation;
@@ -100,7 +116,8 @@ at::Tensor conv2d_fused_cpu(const at::Tensor& input, const at::Tensor& values, c
                     activation_of(activation), out_channels, {kernel_size, stride, padding, dilation, groups});
 }
 
-// The tiling says how a float32 input of this size lies, if it is contiguous: another one has its offsets made anew.
+// The tiling says how a float32 input of this size lies, if it is contiguous: another one has its offsets made anew. A
+// caller whose values lie in the plan's order makes its first number 1.
 std::vector<int64_t> conv2d_tiling_cpu(const at::Tensor& col_indices, int64_t vector, at::IntArrayRef input_size,
                                        int64_t out_channels, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                        at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
@@ -112,22 +129,25 @@ std::vector<int64_t> conv2d_tiling_cpu(const at::Tensor& col_indices, int64_t ve
   // It depends on how many entries there are, not on where.
   at::Tensor crow = at::zeros({groups * ceil_div(out_channels / groups, vector) + 1}, at::kInt);
   crow[-1] = col_indices.size(0);
-  return direct_tiling(shape, Pattern(crow, col_indices, {}, out_channels, groups, vector), at::empty({0}, at::kFloat));
+  Tiling tiling = direct_tiling(shape, Pattern(crow, col_indices, {}, out_channels, groups, vector), at::empty({0}, at::kFloat));
+  tiling.insert(tiling.begin(), 0);
+  return tiling;
 }
 
-// [crow_indices | col_indices | offsets].
 at::Tensor conv2d_plan_cpu(const at::Tensor& crow_indices, const at::Tensor& col_indices, at::IntArrayRef tiling,
                            int64_t vector, at::IntArrayRef input_size, int64_t out_channels, at::IntArrayRef kernel_size,
                            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const Conv2dShape shape = checked_shape(input_size, out_channels, kernel_size, stride, padding, dilation, groups);
   check_dim(col_indices, "col_indices", 1);
   const Pattern pattern(crow_indices, col_indices, {}, out_channels, groups, vector);
-  check_tiling(tiling, shape);
-  at::Tensor plan = at::empty({crow_indices.size(0) + 2 * pattern.n_vectors}, crow_indices.options());
+  const PlanKind kind(tiling, shape);
+  const int64_t row_groups = crow_indices.size(0) - 1;
+  at::Tensor plan = at::empty({kind.size(row_groups, pattern.n_vectors)}, crow_indices.options());
   int32_t* to = plan.mutable_data_ptr<int32_t>();
-  to = std::copy_n(pattern.crow, crow_indices.size(0), to);
+  to = std::copy_n(pattern.crow, row_groups + 1, to);
   to = std::copy_n(pattern.col, pattern.n_vectors, to);
-  direct_offsets(shape, pattern, tiling.vec(), to);
+  int32_t* const offsets = to + kind.starts(row_groups);
+  plan_offsets(shape, pattern, kind.tiling, to, offsets, kind.ordered ? offsets + pattern.n_vectors : nullptr);
   return plan;
 }
 
@@ -142,12 +162,17 @@ at::Tensor conv2d_planned_cpu(const at::Tensor& input, const at::Tensor& values,
   check_indices(plan, "plan", plan);
   TORCH_CHECK_VALUE(groups >= 1 && values.size(1) >= 1, "Expected groups and V of at least 1, got groups=", groups,
                     ", V = ", values.size(1));
-  const int64_t rows = groups * ceil_div(out_channels / groups, values.size(1)) + 1, count = values.size(0);
-  TORCH_CHECK_VALUE(plan.size(0) == rows + 2 * count, "Expected a plan of conv2d_plan with ", rows + 2 * count,
-                    " entries for ", rows - 1, " row groups and ", count, " vectors, got ", plan.size(0));
-  const OffsetPlan offsets{tiling.vec(), plan.const_data_ptr<int32_t>() + rows + count};
-  return run_conv2d(input, values, entries(plan, 0, rows), entries(plan, rows, count), row_indices, scale, shift, "shift",
-                    residual, activation_of(activation), out_channels,
+  const Conv2dShape shape = checked_shape(input.sizes(), out_channels, kernel_size, stride, padding, dilation, groups);
+  const PlanKind kind(tiling, shape);
+  const int64_t rows = groups * ceil_div(out_channels / groups, values.size(1)), count = values.size(0);
+  TORCH_CHECK_VALUE(plan.size(0) == kind.size(rows, count), "Expected a plan of conv2d_plan with ", kind.size(rows, count),
+                    " entries for ", rows, " row groups, ", count, " vectors and ", kind.tiling[1], " blocks, got ",
+                    plan.size(0));
+  const int32_t* const starts = plan.const_data_ptr<int32_t>() + rows + 1 + count;
+  const int32_t* const after = starts + kind.starts(rows);
+  const OffsetPlan offsets{kind.tiling, starts, after, kind.ordered ? after + count : nullptr};
+  return run_conv2d(input, values, entries(plan, 0, rows + 1), entries(plan, rows + 1, count), row_indices, scale, shift,
+                    "shift", residual, activation_of(activation), out_channels,
                     {kernel_size, stride, padding, dilation, groups}, &offsets);
 }
 

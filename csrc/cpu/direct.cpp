@@ -148,12 +148,23 @@ Tiling direct_tiling(const Conv2dShape& shape, const Pattern& pattern, const at:
   return tiling;
 }
 
-void direct_offsets(const Conv2dShape& shape, const Pattern& pattern, const Tiling& tiling, int32_t* offset) {
-  stretch(rows_of<float>(shape, pattern, nullptr), tiling, offset);
-  const int32_t* const outside = std::find(offset, offset + pattern.n_vectors, -1);
-  if (outside != offset + pattern.n_vectors) {
+void plan_offsets(const Conv2dShape& shape, const Pattern& pattern, const Tiling& tiling, int32_t* starts,
+                  int32_t* offset, int32_t* order) {
+  const Rows<float> rows = rows_of<float>(shape, pattern, nullptr);
+  const int64_t count = rows.packed();
+  std::vector<int32_t> stretched(pattern.n_vectors), by_row((tiling[1] + 1) * count);
+  stretch(rows, tiling, stretched.data());
+  if (std::find(stretched.begin(), stretched.end(), -1) != stretched.end()) {
     outside_error(pattern.col, pattern.n_vectors, shape.in_channels / shape.groups * shape.taps(), "col_indices");
   }
+  count_starts(rows, tiling[1], by_row.data());
+  if (order == nullptr) {
+    std::copy(stretched.begin(), stretched.end(), offset);
+    std::copy(by_row.begin(), by_row.end(), starts);
+    return;
+  }
+  order_entries(std::move(by_row), count, starts, order);
+  for (int64_t i = 0; i < pattern.n_vectors; ++i) offset[i] = stretched[order[i]];
 }
 
 void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const OffsetPlan* plan, const at::Tensor& input,

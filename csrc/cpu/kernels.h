@@ -10,15 +10,16 @@
 // weight gradient at the non-zeros. Constant distances are the idea of SkimCaffe (Park et al., "Faster CNNs with direct
 // sparse convolutions and guided pruning", ICLR 2017) and Escoin (Chen, 2018).
 //
-// A tile is a rectangle of `lines` x `width` positions, each one vector. Both loops go through the columns (or offsets,
-// which rise as they do) below a limit and leave the cursor of each row there: a block of input channels stays in L1 while
-// all rows pass. A column that is outside the table is below no limit, so after the last block a cursor short of the row's
-// end tells of it; nothing outside is read.
+// A tile is a rectangle of `lines` x `width` positions, each one vector. A block of input channels stays in L1 while all
+// rows pass: both loops go through the columns (or offsets, which rise as they do) below a limit and leave the cursor of
+// each row there, or through as many as a plan says. A column that is outside the table is below no limit, so that a row
+// that stops short of its end tells of it; nothing outside is read.
 //
 // Under AVX-512 there are both loops for vectors of 64 bytes and, with twice the registers, of 32: on small maps more lanes
 // may be idle than the wider vectors gain.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "../activation.h"
 
@@ -37,11 +38,12 @@ struct SpmmTile {
   const T* input;        // at the tile's first position
   int64_t line;          // elements from one line of positions to the next
   int lines, width;      // positions
-  const int32_t* crow;   // [groups + 1]
-  const int32_t* offset; // [n_vectors] elements from a position to the column's vector, rising in a row
+  const int32_t* from;   // [groups] first vector of each row group in this block
+  const int32_t* to;     // [groups] the one after its last
+  int32_t* cursor;       // [groups] is moved to where a row group stopped, if not null
+  const int32_t* offset; // [n_vectors] elements from a position to the column's vector
   const T* values;       // [n_vectors, vector]
   int vector;
-  int32_t* cursor;       // [groups] where each row group stands, moved on
   uint32_t limit;        // offsets below this are taken
   bool first;            // whether to start from init, else from the partial sums
   const T* init;         // [groups * vector], the bias by row, or null for zero
@@ -107,32 +109,51 @@ struct SpmvRows {
   T* output;            // [groups * vector]
 };
 
-// One row of the distillation loss; see kd_loss.inc.
-template <class T>
-struct KDLossRow {
-  const T* student;   // [classes]
-  const T* teacher;   // [classes]
-  T* grad;            // [classes], or null when no gradient is wanted
-  double* scratch;    // [3, classes rounded up to 16]
+// KL(p || q), KL(q || p), or beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+enum class Divergence { kForwardKL, kReverseKL, kJSD };
+
+// Of all rows of the distillation loss; see kd_loss.inc.
+struct KDLossSettings {
   int64_t classes;
-  int64_t target;     // class index, or -1 for no cross-entropy term
-  bool distill;       // whether the KL term takes this row
+  Divergence divergence;
+  double beta;           // of kJSD
   double temperature;
   double label_smoothing;
-  double ce_scale;    // weight of this row's cross-entropy in the total: (1 - alpha) / rows
-  double kl_scale;    // alpha * T^2 / rows
+  double ce_scale;       // weight of a row's cross-entropy in the total: (1 - alpha) / rows
+  double distill_scale;  // of its divergence: alpha * T^2 / rows
 };
+
+template <class T>
+struct KDLossRow : KDLossSettings {
+  const T* student;      // [classes]
+  const T* teacher;      // [classes]
+  T* grad;               // [classes], may be `student`; or null when no gradient is wanted
+  double* scratch;       // [3, classes rounded up to 16]
+  int64_t target;        // class index, or -1 for no cross-entropy term
+  bool distill;          // whether the divergence takes this row
+};
+
+// One vector made of another by a pattern of lanes; elements from the plane's beginning.
+struct LaneMove {
+  int32_t from, to, pattern;
+};
+template <class T>
+using LaneIndex = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+constexpr int kSmallMap = 64;  // pixels
 
 // What depends on how many lanes a vector has.
 template <class T>
 struct LaneKernels {
   TileShape (*tile_shape)(int vector);
-  void (*spmm)(const SpmmTile<T>&, int64_t group_begin, int64_t group_end);
+  bool (*spmm)(const SpmmTile<T>&, int64_t groups);  // whether all came to their ends
   TileShape (*grad_tile_shape)();
   void (*sddmm)(const SddmmTile<T>&, int64_t group_begin, int64_t group_end);
-  // out[x * pitch + lane] = in[lane][x] for x < count, and back
-  void (*gather_lanes)(const T* const* in, int64_t count, T* out, int64_t pitch);
-  void (*scatter_lanes)(const T* in, int64_t pitch, int64_t count, T* const* out);
+  // See transpose.inc.
+  void (*gather_lanes)(const T* const* in, int64_t shift, int64_t count, T* out, int64_t pitch);
+  void (*scatter_lanes)(const T* in, int64_t pitch, int64_t count, T* const* out, const int64_t* stride, int64_t times);
+  void (*move_lanes)(T* plane, const LaneMove* moves, int64_t count, const LaneIndex<T>* sources);
+  void (*select)(const T* in, int64_t size, const int32_t* index, int64_t count, T* out);
 };
 
 template <class T>
@@ -142,6 +163,8 @@ struct TypeKernels {
   bool (*spmv)(const SpmvRows<T>&, int64_t group_begin, int64_t group_end);
   // out[c * out_pitch + r] = in[r * in_pitch + c]
   void (*transpose)(const T* in, int64_t rows, int64_t columns, int64_t in_pitch, T* out, int64_t out_pitch);
+  // even[i] = in[2 * i], odd[i] = in[2 * i + 1], of `count` elements; either may be null.
+  void (*split)(const T* in, int64_t count, T* even, T* odd);
   void (*epilogue)(const EpilogueLine<T>&);
   double (*kd_loss_row)(const KDLossRow<T>&);  // the row's share of the loss
 };

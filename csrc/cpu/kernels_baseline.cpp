@@ -26,7 +26,7 @@ constexpr LaneKernels<T> widths[] = {narrow::lane_kernels<T>};
 
 template <class T>
 constexpr TypeKernels<T> type_kernels(int count, const LaneKernels<T>* lanes) {
-  return {count, lanes, &spmv<T>, &narrow::transpose<T>, &epilogue<T>, &kd_loss_row<T>};
+  return {count, lanes, &spmv<T>, &narrow::transpose<T>, &narrow::split<T>, &epilogue<T>, &kd_loss_row<T>};
 }
 }  // namespace
 

@@ -38,6 +38,7 @@ struct Grid {
   double cost = std::numeric_limits<double>::max();  // see `cycles`
   bool runs = false, aligned = false;
   int64_t lanes = 1, images = 1, down = 1, across = 1;
+  int rows = 1;       // that a tile takes together
   int64_t bands = 1;  // of lines in which an image is packed and multiplied
   Pair strip{1, 1};   // positions: of a strip; of a map of runs, in lines or in one
   Pair halo{0, 0};    // positions that taps reach beyond a tile
@@ -62,48 +63,73 @@ struct Work {
   int64_t bytes;           // of a vector of lanes
 };
 
-constexpr double kFarLine = 60;           // cycles of a line of 64 bytes that goes to L3 and back
-// Vectors per row and block that pay for reloading the partial sums. Of a 1 x 1 kernel a block takes few entries of a row,
-// and in a network weights come from L3: several times, if a line holds those of more than one block.
-constexpr double kMinBlockWork = 12, kMinFlatBlockWork = 60;
+// Cycles, fitted to timings of ResNets' layers with 16 lanes.
+constexpr double kFarLine = 25;     // a line of 64 bytes that goes to L3 and back
+constexpr double kL2Line = 0.55;    // a load of 64 bytes from L2, besides that from L1
+constexpr double kRow = 15;         // a row and block: the loop's end is not foreseen
+constexpr double kSum = 2.3;        // a partial sum of 64 bytes, which lies in L2 from block to block
 
 // Bytes that a tile reads of a channel.
 inline int64_t footprint_of(const Work& work, const Grid& grid) {
   const Pair tile = grid.tile();
   const auto phases = static_cast<int64_t>(work.planes->phases.size());
-  return phases * (tile[0] + grid.halo[0]) * (tile[1] + grid.halo[1]) * work.bytes;
+  if (grid.runs || work.planes->reach.empty()) {
+    return phases * (tile[0] + grid.halo[0]) * (tile[1] + grid.halo[1]) * work.bytes;
+  }
+  int64_t positions = 0;
+  for (const Pair& reach : work.planes->reach) positions += (tile[0] + reach[0]) * (tile[1] + reach[1]);
+  return positions * work.bytes;
 }
 
-// Blocks of channels, so that what a tile reads of one stays in L1 while all rows pass.
-inline int64_t blocks_of(const Work& work, const Grid& grid) {
-  const int64_t footprint = footprint_of(work, grid);
-  const double enough = work.planes->taps.size() == 1 ? kMinFlatBlockWork : kMinBlockWork;
-  const auto least = static_cast<int64_t>(enough * work.channels / std::max(work.vectors_per_row, 1.0));
-  const int64_t block = std::max<int64_t>({l1_budget() / footprint, least, 1});
-  return std::max<int64_t>(ceil_div(work.channels, block), 1);
-}
-
-// Cycles of a whole pass, roughly: two FMAs a cycle, or as many as two loads a cycle allow (fewer where they come from L2),
-// what a column and a row cost besides, and what each line and vector costs on its way in and out: more where it is turned
-// around. The numbers were fitted to timings of ResNets' layers with 8 and 16 lanes.
-inline double cycles(const Work& work, const TileShape& shape, const Grid& grid) {
-  const double lines = static_cast<double>(grid.strip[0]) / grid.tiles[0];
-  const double width = static_cast<double>(grid.strip[1]) / grid.tiles[1];
-  const double sums = lines * width, passes = ceil_div(work.vector, shape.rows);
-  const int64_t blocks = blocks_of(work, grid);
-  const bool in_l1 = ceil_div(work.channels, blocks) * footprint_of(work, grid) <= 4 * l1_budget() / 3;
-  const double load = 0.5 * grid.loads + (in_l1 ? 0 : 0.8 * work.bytes / 64);
+// Cycles of a row of a tile: two FMAs a cycle, or as many as two loads a cycle allow, fewer where what a tile reads of a
+// block of channels isn't in L1 whole; and what a column and a block cost besides.
+inline double row_cycles(const Work& work, const Grid& grid, int64_t blocks) {
+  const double sums = static_cast<double>(grid.strip[0]) / grid.tiles[0] * grid.strip[1] / grid.tiles[1];
+  const double passes = ceil_div(work.vector, grid.rows), lines = work.bytes / 64.0;
+  const double read = static_cast<double>(ceil_div(work.channels, blocks) * footprint_of(work, grid));
+  const double missed = std::clamp(read * 3 / (4 * l1_budget()) - 1, 0.0, 1.0);
+  const double load = 0.5 * grid.loads + missed * kL2Line * lines;
   const double fmas = 0.5 * sums * work.vector, loads = passes * (sums * load + 0.5) + 0.5 * work.vector;
   const double column = std::max({fmas, loads, 2.5 * passes}) + 0.3 * passes;
-  const double row = work.vectors_per_row * column + blocks * (20 + sums * work.vector);
-  const auto lanes = static_cast<double>(grid.lanes);
-  const double wide = grid.strip[1] + grid.halo[1], results = work.rows * work.vector * grid.strip[0];
-  const double lines_in = work.channels * static_cast<double>(work.planes->phases.size()) * (grid.strip[0] + grid.halo[0]);
+  return work.vectors_per_row * column + blocks * (kRow * passes + kSum * (1 + lines) / 2 * sums * work.vector);
+}
+
+// Blocks of channels: the more, the more of what a tile reads of one stays in L1 while all rows pass, and the more often
+// partial sums come and go.
+inline int64_t blocks_of(const Work& work, const Grid& grid) {
+  int64_t best = 1;
+  double least = row_cycles(work, grid, 1);
+  for (int64_t blocks = 2; blocks <= std::min<int64_t>(work.channels, 64); blocks += 1 + blocks / 8) {
+    const double cost = row_cycles(work, grid, blocks);
+    if (cost < least) {
+      least = cost;
+      best = blocks;
+    }
+  }
+  return best;
+}
+
+// Cycles of a whole pass, roughly: its rows, and what each line and vector costs on its way in and out, more where it is
+// turned around.
+inline double cycles(const Work& work, const Grid& grid) {
+  const double row = row_cycles(work, grid, blocks_of(work, grid));
+  const auto lanes = static_cast<double>(grid.lanes), phases = static_cast<double>(work.planes->phases.size());
+  const double wide = grid.strip[1] + grid.halo[1], lines_in = work.channels * phases * (grid.strip[0] + grid.halo[0]);
+  const double results = work.rows * work.vector * grid.strip[0];
   double around;
   if (grid.runs) {
-    around = 0.25 * lanes * lines_in * wide + 4 * results * grid.strip[1];
+    around = (phases == 1 ? 0.25 : 1.0) * lanes * lines_in * wide + 4 * results * grid.strip[1];
   } else {
-    around = lanes * lines_in * (4 + (wide < 4 ? 1.6 : 0.8) * wide) + 6 * lanes * results;
+    const double squares = ceil_div(grid.strip[1], 4) * 4;
+    const double squares_out = grid.tiles[1] * (4 + ceil_div(grid.tile()[1], 4) * 4);
+    if (grid.images == 1 && work.bytes == 64 && work.pixels[0] * work.pixels[1] <= kSmallMap) {
+      around = 4 * (lines_in * wide + results * grid.strip[1]);
+    } else {
+      const double middle = work.channels * phases * grid.strip[0];
+      around = middle * (4 + lanes / 4) * squares + 4 * (lines_in * wide - middle * grid.strip[1]);
+      around += results * (2 + lanes / 2) * squares_out;
+    }
+    if (phases > 1) around += 0.5 * work.channels * phases * work.pixels[0] * work.pixels[1];
     // Strips are not packed in bands: what does not fit in L2 goes to L3 and back.
     around += kFarLine * std::max(lines_in * wide * work.bytes - l2_budget(), 0.0) / 64;
   }
@@ -116,9 +142,9 @@ inline void choose_tiles(const Work& work, const TileShape& shape, Grid& grid) {
   for (int64_t lines = 1; lines <= std::min<int64_t>(shape.lines, grid.strip[0]); ++lines) {
     const int64_t most = std::min<int64_t>(shape.positions / lines, grid.strip[1]);
     // A width that only evens the tiles out is the same as a narrower one.
-    for (int64_t width = std::max<int64_t>(most / 2, 1); width <= most; ++width) {
+    for (int64_t width = 1; width <= most; ++width) {
       tried.tiles = {ceil_div(grid.strip[0], lines), ceil_div(grid.strip[1], width)};
-      const double cost = cycles(work, shape, tried);
+      const double cost = cycles(work, tried);
       if (cost < grid.cost) {
         grid.cost = cost;
         grid.tiles = tried.tiles;
@@ -134,6 +160,7 @@ struct Choice {
   Grid grid;
   void consider(Grid tried) {
     tried.lanes = shape.lanes;
+    tried.rows = shape.rows;
     choose_tiles(work, shape, tried);
     if (tried.cost < grid.cost) grid = tried;
   }

@@ -4,6 +4,7 @@
 
 #include "direct.h"
 #include "run_store.h"
+#include "strips.h"
 
 namespace sparsekd::cpu {
 
@@ -34,7 +35,7 @@ struct Pass {
   Rows<T> rows;
   std::vector<Tap> taps;
   Target target;
-  int blocks = 1;
+  int64_t blocks = 1;  // of channels
   bool idle = false;  // without entries: its results are zero already
   Offsets offsets;
   const OffsetPlan* plan = nullptr;  // offsets made before, if any
@@ -83,12 +84,23 @@ Work work_of(const Rows<T>& rows, int64_t batch, const Pair& pixels, int64_t wid
 // Makes the pass's offsets. False if nothing but the tiling was asked for.
 template <class T>
 bool locate(Pass<T>& pass, int64_t pitch, const Layout& layout, int64_t step) {
-  Tiling tiling = tiling_of(pitch, pass.taps, layout, step);
+  Tiling tiling = tiling_of(pitch, pass.blocks, pass.taps, layout, step);
   if (pass.asked) {
     *pass.asked = std::move(tiling);
     return false;
   }
-  pass.offsets = offsets_of(pass.rows, tiling, pass.plan);
+  Rows<T>& rows = pass.rows;
+  pass.offsets = offsets_of(rows, tiling, pass.plan);
+  if (pass.plan && pass.plan->order && !pass.offsets.starts) {  // the plan is for others, and so is the values' order
+    const int64_t count = rows.crow[rows.packed()];
+    pass.values.resize(count * rows.vector);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t entry = pass.plan->order[i];
+      TORCH_CHECK_INDEX(entry >= 0 && entry < count, "Expected a plan's order in 0..", count - 1, ", got ", entry);
+      std::copy_n(rows.values + i * rows.vector, rows.vector, pass.values.data() + entry * rows.vector);
+    }
+    rows.values = pass.values.data();
+  }
   return true;
 }
 
@@ -110,14 +122,14 @@ void over_strips(const Grid& grid, const Batch<const T>& source, const Pair& pix
   const Layout layout = plain_layout(planes);
   const int64_t pitch = spread<T>(layout.channel() * grid.lanes), line = layout.pitch * grid.lanes;
   for (Pass<T>& pass : passes) {
+    pass.blocks = blocks_of(work_of(pass.rows, source.count, pixels, source.size[1], planes, grid.lanes), grid);
     if (!locate(pass, pitch, layout, grid.lanes)) return;
-    pass.blocks = static_cast<int>(
-        blocks_of(work_of(pass.rows, source.count, pixels, source.size[1], planes, grid.lanes), grid));
   }
+  const StripPacker<T> packer(source, planes, whole, grid);
   run_units(
       ceil_div(source.count, grid.images), source.channels, source.channels * pitch, passes,
       [&](int64_t unit, int64_t from, int64_t to, T* packed) {
-        pack_strips(source, planes, whole, grid, unit * grid.images, from, to, pitch, packed);
+        packer.pack(unit * grid.images, from, to, pitch, packed);
       },
       [&](const Pass<T>& pass, int64_t unit, const T* packed, int64_t from, int64_t to) {
         const Rows<T>& rows = pass.rows;
@@ -161,9 +173,8 @@ void over_runs(const Grid& grid, const Batch<const T>& source, const Pair& pixel
   const int64_t pitch = spread<T>(layout.channel() + planes.halo[1] + 2 * grid.lanes);
   const int64_t line = layout.pitch, widest = grid.largest() * grid.lanes;
   for (Pass<T>& pass : passes) {
+    pass.blocks = blocks_of(work_of(pass.rows, source.count, pixels, source.size[1], planes, grid.lanes), grid);
     if (!locate(pass, pitch, layout, 1)) return;
-    pass.blocks = static_cast<int>(
-        blocks_of(work_of(pass.rows, source.count, pixels, source.size[1], planes, grid.lanes), grid));
   }
   auto band_begin = [&](int64_t band) { return pixels[0] * band / bands; };
   run_units(
@@ -275,7 +286,7 @@ void over_pixels(GridKey key, const Batch<const T>& source, const Pair& stride, 
   const Work work = work_for(lanes);
   const int64_t images = source.count / work.batch, all = images * count;  // of a grid
   const int64_t widest = grid.largest() * lanes;
-  pass.blocks = static_cast<int>(blocks_of(work, grid));
+  pass.blocks = blocks_of(work, grid);
   // What is packed is so in bands of whole tiles.
   const int64_t channel_bytes = std::max<int64_t>(source.channels, 1) * widest * static_cast<int64_t>(sizeof(T));
   const int64_t tiles_in_band = in_place ? grid.tiles[1] : std::clamp<int64_t>(kBandBudget / channel_bytes, 1, grid.tiles[1]);

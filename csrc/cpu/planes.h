@@ -35,6 +35,7 @@ struct Planes {
   std::vector<Plane> phases;
   std::vector<Tap> taps;
   Pair halo{0, 0};  // how much larger a plane is than the positions it serves
+  std::vector<Pair> reach;  // per phase, if it is known: how much of that its taps read
 };
 
 // How the planes of one channel lie in memory.
@@ -104,6 +105,15 @@ inline Planes input_planes(const Conv2dShape& shape, const Pair& positions) {
       }
       planes.taps.push_back({phase, y / shape.stride[0], x / shape.stride[1]});
     }
+  }
+  for (int64_t phase = 0; phase < static_cast<int64_t>(planes.phases.size()); ++phase) {
+    Pair low{INT64_MAX, INT64_MAX}, high{0, 0};
+    for (const Tap& tap : planes.taps) {
+      if (tap.phase != phase) continue;
+      low = {std::min(low[0], tap.y), std::min(low[1], tap.x)};
+      high = {std::max(high[0], tap.y), std::max(high[1], tap.x)};
+    }
+    planes.reach.push_back({high[0] - low[0], high[1] - low[1]});
   }
   return planes;
 }

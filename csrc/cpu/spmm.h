@@ -30,11 +30,12 @@ struct Rows {
   int64_t columns() const { return channels_per_group * taps; }
 };
 
-// All that offsets depend on: elements between channels, and from a position to each tap.
+// All that offsets and where their blocks begin depend on: elements between channels, blocks of channels, and elements
+// from a position to each tap.
 using Tiling = std::vector<int64_t>;
 
-inline Tiling tiling_of(int64_t pitch, const std::vector<Tap>& taps, const Layout& layout, int64_t step) {
-  Tiling tiling{pitch};
+inline Tiling tiling_of(int64_t pitch, int64_t blocks, const std::vector<Tap>& taps, const Layout& layout, int64_t step) {
+  Tiling tiling{pitch, blocks};
   // A tap that takes no part has no entry that points here.
   for (const Tap& tap : taps) tiling.push_back(tap.phase < 0 ? 0 : layout.at(tap) * step);
   return tiling;
@@ -49,14 +50,24 @@ std::vector<int32_t> column_table(const Rows<T>& rows, const Tiling& tiling) {
   std::vector<int32_t> table;
   table.reserve(rows.columns());
   for (int64_t c = 0; c < rows.channels_per_group; ++c) {
-    for (size_t tap = 1; tap < tiling.size(); ++tap) table.push_back(static_cast<int32_t>(c * tiling[0] + tiling[tap]));
+    for (size_t tap = 2; tap < tiling.size(); ++tap) table.push_back(static_cast<int32_t>(c * tiling[0] + tiling[tap]));
   }
   return table;
+}
+
+// First column that is not of the first `block + 1` of `blocks` blocks of channels.
+template <class T>
+uint32_t block_limit(const Rows<T>& rows, int64_t block, int64_t blocks) {
+  return static_cast<uint32_t>(rows.channels_per_group * (block + 1) / blocks * rows.taps);
 }
 
 // Where the columns of some rows are: entry i at offset[i]; channels are `pitch` apart.
 struct Offsets {
   const int32_t* offset = nullptr;
+  // Row group r has entries starts[at] .. starts[at + next] - 1 in a block, at = block * row groups + r. Null if nobody
+  // counted them.
+  const int32_t* starts = nullptr;
+  int64_t next = 0;
   int64_t pitch = 0;
   // Past the last that a column can have, so that an offset from anywhere is as good as one of those.
   uint32_t limit = 0;
@@ -64,10 +75,55 @@ struct Offsets {
 };
 
 // A pattern's offsets that were made before, for one tiling (conv2d_plan).
+//
+// Entries lie as in the pattern, row by row; or, if `ordered`, block by block of channels, and then row by row: as they
+// are read, so that what isn't in the caches comes in one stream. Values are then in that order, too.
 struct OffsetPlan {
   Tiling tiling;
-  const int32_t* offset;
+  const int32_t* starts;           // [blocks + 1, row groups], or if ordered [blocks * row groups + 1]
+  const int32_t* offset;           // [n_vectors]
+  const int32_t* order = nullptr;  // [n_vectors] if ordered: the pattern's entry at each place
 };
+
+// Whether a plan's starts rise from its first entry to its last, so that they are nobody else's memory.
+template <class T>
+bool starts_fit(const Rows<T>& rows, const OffsetPlan& plan) {
+  const int64_t count = rows.packed(), all = plan.tiling[1] * count, next = plan.order ? 1 : count;
+  const int32_t* const starts = plan.starts;
+  bool fit = true;
+  if (plan.order) {
+    fit = starts[0] == 0 && starts[all] == rows.crow[count];
+  } else {
+    for (int64_t r = 0; r < count; ++r) fit &= starts[r] == rows.crow[r] && starts[all + r] == rows.crow[r + 1];
+  }
+  for (int64_t i = 0; i < all; ++i) fit &= starts[i] <= starts[i + next];
+  return fit;
+}
+
+// Where each row's entries of each block of channels begin, [blocks + 1, row groups]. Columns rise in a row; of one that
+// is outside nothing is told here.
+template <class T>
+void count_starts(const Rows<T>& rows, int64_t blocks, int32_t* starts) {
+  const int64_t count = rows.packed();
+  for (int64_t r = 0; r < count; ++r) {
+    int32_t at = starts[r] = rows.crow[r];
+    for (int64_t block = 0; block + 1 < blocks; ++block) {
+      const uint32_t limit = block_limit(rows, block, blocks);
+      while (at < rows.crow[r + 1] && static_cast<uint32_t>(rows.col[at]) < limit) ++at;
+      starts[(block + 1) * count + r] = at;
+    }
+    starts[blocks * count + r] = rows.crow[r + 1];
+  }
+}
+
+// Puts the entries in order: starts become [blocks * row groups + 1].
+inline void order_entries(std::vector<int32_t> by_row, int64_t row_groups, int32_t* starts, int32_t* order) {
+  int32_t place = starts[0] = 0;
+  for (size_t i = 0; i + row_groups < by_row.size(); ++i) {
+    for (int32_t entry = by_row[i]; entry < by_row[i + row_groups]; ++entry) order[place++] = entry;
+    starts[i + 1] = place;
+  }
+}
 
 constexpr int64_t kStretchGrain = 64 * 1024;  // entries that pay for another thread
 
@@ -89,24 +145,21 @@ template <class T>
 Offsets offsets_of(const Rows<T>& rows, const Tiling& tiling, const OffsetPlan* plan) {
   Offsets offsets;
   if (plan && plan->tiling == tiling) {
+    TORCH_CHECK_INDEX(starts_fit(rows, *plan), "Expected a plan whose blocks of channels share each row's entries out");
     offsets.offset = plan->offset;
+    offsets.starts = plan->starts;
+    offsets.next = plan->order ? 1 : rows.packed();
   } else {
     offsets.own.resize(rows.crow[rows.packed()]);
     stretch(rows, tiling, offsets.own.data());
     offsets.offset = offsets.own.data();
   }
   offsets.pitch = tiling[0];
-  const int64_t farthest = *std::max_element(tiling.begin() + 1, tiling.end());
+  const int64_t farthest = *std::max_element(tiling.begin() + 2, tiling.end());
   offsets.limit = rows.channels_per_group == 0
                       ? 0
                       : static_cast<uint32_t>((rows.channels_per_group - 1) * tiling[0] + farthest + 1);
   return offsets;
-}
-
-// First column that is not of the first `block + 1` of `blocks` blocks of channels.
-template <class T>
-uint32_t block_limit(const Rows<T>& rows, int block, int blocks) {
-  return static_cast<uint32_t>(rows.channels_per_group * (block + 1) / blocks * rows.taps);
 }
 
 template <class T>
@@ -121,23 +174,33 @@ void check_cursors(const Rows<T>& rows, const int32_t* cursor, int64_t begin, in
 // Row groups begin .. end - 1, which lie in one convolution group, on one tile. Partial sums lie in `scratch`, where a
 // row takes the tile's vectors side by side; results go where the tile says, which may be the same.
 template <class T>
-void multiply_tile(const Grid& grid, const Rows<T>& rows, const Offsets& offsets, int blocks, SpmmTile<T> tile, int64_t begin, int64_t end, T* scratch,
-                   std::vector<int32_t>& cursor) {
-  cursor.assign(rows.crow + begin, rows.crow + end);
-  tile.crow = rows.crow + begin;
+void multiply_tile(const Grid& grid, const Rows<T>& rows, const Offsets& offsets, int64_t blocks, SpmmTile<T> tile,
+                   int64_t begin, int64_t end, T* scratch, std::vector<int32_t>& cursor) {
+  const bool counted = offsets.starts != nullptr;
+  if (!counted) {
+    cursor.assign(rows.crow + begin, rows.crow + end);
+    tile.from = tile.cursor = cursor.data();
+    tile.to = rows.crow + begin + 1;
+  }
   tile.offset = offsets.offset;
   tile.values = rows.values;
   tile.vector = rows.vector;
-  tile.cursor = cursor.data();
   tile.init = tile.init ? tile.init + begin * rows.vector : nullptr;
   const SpmmTile<T> finished = tile;
   tile.partial = tile.output = scratch;
   tile.partial_pitch = tile.output_pitch = int64_t{tile.lines} * tile.width * grid.lanes;
   tile.places = nullptr;
-  for (int block = 0; block < blocks; ++block) {
+  bool whole = true;
+  for (int64_t block = 0; block < blocks; ++block) {
     tile.first = block == 0;
     const int64_t past = rows.channels_per_group * (block + 1) / blocks;
-    tile.limit = static_cast<uint32_t>(std::min<int64_t>(past * offsets.pitch, offsets.limit));
+    tile.limit = offsets.limit;
+    if (counted) {
+      tile.from = offsets.starts + block * rows.packed() + begin;
+      tile.to = tile.from + offsets.next;
+    } else {
+      tile.limit = static_cast<uint32_t>(std::min<int64_t>(past * offsets.pitch, offsets.limit));
+    }
     const int64_t channel = rows.channels_per_group * block / blocks;
     tile.ahead_channels = past - channel;
     if (finished.ahead) tile.ahead = finished.ahead + channel * finished.ahead_pitch;
@@ -146,9 +209,10 @@ void multiply_tile(const Grid& grid, const Rows<T>& rows, const Offsets& offsets
       tile.output_pitch = finished.output_pitch;
       tile.places = finished.places;
     }
-    type_kernels<T>().lanes[grid.width].spmm(tile, 0, end - begin);
+    const bool ended = type_kernels<T>().lanes[grid.width].spmm(tile, end - begin);
+    whole = ended && (whole || !counted);
   }
-  check_cursors(rows, cursor.data(), begin, end);
+  if (!whole) outside_error(rows.col, rows.crow[rows.packed()], rows.columns(), rows.name);
 }
 
 // Calls body(begin, end) for chunks of row groups begin .. end - 1 that stay in one convolution group and whose partial

@@ -65,8 +65,8 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
     // The last vector of a run may reach past the last pixel.
     side->pitch = spread<T>(side->layout.channel() * step + (runs ? of_image.halo[1] + 2 * lanes : 0));
   }
-  const std::vector<int32_t> table = column_table(rows, tiling_of(in.pitch, in.planes.taps, in.layout, step));
   const int64_t blocks = blocks_of(work_for(lanes), grid);
+  const std::vector<int32_t> table = column_table(rows, tiling_of(in.pitch, blocks, in.planes.taps, in.layout, step));
 
   const int64_t bands_in_unit = runs ? bands : 1, units = ceil_div(shape.batch, images_per_unit) * bands_in_unit;
   Buffer<T> packed(in.elements()), packed_grads(grad.elements()), zeros(grad.pitch);
@@ -79,7 +79,7 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
     } else if (runs) {
       pack_planes(side.images, side.planes, side.layout, first, unit % bands * band_lines, begin, end, side.pitch, to);
     } else {
-      pack_strips(side.images, side.planes, side.whole, grid, first, begin, end, side.pitch, to);
+      StripPacker<T>(side.images, side.planes, side.whole, grid).pack(first, begin, end, side.pitch, to);
     }
   };
   for (int64_t unit = 0; unit < units; ++unit) {

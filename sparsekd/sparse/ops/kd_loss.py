@@ -69,3 +69,9 @@ def _kd_loss_forward_fake(
     check_same_device(student, {"teacher logits": teacher, "target": target})
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     return student.new_empty((), dtype=dtype), student.new_empty(student.shape if with_grad else (0,), dtype=dtype)
+
+
+@torch.library.register_fake("sparsekd::kd_loss_rows_")
+def _kd_loss_rows_fake(student, teacher, target, *settings):
+    check_same_device(student, {"teacher logits": teacher, "target": target})
+    return student.new_empty((), dtype=torch.float64)

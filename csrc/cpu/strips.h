@@ -1,0 +1,414 @@
+// Images on their way into strips (lanes.h) and back.
+#pragma once
+#include <vector>
+
+#include "packing.h"
+
+namespace sparsekd::cpu {
+
+// Packs channels: out[c][phase][y][x][lane]. Those of an image in [C, H, W] go one of three ways:
+//  - where the image is small, it is taken apart by permutations of the few vectors that it is (select);
+//  - lines are transposed, where they lie, into the middle of the planes, which then lend each other their borders: a
+//    halo is a strip's neighbour, one lane further (move_lanes);
+//  - else, where pixels beyond the strips are read, it is padded first.
+// With stride 2, the phases' pixels are first drawn apart.
+template <class T>
+class StripPacker {
+ public:
+  // `planes` are those of a strip, `whole` those of all of an image's strips together.
+  StripPacker(const Batch<const T>& batch, const Planes& planes, const Planes& whole, const Grid& grid)
+      : batch(batch), planes(planes), whole(whole), grid(grid), kernels(type_kernels<T>().lanes[grid.width]),
+        pixels(batch.size[0] * batch.size[1]) {
+    if (batch.last || !lends_borders()) return;
+    small = kernels.select && grid.images == 1;
+    for (const Part& part : parts) small &= part.size[0] * part.size[1] <= kSmallMap;
+    for (size_t p = 0; p < parts.size(); ++p) small ? index_pixels(parts[p]) : list_moves(parts[p]);
+  }
+
+  // Channels begin .. end - 1 of the images from `first` on, `pitch` elements between channels.
+  void pack(int64_t first, int64_t begin, int64_t end, int64_t pitch, T* out) const {
+    if (batch.last) {
+      pack_last(first, begin, end, pitch, out);
+    } else if (parts.empty()) {
+      pack_padded(first, begin, end, pitch, out);
+    } else {
+      pack_parts(first, begin, end, pitch, out);
+    }
+  }
+
+ private:
+  // The pixels of one phase: all of them, or those of every second line and column.
+  struct Part {
+    Pair size, first;  // how many there are; the source's pixel that is the first
+    Pair shift;        // position (y, x) of the plane is pixel (y + shift, x + shift)
+    int64_t place;     // where it is among what was drawn apart
+    int64_t middle = 0;            // where the strip begins in its plane
+    std::vector<LaneMove> moves;
+    std::vector<int32_t> index;    // if the map is small: the pixel of each of the plane's elements
+  };
+  static constexpr int64_t kSlack = 16 / sizeof(T);  // elements that a gather reads past a run's end
+
+  const Pair& size() const { return planes.phases[0].size; }
+  int64_t plane() const { return size()[0] * size()[1] * grid.lanes; }
+  int64_t image_of(int64_t lane) const { return lane / (grid.down * grid.across); }
+  int64_t down_of(int64_t lane) const { return lane / grid.across % grid.down; }
+  int64_t across_of(int64_t lane) const { return lane % grid.across; }
+  static int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+
+  // Whether every pixel lies in a strip, and a plane holds all of its strip's. Then makes the parts.
+  bool lends_borders() {
+    step = planes.phases[0].step[0];
+    if (step > 2 || plane() > std::numeric_limits<int32_t>::max()) return false;
+    const Pair covered = grid.covered();
+    int64_t place = 0;
+    for (const Plane& plane : planes.phases) {
+      Part part;
+      if (plane.step != Pair{step, step}) return parts.clear(), false;
+      for (int d = 0; d < 2; ++d) {
+        part.shift[d] = floor_div(plane.origin[d], step);
+        part.first[d] = plane.origin[d] - part.shift[d] * step;
+        part.size[d] = ceil_div(batch.size[d] - part.first[d], step);
+        const bool inside = part.size[d] <= covered[d] && part.shift[d] <= 0 && part.shift[d] + plane.size[d] >= grid.strip[d];
+        if (!inside || part.size[d] < 1) return parts.clear(), false;
+      }
+      part.place = place;
+      place += part.size[0] * part.size[1];
+      parts.push_back(std::move(part));
+    }
+    drawn = place + 2 * grid.strip[1] + kSlack;
+    return true;
+  }
+
+  void index_pixels(Part& part) {
+    for (int64_t y = 0; y < size()[0]; ++y) {
+      for (int64_t x = 0; x < size()[1]; ++x) {
+        for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+          const int64_t row = down_of(lane) * grid.strip[0] + y + part.shift[0];
+          const int64_t column = across_of(lane) * grid.strip[1] + x + part.shift[1];
+          const bool inside = row >= 0 && row < part.size[0] && column >= 0 && column < part.size[1];
+          part.index.push_back(inside ? static_cast<int32_t>(row * part.size[1] + column) : -1);
+        }
+      }
+    }
+  }
+
+  // Lane (image, d, a) of a border is lane (image, d + down, a + across) of the pixels in the middle.
+  int32_t neighbours(int64_t down, int64_t across) {
+    const Pair key{down, across};
+    const auto known = std::find(patterns.begin(), patterns.end(), key);
+    if (known != patterns.end()) return static_cast<int32_t>(known - patterns.begin());
+    patterns.push_back(key);
+    for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+      const int64_t d = down_of(lane) + down, a = across_of(lane) + across;
+      const bool exists = d >= 0 && d < grid.down && a >= 0 && a < grid.across;
+      sources.push_back(exists ? static_cast<LaneIndex<T>>(lane + down * grid.across + across) : -1);
+    }
+    return static_cast<int32_t>(patterns.size()) - 1;
+  }
+
+  void list_moves(Part& part) {
+    const Pair& shift = part.shift;
+    auto place = [&](int64_t y, int64_t x) {
+      return static_cast<int32_t>(((y - shift[0]) * size()[1] + x - shift[1]) * grid.lanes);
+    };
+    part.middle = place(0, 0);
+    // What a strip has beyond the end of a line is the next line's.
+    if (const int64_t own = part.size[1] % grid.strip[1]; own > 0) {
+      const auto cut = static_cast<int32_t>(patterns.size());
+      patterns.push_back({std::numeric_limits<int64_t>::max(), 0});
+      for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+        sources.push_back(across_of(lane) == part.size[1] / grid.strip[1] ? -1 : static_cast<LaneIndex<T>>(lane));
+      }
+      for (int64_t y = 0; y < grid.strip[0]; ++y) {
+        for (int64_t x = own; x < grid.strip[1]; ++x) part.moves.push_back({place(y, x), place(y, x), cut});
+      }
+    }
+    for (int64_t y = shift[0]; y < shift[0] + size()[0]; ++y) {
+      for (int64_t x = shift[1]; x < shift[1] + size()[1]; ++x) {
+        const int64_t down = floor_div(y, grid.strip[0]), across = floor_div(x, grid.strip[1]);
+        if (down == 0 && across == 0) continue;
+        const int32_t from = place(y - down * grid.strip[0], x - across * grid.strip[1]);
+        part.moves.push_back({from, place(y, x), neighbours(down, across)});
+      }
+    }
+  }
+
+  // Where the runs of a part's lanes begin in channel c. `lower` are those of lines that the lowest strip doesn't have.
+  struct Runs {
+    std::vector<const T*> upper, lower;
+    int64_t whole_lines;
+  };
+
+  void pack_parts(int64_t first, int64_t begin, int64_t end, int64_t pitch, T* out) const {
+    const int64_t images = std::min(grid.images, batch.count - first);
+    const Buffer<T> apart(step > 1 ? images * drawn : 0);
+    const std::vector<T> zeros(small ? 0 : grid.strip[0] * batch.size[1] + grid.strip[1] + kSlack, T(0));
+    std::vector<T> last;
+    // No channel follows the last image's last: nothing may be read past its end.
+    auto image_at = [&](int64_t i, int64_t c, const Part& part) -> const T* {
+      if (step > 1) return apart.get() + i * drawn + part.place;
+      const T* image = batch.image(first + i) + c * pixels;
+      if (small || first + i + 1 < batch.count || c + 1 < batch.channels) return image;
+      last.assign(image, image + pixels);
+      last.resize(pixels + grid.strip[1] + kSlack);
+      return last.data();
+    };
+    std::vector<Runs> runs(small ? 0 : parts.size());
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t i = 0; step > 1 && i < images; ++i) draw_apart(batch.image(first + i) + c * pixels, apart.get() + i * drawn);
+      // Channels lie far apart from each other's lines, so that nothing foresees where the next one's are.
+      for (int64_t i = 0; c + 1 < end && i < images; ++i) fetch_line(batch.image(first + i) + (c + 1) * pixels, pixels);
+      T* to = out + c * pitch;
+      for (size_t p = 0; p < parts.size(); ++p, to += plane()) {
+        const Part& part = parts[p];
+        if (small) {
+          kernels.select(image_at(0, c, part), part.size[0] * part.size[1], part.index.data(), plane(), to);
+          continue;
+        }
+        if (c == begin || (step == 1 && c + 1 == batch.channels)) {
+          runs[p] = runs_of(part, images, [&](int64_t i) { return image_at(i, c, part); }, zeros.data());
+        } else if (step == 1) {
+          for (auto* lanes : {&runs[p].upper, &runs[p].lower}) {
+            for (const T*& at : *lanes) at += at == zeros.data() ? 0 : pixels;
+          }
+        }
+        for (int64_t y = 0; y < grid.strip[0]; ++y) {
+          kernels.gather_lanes((y < runs[p].whole_lines ? runs[p].upper : runs[p].lower).data(), y * part.size[1],
+                               grid.strip[1], to + part.middle + y * size()[1] * grid.lanes, grid.lanes);
+        }
+        kernels.move_lanes(to, part.moves.data(), static_cast<int64_t>(part.moves.size()), sources.data());
+      }
+    }
+  }
+
+  template <class ImageAt>
+  Runs runs_of(const Part& part, int64_t images, ImageAt image_at, const T* zeros) const {
+    Runs runs{std::vector<const T*>(grid.lanes, zeros), std::vector<const T*>(grid.lanes, zeros), grid.strip[0]};
+    const int64_t lowest = part.size[0] / grid.strip[0], own = part.size[0] % grid.strip[0];
+    if (own > 0) runs.whole_lines = own;
+    for (int64_t i = 0; i < images; ++i) {
+      const T* const image = image_at(i);
+      for (int64_t lane = i * grid.down * grid.across; lane < (i + 1) * grid.down * grid.across; ++lane) {
+        const int64_t y = down_of(lane) * grid.strip[0], x = across_of(lane) * grid.strip[1];
+        if (y >= part.size[0] || x >= part.size[1]) continue;
+        runs.upper[lane] = image + y * part.size[1] + x;
+        if (down_of(lane) != lowest) runs.lower[lane] = runs.upper[lane];
+      }
+    }
+    return runs;
+  }
+
+  // Sorts an image's pixels by the evenness of their lines and columns.
+  void draw_apart(const T* image, T* out) const {
+    T* to[2][2] = {{nullptr, nullptr}, {nullptr, nullptr}};
+    for (const Part& part : parts) to[part.first[0]][part.first[1]] = out + part.place;
+    const int64_t width = batch.size[1], counts[2] = {ceil_div(width, 2), width / 2};
+    for (int64_t y = 0; y < batch.size[0]; ++y) {
+      T*(&line)[2] = to[y % 2];
+      type_kernels<T>().split(image + y * width, width, line[0], line[1]);
+      for (int x = 0; x < 2; ++x) {
+        if (line[x]) line[x] += counts[x];
+      }
+    }
+  }
+
+  void pack_padded(int64_t first, int64_t begin, int64_t end, int64_t pitch, T* out) const {
+    const Layout layout = plain_layout(whole);
+    const int64_t image = layout.channel(), line = layout.pitch;
+    Buffer<T> padded(grid.images * image + 16 / sizeof(T));
+    std::vector<const T*> from(grid.lanes);
+    for (int64_t i = std::max<int64_t>(batch.count - first, 0); i < grid.images; ++i) {
+      std::fill(padded.get() + i * image, padded.get() + (i + 1) * image, T(0));
+    }
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t i = 0; i < std::min(grid.images, batch.count - first); ++i) {
+        fill_planes<T>(batch.image(first + i) + c * pixels, batch.size, whole, layout, 0, c + 1 < end,
+                       padded.get() + i * image);
+      }
+      T* to = out + c * pitch;
+      for (size_t p = 0; p < planes.phases.size(); ++p) {
+        for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+          from[lane] = padded.get() + image_of(lane) * image + p * layout.plane + down_of(lane) * grid.strip[0] * line +
+                       across_of(lane) * grid.strip[1];
+        }
+        for (int64_t y = 0; y < size()[0]; ++y, to += size()[1] * grid.lanes) {
+          kernels.gather_lanes(from.data(), y * line, size()[1], to, grid.lanes);
+        }
+      }
+    }
+  }
+
+  void pack_last(int64_t first, int64_t begin, int64_t end, int64_t pitch, T* out) const {
+    // A pixel's channels are a run; of the last ones nothing may be read past the end.
+    std::vector<T> zeros(batch.channels + 16 / sizeof(T), T(0)), aside;
+    std::vector<const T*> from(grid.lanes);
+    const T* const corner = batch.data + (batch.count * pixels - 1) * batch.channels;
+    for (size_t p = 0; p < planes.phases.size(); ++p) {
+      const Plane& plane = planes.phases[p];
+      for (int64_t y = 0; y < size()[0]; ++y) {
+        for (int64_t x = 0; x < size()[1]; ++x) {
+          for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+            const int64_t n = first + image_of(lane);
+            const int64_t row = (down_of(lane) * grid.strip[0] + y) * plane.step[0] + plane.origin[0];
+            const int64_t column = (across_of(lane) * grid.strip[1] + x) * plane.step[1] + plane.origin[1];
+            const bool inside = n < batch.count && row >= 0 && row < batch.size[0] && column >= 0 && column < batch.size[1];
+            from[lane] = inside ? batch.image(n) + (row * batch.size[1] + column) * batch.channels : zeros.data();
+            if (from[lane] == corner) {
+              if (aside.empty()) {
+                aside.assign(corner, corner + batch.channels);
+                aside.resize(batch.channels + 16 / sizeof(T));
+              }
+              from[lane] = aside.data();
+            }
+          }
+          kernels.gather_lanes(from.data(), begin, end - begin,
+                               out + begin * pitch + ((p * size()[0] + y) * size()[1] + x) * grid.lanes, pitch);
+        }
+      }
+    }
+  }
+
+  const Batch<const T>& batch;
+  const Planes &planes, &whole;
+  const Grid& grid;
+  const LaneKernels<T>& kernels;
+  int64_t pixels;
+  bool small = false;
+  int64_t step = 1, drawn = 0;        // of an image that was drawn apart: its elements
+  std::vector<Part> parts;            // by phase; none if it is to be padded
+  std::vector<Pair> patterns;
+  std::vector<LaneIndex<T>> sources;  // [pattern, lane]
+};
+
+// Stores one tile of rows from lanes to where its pixels lie.
+template <class T>
+struct StripStore {
+  StripStore(const Batch<T>& batch, const Target& target, const Grid& grid)
+      : batch(batch), target(target), grid(grid), kernels(type_kernels<T>().lanes[grid.width]) {}
+
+  // The tile of `lines` x `width` positions at (y, x) of the images from `first` on.
+  void at(int64_t first, int64_t y, int64_t x, int64_t lines, int64_t width) {
+    this->first = first;
+    this->lines = lines;
+    this->width = width;
+    runs.clear();
+    for (int64_t h = 0; h < lines; ++h) {
+      for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+        const int64_t n = first + lane / (grid.down * grid.across);
+        const int64_t row = lane / grid.across % grid.down * grid.strip[0] + y + h;
+        const int64_t column = lane % grid.across * grid.strip[1] + x;
+        const bool exists = n < batch.count && row < target.size[0];
+        const int64_t count = exists ? std::clamp<int64_t>(target.size[1] - column, 0, width) : 0;
+        const int64_t pixel = (target.origin[0] + row * target.step[0]) * batch.size[1] + target.origin[1] +
+                              column * target.step[1];
+        runs.push_back({exists ? n * batch.channels * batch.size[0] * batch.size[1] : 0, pixel, count});
+      }
+    }
+    if (!batch.last && !index_pixels(y, x)) aim();
+  }
+
+  // `rows` rows, whose results are row_of[0 .. rows - 1]; -1 is none.
+  void store(const T* from, int64_t pitch, const int64_t* row_of, int64_t rows, bool in_order) {
+    if (batch.last) return store_last(from, pitch, row_of, rows, in_order);
+    const int64_t plane = batch.size[0] * batch.size[1];
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = row_of[r];
+      if (row < 0) continue;
+      if (!index.empty()) {
+        kernels.select(from + r * pitch, lines * width * grid.lanes, index.data(), plane, batch.image(first) + row * plane);
+        continue;
+      }
+      for (int64_t h = 0; h < lines; ++h) {
+        kernels.scatter_lanes(from + r * pitch + h * width * grid.lanes, grid.lanes, width, to.data() + h * grid.lanes,
+                              stride.data() + h * grid.lanes, row);
+        for (const Part& part : parts) {
+          if (part.line != h) continue;
+          T* const line = part.to + row * plane;
+          for (int64_t x = 0; x < part.count; ++x) line[x * target.step[1]] = part.from[x];
+        }
+      }
+    }
+  }
+
+ private:
+  struct Run {  // of pixels of one lane in one line
+    int64_t image, pixel, count;  // elements before the image; first pixel in it
+  };
+  struct Part {  // of a run that is shorter than the tile is wide, or has gaps
+    int64_t line;
+    const T* from;
+    T* to;  // in row 0
+    int64_t count;
+  };
+
+  // Of a small map that is one tile: where each pixel is among the tile's elements.
+  bool index_pixels(int64_t y, int64_t x) {
+    index.clear();
+    const bool one = y == 0 && x == 0 && lines == grid.strip[0] && width == grid.strip[1] && grid.images == 1;
+    if (!one || !kernels.select || lines * width * grid.lanes > kSmallMap) return false;
+    if (target.size != batch.size || target.origin != Pair{0, 0} || target.step != Pair{1, 1}) return false;
+    for (int64_t row = 0; row < batch.size[0]; ++row) {
+      for (int64_t column = 0; column < batch.size[1]; ++column) {
+        const int64_t lane = row / lines * grid.across + column / width;
+        index.push_back(static_cast<int32_t>((row % lines * width + column % width) * grid.lanes + lane));
+      }
+    }
+    return true;
+  }
+
+  void aim() {
+    to.clear();
+    stride.clear();
+    parts.clear();
+    aside.resize(grid.lanes * width);
+    for (int64_t i = 0; i < lines * grid.lanes; ++i) {
+      const Run& run = runs[i];
+      const bool direct = target.step[1] == 1 && run.count == width;
+      T* const out = batch.data + run.image + run.pixel;
+      to.push_back(direct ? out : aside.data() + i % grid.lanes * width);
+      stride.push_back(direct ? batch.size[0] * batch.size[1] : 0);
+      if (!direct && run.count > 0) parts.push_back({i / grid.lanes, to.back(), out, run.count});
+    }
+  }
+
+  void store_last(const T* from, int64_t pitch, const int64_t* row_of, int64_t rows, bool in_order) {
+    while (rows > 0 && in_order && row_of[rows - 1] < 0) --rows;  // padding ends a convolution group
+    if (rows == 0) return;
+    aside.resize(grid.lanes * rows);
+    to.resize(grid.lanes);
+    stride.assign(grid.lanes, 0);
+    for (int64_t position = 0; position < lines * width; ++position) {
+      const Run* run = &runs[position / width * grid.lanes];
+      const int64_t x = position % width;
+      for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+        const bool direct = in_order && x < run[lane].count;
+        to[lane] = direct ? pixel_of(run[lane], x) + row_of[0] : aside.data() + lane * rows;
+      }
+      kernels.scatter_lanes(from + position * grid.lanes, pitch, rows, to.data(), stride.data(), 0);
+      if (in_order) continue;
+      for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+        if (x >= run[lane].count) continue;
+        for (int64_t r = 0; r < rows; ++r) {
+          if (row_of[r] >= 0) pixel_of(run[lane], x)[row_of[r]] = aside[lane * rows + r];
+        }
+      }
+    }
+  }
+
+  T* pixel_of(const Run& run, int64_t x) const {
+    return batch.data + run.image + (run.pixel + x * target.step[1]) * batch.channels;
+  }
+  Batch<T> batch;
+  Target target;
+  Grid grid;
+  const LaneKernels<T>& kernels;
+  int64_t first = 0, lines = 0, width = 0;
+  std::vector<Run> runs;       // [lines, lanes]
+  std::vector<int32_t> index;  // [pixels], if the map is small
+  std::vector<T*> to;          // [lines, lanes] where a run goes in row 0: straight, or aside
+  std::vector<int64_t> stride; // [lines, lanes] from row to row
+  std::vector<Part> parts;
+  std::vector<T> aside;
+};
+
+}  // namespace sparsekd::cpu
