@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from sparsekd.sparse import ops
-from sparsekd.sparse.fused_modules import FusedConv2d
-from sparsekd.sparse.modules import SparseConv2d
+from sparsekd.sparse.modules import FusedConv2d, SparseConv2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,9 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsekd.sparse import fusion, ops, reference
 from sparsekd.sparse.convert import Choices
-from sparsekd.sparse.fused_modules import FusedConv2d
-from sparsekd.sparse.layer_plans import MOST_PLANS
-from sparsekd.sparse.modules import SparseConv2d
+from sparsekd.sparse.modules import FusedConv2d, SparseConv2d
+from sparsekd.sparse.modules.plans import MOST_PLANS
 
 SEEDS = [*range(100, 106), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(106, 166))]
 PLANNED = ("conv2d_tiling", "conv2d_plan", "conv2d_planned")

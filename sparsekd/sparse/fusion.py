@@ -2,7 +2,7 @@
 
     conv -> batch-norm -> (+ identity) -> relu          one module, FusedConv2d: batch-norm in the weights, the rest
                                                         done to results while they are in the cache
-    max-pool                                            MaxPool2d of fused_modules.py
+    max-pool                                            MaxPool2d of modules/fused.py
     dropout and stochastic depth in eval mode, Identity gone
     large activations                                   in the memory of those of the last forward: arena.py
 
@@ -31,9 +31,7 @@ from ..measure.timing import compare
 from . import ops
 from .arena import reuse_memory, reuses
 from .convert import Choices, choices, convert, keep_choices, to_dense
-from .fused_modules import FusedConv2d, MaxPool2d
-from .modules import SparseConv2d
-from .packed_module import SparseModule
+from .modules import FusedConv2d, MaxPool2d, SparseConv2d, SparseModule
 from .surgery import call, copied
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

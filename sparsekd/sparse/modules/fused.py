@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
-from .modules import SparseConv2d
+from .. import ops
+from .conv2d import SparseConv2d
 
 ACTIVATIONS = {
     "none": lambda x: x,
