@@ -135,8 +135,8 @@ TORCH_LIBRARY(sparsekd, m) {
         "-> Tensor");
   // conv2d_planned of one layer and one size of its input, for the next calls.
   m.class_<sparsekd::PlannedConv2d>("PlannedConv2d")
-      .def(torch::init<at::Tensor, std::vector<int64_t>, std::optional<at::Tensor>, std::string, std::vector<int64_t>,
-                       int64_t, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,
+      .def(torch::init<at::Tensor, std::vector<int64_t>, std::optional<at::Tensor>, std::optional<at::Tensor>, std::string,
+                       std::vector<int64_t>, int64_t, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,
                        int64_t>())
       .def("run", &sparsekd::PlannedConv2d::run);
   // Memory of activations that is used again in the next forward.

@@ -5,9 +5,11 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/index_select.h>
 #include <c10/core/GradMode.h>
 #include <torch/custom_class.h>
 
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,12 +23,13 @@ class PlannedConv2d : public torch::CustomClassHolder {
   using OptionalTensor = std::optional<at::Tensor>;
   using Numbers = std::vector<int64_t>;
 
-  // For inputs of this size, [N, C, H, W], on the CPU.
-  PlannedConv2d(at::Tensor plan, Numbers tiling, OptionalTensor row_indices, std::string activation, Numbers input_size,
+  // For inputs of this size, [N, C, H, W], on the CPU. `order`: the values' at each of the plan's places, if it has its own.
+  PlannedConv2d(at::Tensor plan, Numbers tiling, OptionalTensor order, OptionalTensor row_indices, std::string activation, Numbers input_size,
                 int64_t out_channels, Numbers kernel_size, Numbers stride, Numbers padding, Numbers dilation,
                 int64_t groups)
       : plan_(std::move(plan)),
         tiling_(std::move(tiling)),
+        order_(std::move(order)),
         row_indices_(std::move(row_indices)),
         activation_(std::move(activation)),
         input_size_(std::move(input_size)),
@@ -52,11 +55,26 @@ class PlannedConv2d : public torch::CustomClassHolder {
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("sparsekd::conv2d_planned", "").typed<Signature>();
     const at::AutoDispatchBelowAutograd below;  // its autograd formula is in Python
-    return op.call(input, values, plan_, tiling_, row_indices_, {}, shift, residual, activation_, false, out_channels_,
+    return op.call(input, ordered(values), plan_, tiling_, row_indices_, {}, shift, residual, activation_, false, out_channels_,
                    numbers(kernel_size_), numbers(stride_), numbers(padding_), numbers(dilation_), groups_);
   }
 
  private:
+  // The values in the plan's order: those of the last call if they are the same tensor, unchanged since.
+  at::Tensor ordered(const at::Tensor& values) const {
+    if (!order_) return values;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    // Tensors made in inference mode do not count their changes.
+    const bool counts = !values.is_inference();
+    const bool known = counts && source_.is_same(values) && version_ == values._version();
+    if (!known) {
+      arranged_ = at::index_select(values, 0, *order_);
+      source_ = counts ? values : at::Tensor();
+      version_ = counts ? values._version() : 0;
+    }
+    return arranged_;
+  }
+
   using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::IntArrayRef,
                                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                const OptionalTensor&, c10::string_view, bool, c10::SymInt, c10::SymIntArrayRef,
@@ -70,11 +88,15 @@ class PlannedConv2d : public torch::CustomClassHolder {
 
   const at::Tensor plan_;
   const Numbers tiling_;
+  const OptionalTensor order_;
   const OptionalTensor row_indices_;
   const std::string activation_;
   const Numbers input_size_, kernel_size_, stride_, padding_, dilation_;
   const int64_t out_channels_, groups_;
   Numbers output_size_;
+  mutable std::mutex mutex_;
+  mutable at::Tensor source_, arranged_;
+  mutable uint32_t version_ = 0;
 };
 
 }  // namespace sparsekd

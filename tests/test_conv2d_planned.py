@@ -42,17 +42,23 @@ def planned(conv, x, plan):
         )
 
 
-def plan_of(conv, size):
+def plan_of(conv, size, ordered=False):
     return ops.conv2d_plan(
-        conv.crow_indices, conv.col_indices, vector=conv.vector, input_size=tuple(size), **arguments(conv)
+        conv.crow_indices,
+        conv.col_indices,
+        vector=conv.vector,
+        input_size=tuple(size),
+        ordered=ordered,
+        **arguments(conv),
     )
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 @pytest.mark.parametrize("vector", [1, 5])
-def test_a_plan_changes_nothing(geometry, vector):
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_plan_changes_nothing(geometry, vector, ordered):
     conv = layer(geometry, vector)
-    plan = plan_of(conv, (2, 12, 15, 13))
+    plan = plan_of(conv, (2, 12, 15, 13), ordered)
     # The size that it was made for, others, another memory format, another dtype, no image.
     for x in (torch.randn(2, 12, 15, 13), torch.randn(3, 12, 9, 28), torch.randn(1, 12, 15, 13).double()):
         module = copy.deepcopy(conv).to(x.dtype)
@@ -64,6 +70,40 @@ def test_a_plan_changes_nothing(geometry, vector):
     # 1x1 kernels read an input where it lies, if that is aligned.
     x = torch.randn(2 * 12 * 15 * 13 + 1)[1:].view(2, 12, 15, 13)
     assert torch.equal(planned(conv, x, plan), conv(x))
+
+
+@pytest.mark.parametrize("vector", [1, 4])
+def test_blocks_of_channels_in_one_stream(vector):
+    conv, x = layer(GEOMETRIES["3x3"], vector, (320, 24)), torch.randn(1, 320, 14, 14)
+    plan, want = plan_of(conv, x.shape, ordered=True), conv(x)
+    assert plan.tiling[2] > 1
+    entries = torch.arange(conv.col_indices.numel())
+    assert not torch.equal(plan.order.long(), entries) and torch.equal(plan.order.long().sort()[0], entries)
+    assert torch.equal(planned(conv, x, plan), want)
+    assert torch.equal(planned(conv, x, plan_of(conv, x.shape)), want)
+
+
+def test_a_frozen_layer_sees_that_its_values_change():
+    conv, x = layer(GEOMETRIES["3x3"], 1, (320, 24)), torch.randn(1, 320, 14, 14)
+    conv.freeze()
+    for change in (
+        lambda: None,
+        lambda: conv.values.mul_(2),
+        lambda: setattr(conv, "values", nn.Parameter(-conv.values)),
+    ):
+        with torch.no_grad():
+            change()
+        want = conv(x)  # with gradients, so without a plan
+        with torch.no_grad():
+            for _ in range(3):
+                assert torch.equal(conv(x), want)
+    with torch.inference_mode():  # whose tensors count no changes
+        conv.values = nn.Parameter(conv.values.clone(), requires_grad=False)
+        for _ in range(3):
+            before = conv(x)
+        conv.values.mul_(-1)
+        torch.testing.assert_close(conv(x) + before, 2 * conv.bias.view(-1, 1, 1).expand_as(before), atol=1e-4, rtol=0)
+    assert copy.deepcopy(conv).frozen
 
 
 def test_a_module_plans_each_size_once(monkeypatch):
@@ -91,14 +131,15 @@ def test_a_module_plans_each_size_once(monkeypatch):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_foreign_plans_read_nothing_foreign(geometry):
+@pytest.mark.parametrize("ordered", [False, True])
+def test_foreign_plans_read_nothing_foreign(geometry, ordered):
     """An error, or numbers of the input's own pixels; the sanitizers look on (make sanitize)."""
     conv, x = layer(geometry), torch.randn(2, 12, 15, 13)
-    plan = plan_of(conv, x.shape)
+    plan = plan_of(conv, x.shape, ordered)
     rows, count = conv.crow_indices.numel(), conv.col_indices.numel()
     for at in range(rows + count, plan.indices.numel(), max(count // 7, 1)):  # starts, then offsets
         for offset in (-1, -(2**31), 2**31 - 1, 10**6, 0, int(plan.indices[rows + count :].max()) + 1):
-            indices = plan.indices.clone()
+            indices = plan.indices.clone()  # starts, offsets, and the order, in which values are brought as it was
             indices[at] = offset
             try:
                 planned(conv, x, plan._replace(indices=indices))
@@ -109,7 +150,7 @@ def test_foreign_plans_read_nothing_foreign(geometry):
     for tiling in ((kind, *other) for other in others):
         assert torch.equal(planned(conv, x, plan._replace(tiling=tiling)), conv(x))
     wrong = [(kind, pitch, number, *taps) for number in (blocks + 1, 0, 13)]
-    for tiling in ((), (1, *plan.tiling[1:]), [-5] * len(plan.tiling), *wrong):
+    for tiling in ((), (1 - kind, *plan.tiling[1:]), [-5] * len(plan.tiling), *wrong):
         with pytest.raises(ValueError, match="Expected a (tiling|plan)"):
             planned(conv, x, plan._replace(tiling=tuple(tiling)))
 

@@ -213,10 +213,10 @@ def test_errors_of_a_bound_call(x):
     geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
     plan = torch.zeros(3, dtype=torch.int32)
     with pytest.raises(ValueError, match="Expected a padded input at least as large as the kernel"):
-        made(plan, [0] * 10, None, "none", [1, 6, 0, 3], 8, *geometry)
+        made(plan, [0] * 10, None, None, "none", [1, 6, 0, 3], 8, *geometry)
     with pytest.raises(ValueError, match="Expected two values"):
-        made(plan, [0] * 10, None, "none", list(SIZE), 8, [3], *geometry[1:])
-    call = made(plan, [0, 0, 1] + [0] * 9, None, "none", list(SIZE), 8, *geometry).run
+        made(plan, [0] * 10, None, None, "none", list(SIZE), 8, [3], *geometry[1:])
+    call = made(plan, [0, 0, 1] + [0] * 9, None, None, "none", list(SIZE), 8, *geometry).run
     with torch.no_grad(), pytest.raises(ValueError, match="Expected a plan of conv2d_plan with"):
         call(x, torch.randn(5, 1), None, None)
     assert call(x, torch.randn(5, 1), None, None) is None  # with gradients

@@ -67,7 +67,8 @@ def optimize_for_inference(
         mapping: settings of layers by name glob, as :func:`convert` takes them.
 
     Returns:
-        The optimised model, in eval mode, its parameters without ``requires_grad``. ``choices()`` tells what was chosen
+        The optimised model, in eval mode, its parameters without ``requires_grad``; a change of weights through
+        ``.data``, which leaves no trace, is not seen. ``choices()`` tells what was chosen
         for each layer; :func:`to_dense` gives plain modules, fused the same way.
 
     Raises:
@@ -82,6 +83,9 @@ def optimize_for_inference(
         said = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(untraced.items())[:3])
         warnings.warn(f"batch-norm and activations are not fused where torch.fx can't trace: {said}", stacklevel=2)
     converted = convert(traced, example_inputs, inplace=True, mapping=mapping)
+    for module in converted.modules():
+        if isinstance(module, SparseConv2d):
+            module.freeze()
     network = _fastest(converted, example_inputs)
     with torch.no_grad():
         if reuses(lambda: call(network, example_inputs)):

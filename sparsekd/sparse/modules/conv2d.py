@@ -33,6 +33,7 @@ class SparseConv2d(SparseConv):
 
     _kind = nn.Conv2d
     _plans: LayerPlans | None = None
+    frozen = False  # see `freeze`
     pattern: str | None = None  # "2:4": computed by `ops.conv2d_24`
     _plan_24: Plan24 | None = None
 
@@ -130,6 +131,14 @@ class SparseConv2d(SparseConv):
         # A copy may wake up on another device, which wants plans of its own.
         return {name: value for name, value in self.__dict__.items() if name != "_plans"}
 
+    def freeze(self) -> None:
+        """For inference alone, on the CPU: values are kept in the order in which they are read, too.
+
+        Values that change in place are read again, as far as their version counter tells: a change through
+        ``values.data`` is not seen.
+        """
+        self.frozen, self._plans = True, None
+
     def plan_for(self, input: Tensor, size: Size) -> ops.Plan | None:
         """What the kernels read in place of the pattern, made at the first inference of a size ``[N, C, H, W]``.
 
@@ -165,6 +174,7 @@ class SparseConv2d(SparseConv):
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
+            ordered=self.frozen,
         )
 
     def again(self, input: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor | None:

@@ -51,6 +51,6 @@ class LayerPlans:
             return
         plan = self.by_size[size]
         bound = torch.classes.sparsekd.PlannedConv2d(
-            plan.indices, list(plan.tiling), row_indices, activation, list(size), *geometry
+            plan.indices, list(plan.tiling), plan.order, row_indices, activation, list(size), *geometry
         )
         self.calls[size, activation] = bound.run  # looked up once: that takes longer than a dictionary

@@ -103,7 +103,9 @@ def conv2d_fused(
     input, geometry = prepared(input, kernel_size, stride, padding, dilation, groups, lanes=plan is not None)
     finish = (scale, shift, residual_of(input, residual), activation)
     if plan is not None:
-        op, arguments = OPS.conv2d_planned.default, (*plan, row_indices, *finish, lanes)
+        if plan.order is not None:
+            values = values.index_select(0, plan.order)
+        op, arguments = OPS.conv2d_planned.default, (plan.indices, plan.tiling, row_indices, *finish, lanes)
     else:
         op, arguments = OPS.conv2d_fused.default, (crow_indices, col_indices, row_indices, *finish)
     return convolution(op, input, values, *arguments, out_channels, *geometry)

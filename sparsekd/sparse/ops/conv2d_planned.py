@@ -24,6 +24,7 @@ class Plan(NamedTuple):
 
     indices: Tensor  # int32 [n]
     tiling: tuple[int, ...]  # chooses the kernel on CUDA; on the CPU the layout of the input that the plan is for
+    order: Tensor | None = None  # int32 [n_vectors]: the pattern's entry at each place, if the plan has its own
 
 
 def conv2d_plan(
@@ -38,6 +39,7 @@ def conv2d_plan(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    ordered: bool = False,
 ) -> Plan | None:
     """The plan of a pattern for :func:`sparsekd.sparse.ops.conv2d_fused`.
 
@@ -47,6 +49,11 @@ def conv2d_plan(
     It is made for inputs ``[N, C, H, W]`` of ``input_size``, and right for those of other N, H and W, if slower. A plan
     of another pattern gives wrong numbers, but reads no foreign memory.
 
+    Args:
+        ordered: on the CPU entries lie as they are read, block by block of input channels, so that a weight that isn't
+            in the caches comes in one stream. Values are then to be brought into the plan's ``order`` first, which
+            :func:`sparsekd.sparse.ops.conv2d_fused` does at each call. CUDA has no such plans.
+
     Returns:
         None where tensor cores can't take the layer, and for no images.
     """
@@ -54,7 +61,12 @@ def conv2d_plan(
     tiling = OPS.conv2d_tiling(col_indices, vector, input_size, *geometry)
     if not tiling:
         return None
-    return Plan(OPS.conv2d_plan(crow_indices, col_indices, tiling, vector, input_size, *geometry), tuple(tiling))
+    ordered = ordered and col_indices.is_cpu
+    if ordered:
+        tiling = [1, *tiling[1:]]
+    indices = OPS.conv2d_plan(crow_indices, col_indices, tiling, vector, input_size, *geometry)
+    order = indices[indices.shape[0] - col_indices.shape[0] :] if ordered else None
+    return Plan(indices, tuple(tiling), order)
 
 
 def for_tensor_cores(device: torch.device) -> bool:
