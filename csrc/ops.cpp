@@ -1,5 +1,5 @@
 // Every operator's schema: the index of what the kernels can do. Meaning: sparsekd/sparse/reference.py; shapes,
-// errors, fakes and gradients: sparsekd/sparse/ops.py.
+// errors, fakes and gradients: sparsekd/sparse/ops/.
 #include <Python.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/mul.h>

@@ -18,7 +18,7 @@ from .sparse import anchors, ops
 from .sparse.convert import choices, to_dense
 from .sparse.cost_model import Prediction
 from .sparse.dispatch import KINDS, MIN_SPARSITY, Choice, evaluating, measure_layer, sparsity_of
-from .sparse.packed_module import SparseModule
+from .sparse.modules import SparseModule
 from .sparse.problem import Problem
 from .sparse.surgery import call, copied, record_inputs
 

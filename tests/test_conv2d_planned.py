@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparsekd.sparse import ops
-from sparsekd.sparse.modules import SparseConv2d
+from sparsekd.sparse.modules import FusedConv2d, SparseConv2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -186,3 +186,17 @@ def test_errors():
         col[-1] = 108
         torch.ops.sparsekd.conv2d_plan(conv.crow_indices, col, plan.tiling, 1, x.shape, 10, *geometry)
     assert plan_of(conv, (0, 12, 8, 8)) is None
+    arguments = (conv.values, *plan, None, None, conv.bias, None, "none", False, 10, *geometry)
+    with pytest.raises(RuntimeError, match="Expected conv2d_planned under torch.no_grad.*use conv2d$"):
+        torch.ops.sparsekd.conv2d_planned(x, *arguments)
+
+
+def test_lanes_are_for_tensor_cores():
+    """What was fused for a GPU gives images on the CPU."""
+    conv = layer(GEOMETRIES["3x3"]).requires_grad_(False)
+    fused = FusedConv2d(conv)
+    fused.lanes = True
+    x = torch.randn(8, 12, 5, 5)
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(fused(x), conv(x))

@@ -6,6 +6,7 @@ import random
 import emulated
 import pytest
 import torch
+from cases import Convolution
 from conftest import assert_near
 from torch._prims_common import suggest_memory_format
 
@@ -20,26 +21,14 @@ def sampled(seeds, count):
 ACTIVATIONS = list(reference.ACTIVATIONS)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case(Convolution):
     """One convolution, in the arguments of the packer and of the operator."""
 
-    batch: int
-    groups: int
-    channels: int  # in a group
-    filters: int  # in a group
-    kernel: tuple
-    stride: tuple
-    dilation: tuple
-    padding: tuple
-    size: tuple
     vector: int
     density: float
     permuted: bool
     shuffled: bool  # columns of a row in any order
-    dtype: torch.dtype
-    channels_last: bool
-    seed: int
 
 
 def draw(seed):
@@ -69,8 +58,7 @@ def draw(seed):
 
 def operands(case):
     generator = torch.Generator().manual_seed(case.seed)
-    out_channels, per_group = case.groups * case.filters, case.filters
-    shape = (out_channels, case.channels, *case.kernel)
+    shape, per_group = case.weight_shape, case.filters
     columns = case.channels * case.kernel[0] * case.kernel[1]
     packed = -(-per_group // case.vector)
     kept = torch.rand(case.groups, packed, columns, generator=generator) < case.density
@@ -87,11 +75,7 @@ def operands(case):
         for begin, end in zip(crow[:-1].tolist(), crow[1:].tolist(), strict=True):
             order = torch.randperm(end - begin, generator=generator) + begin
             values[begin:end], col[begin:end] = values[order], col[order]
-    input = torch.randn(case.batch, case.groups * case.channels, *case.size, generator=generator).to(case.dtype)
-    if case.channels_last:
-        input = input.contiguous(memory_format=torch.channels_last)
-    geometry = (out_channels, case.kernel, case.stride, case.padding, case.dilation, case.groups)
-    return input, values.to(case.dtype), crow, col, rows, geometry, generator
+    return case.input(generator), values.to(case.dtype), crow, col, rows, case.geometry, generator
 
 
 @pytest.mark.parametrize("seed", range(80))

@@ -6,6 +6,7 @@ import random
 import emulated
 import pytest
 import torch
+from cases import Convolution
 from conftest import assert_near
 from test_cuda_conv2d import ACTIVATIONS, sampled
 from test_cuda_conv2d_tensor import HALVES, LARGE, SMALL, device
@@ -13,32 +14,12 @@ from test_cuda_conv2d_tensor import HALVES, LARGE, SMALL, device
 from sparsekd.sparse import formats_24, reference
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    batch: int
-    groups: int
-    channels: int  # in a group
-    filters: int  # in a group
-    kernel: tuple
-    stride: tuple
-    dilation: tuple
-    padding: tuple
-    size: tuple
-    dtype: torch.dtype
-    channels_last: bool
-    seed: int
-
-    @property
-    def geometry(self):
-        return self.groups * self.filters, self.kernel, self.stride, self.padding, self.dilation, self.groups
-
-
 def draw(seed):
     r = random.Random(seed)
     kernel = r.choice([(1, 1), (3, 3), (1, 3), (2, 2), (3, 2)])
     dilation = (r.choice([1, 1, 2]), r.choice([1, 1, 2]))
     size = tuple(max(r.choice([1, 3, 7, 8, 9, 11]), (k - 1) * d + 1) for k, d in zip(kernel, dilation, strict=True))
-    return Case(
+    return Convolution(
         batch=r.choice([1, 1, 2, 3]),
         groups=r.choice([1, 1, 1, 2]),
         channels=r.choice([16, 16, 32, 48, 64, 80, 144]),
@@ -62,14 +43,10 @@ def mask_24(out, channels, kernel, generator=None):
 
 def operands(case):
     generator = torch.Generator().manual_seed(case.seed)
-    out = case.groups * case.filters
-    weight = torch.randn(out, case.channels, *case.kernel, generator=generator)
-    mask = mask_24(out, case.channels, case.kernel, generator)
+    weight = torch.randn(case.weight_shape, generator=generator)
+    mask = mask_24(case.groups * case.filters, case.channels, case.kernel, generator)
     values, metadata = formats_24.pack_24(weight.to(case.dtype), mask, case.groups)
-    input = torch.randn(case.batch, case.groups * case.channels, *case.size, generator=generator).to(case.dtype)
-    if case.channels_last:
-        input = input.contiguous(memory_format=torch.channels_last)
-    return input, values, metadata, generator
+    return case.input(generator), values, metadata, generator
 
 
 def check(case, biased, multiprocessors=108, shared_bytes=LARGE):

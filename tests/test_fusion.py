@@ -15,8 +15,7 @@ from torchvision.ops import StochasticDepth
 
 import sparsekd
 from sparsekd.sparse import fusion
-from sparsekd.sparse.fused_modules import FusedConv2d, MaxPool2d
-from sparsekd.sparse.modules import SparseConv2d
+from sparsekd.sparse.modules import FusedConv2d, MaxPool2d, SparseConv2d
 
 FORCED = {"*": {"kernel": "sparse"}}
 

@@ -133,7 +133,7 @@ class Noted:
     ],
 )
 def test_what_is_served_where_a_backend_is_missing(monkeypatch, has_triton, built, served):
-    """An op that nothing serves has no kernel on CUDA, which ops.py says at the call."""
+    """An op that nothing serves has no kernel on CUDA, which ops say at the call."""
     monkeypatch.setattr(registration, "Library", Noted)
     monkeypatch.setattr(registration.importlib.util, "find_spec", lambda name: has_triton or None)
     monkeypatch.setattr(registration, "native_kernel", lambda name: native if name in built else None)

@@ -12,9 +12,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsekd.sparse.fused_modules import FusedConv2d
-from sparsekd.sparse.layer_plans import MOST_PLANS
-from sparsekd.sparse.modules import SparseConv2d
+from sparsekd.sparse.modules import FusedConv2d, SparseConv2d
+from sparsekd.sparse.modules.plans import MOST_PLANS
 
 SIZE = (2, 6, 9, 7)
 

@@ -107,7 +107,7 @@ def test_compiled():
 
 @torch.no_grad()
 def test_fused():
-    from sparsekd.sparse.fused_modules import FusedConv2d
+    from sparsekd.sparse.modules import FusedConv2d
 
     conv, sparse = layers()
     input, residual = torch.randn(2, 32, 6, 5), torch.randn(2, 8, 6, 5)

@@ -8,8 +8,7 @@ from conftest import assert_near
 from test_modules import check_against, conv, linear, prune, twin
 from torch import nn
 
-from sparsekd.sparse.modules import SparseConv2d, SparseLinear
-from sparsekd.sparse.packed_module import SparseModule
+from sparsekd.sparse.modules import SparseConv2d, SparseLinear, SparseModule
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

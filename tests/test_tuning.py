@@ -11,7 +11,7 @@ from torch import nn
 import sparsekd
 from sparsekd.measure import tuned
 from sparsekd.sparse import dispatch, fusion
-from sparsekd.sparse.fused_modules import FusedConv2d
+from sparsekd.sparse.modules import FusedConv2d
 from sparsekd.sparse.shapes import Shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:a sparse layer runs dense:UserWarning")

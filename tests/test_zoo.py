@@ -8,7 +8,7 @@ from torch import nn
 
 import sparsekd
 from sparsekd.sparse.dispatch import KINDS
-from sparsekd.sparse.packed_module import SparseModule
+from sparsekd.sparse.modules import SparseModule
 
 torchvision = pytest.importorskip("torchvision")
 

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 
 from .convert import dense_state_dict
 from .dispatch import KINDS, from_dense, sparsity_of
-from .modules import SparseConv2d
-from .packed_module import DTYPES, SparseModule
+from .modules import DTYPES, SparseConv2d, SparseModule
 from .surgery import put_in_place
 
 FORMAT = "sparsekd"

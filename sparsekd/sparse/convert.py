@@ -22,7 +22,7 @@ from ..measure.machine import clock, identity
 from ..measure.progress import track
 from ..measure.timing import compare
 from .dispatch import KINDS, MIN_SPARSITY, Choice, best_grouping, choose, evaluating, from_dense, kind_of, sparsity_of
-from .packed_module import DTYPES, SparseModule
+from .modules import DTYPES, SparseModule
 from .shapes import Shapes
 from .surgery import bare, call, carry_hooks, copied, put_in_place, record_inputs, unhooked
 

@@ -20,9 +20,8 @@ from ..measure import tuned
 from ..measure.machine import clock, identity
 from ..measure.timing import compare, speedup
 from . import cost_model, formats
-from .modules import SparseConv1d, SparseConv2d, SparseLinear
+from .modules import SparseConv1d, SparseConv2d, SparseLinear, SparseModule
 from .ops import tuning_tiles
-from .packed_module import SparseModule
 from .problem import Problem
 
 # No kernel here has beaten dense below this sparsity; measuring would only take time.

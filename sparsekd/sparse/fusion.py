@@ -2,7 +2,7 @@
 
     conv -> batch-norm -> (+ identity) -> relu          one module, FusedConv2d: batch-norm in the weights, the rest
                                                         done to results while they are in the cache
-    max-pool                                            MaxPool2d of fused_modules.py
+    max-pool                                            MaxPool2d of modules/fused.py
     dropout and stochastic depth in eval mode, Identity gone
     large activations                                   in the memory of those of the last forward: arena.py
 
@@ -31,9 +31,7 @@ from ..measure.timing import compare
 from . import ops
 from .arena import reuse_memory, reuses
 from .convert import Choices, choices, convert, keep_choices, to_dense
-from .fused_modules import FusedConv2d, MaxPool2d
-from .modules import SparseConv2d
-from .packed_module import SparseModule
+from .modules import FusedConv2d, MaxPool2d, SparseConv2d, SparseModule
 from .surgery import call, copied
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -351,7 +349,7 @@ def _keep_lanes(graph: fx.GraphModule) -> None:
 def _on_tensor_cores(model: nn.Module) -> bool:
     sparse = [module for module in model.modules() if isinstance(module, SparseConv2d)]
     found = {(module.values.device, module.vector) for module in sparse}
-    return any(device.type != "cpu" and ops.takes_plans(device, torch.float16, vector) for device, vector in found)
+    return any(ops.for_tensor_cores(on) and ops.takes_plans(on, torch.float16, vector) for on, vector in found)
 
 
 def _fused(model: nn.Module, channels_last: bool, turn: bool, lanes: bool = False) -> nn.Module:

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from .modules import SparseModule
 from .ops import same_padding
-from .packed_module import SparseModule
 
 
 @dataclass(frozen=True)

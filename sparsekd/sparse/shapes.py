@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..measure import tuned
 from ..measure.machine import identity
 from .dispatch import Choice, choose, predict_layer
-from .packed_module import SparseModule
+from .modules import SparseModule
 
 MOST = 1000  # shapes that are remembered
 

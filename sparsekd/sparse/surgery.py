@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from .dispatch import KINDS, evaluating
-from .packed_module import SparseModule
+from .modules import SparseModule
 
 HOOKS = (
     "_forward_hooks",

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
-from .modules import SparseConv2d
+from .. import ops
+from .conv2d import SparseConv2d
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -53,7 +53,8 @@ class FusedConv2d(nn.Module):
         size = _image_size(input)
         fits = sparse and conv.padding_mode == "zeros" and not conv.channels_last
         plan = conv.plan_for(input, size) if fits else None
-        lanes = self.lanes and plan is not None and input.dim() > 3 and size[0] % ops.LANES == 0
+        in_lanes = self.lanes and plan is not None and ops.for_tensor_cores(input.device)
+        lanes = in_lanes and input.dim() > 3 and size[0] % ops.LANES == 0
         if plan is None:
             input = _lie(input, False)
         residual = _lie(residual, lanes)

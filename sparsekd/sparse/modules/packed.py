@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import formats, ops
+from .. import formats, ops
 
 PATTERN = ("crow_indices", "col_indices", "row_indices")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

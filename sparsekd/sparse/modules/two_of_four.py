@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import formats, formats_24
+from .. import formats, formats_24
 
 
 class Plan24(NamedTuple):

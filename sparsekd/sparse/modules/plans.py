@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import ops
+from .. import ops
 
 MOST_PLANS = 4  # of a layer, for as many sizes of its input
 

@@ -11,9 +11,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.modules.utils import _pair
 
-from .op_rules import LANES
+from .arguments import pair
+from .registered import OPS
+from .rules import check_same_device, like, output_size, register_for_inference
+
+LANES = 8  # images side by side in a vector of 16 bytes
 
 
 class Plan(NamedTuple):
@@ -54,21 +57,26 @@ def conv2d_plan(
     Returns:
         None where tensor cores can't take the layer, and for no images.
     """
-    geometry = (out_channels, _pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), groups)
-    tiling = torch.ops.sparsekd.conv2d_tiling(col_indices, vector, input_size, *geometry)
+    geometry = (out_channels, pair(kernel_size), pair(stride), pair(padding), pair(dilation), groups)
+    tiling = OPS.conv2d_tiling(col_indices, vector, input_size, *geometry)
     if not tiling:
         return None
     ordered = ordered and col_indices.is_cpu
     if ordered:
         tiling = [1, *tiling[1:]]
-    indices = torch.ops.sparsekd.conv2d_plan(crow_indices, col_indices, tiling, vector, input_size, *geometry)
+    indices = OPS.conv2d_plan(crow_indices, col_indices, tiling, vector, input_size, *geometry)
     order = indices[indices.shape[0] - col_indices.shape[0] :] if ordered else None
     return Plan(indices, tuple(tiling), order)
 
 
+def for_tensor_cores(device: torch.device) -> bool:
+    """Whether plans on a device are for tensor cores: they then fit inputs of any size, which may lie in lanes."""
+    return device.type != "cpu"
+
+
 def takes_plans(device: torch.device, dtype: torch.dtype, vector: int) -> bool:
     """Whether there are kernels that gain by plans."""
-    if device.type == "cpu":
+    if not for_tensor_cores(device):
         return dtype == torch.float32
     built = torch._C._dispatch_has_kernel_for_dispatch_key("sparsekd::conv2d_planned", device.type.upper())
     return built and vector >= 8 and dtype in (torch.float16, torch.bfloat16)
@@ -82,3 +90,22 @@ def to_lanes(input: Tensor) -> Tensor:
 def from_lanes(input: Tensor) -> Tensor:
     """``[N / 8, C, H, W, 8]`` as ``[N, C, H, W]``."""
     return input.movedim(-1, 1).flatten(0, 1)
+
+
+@torch.library.register_fake("sparsekd::conv2d_planned")
+def _conv2d_planned_fake(
+    input, values, plan, tiling, rows, scale, shift, residual, activation, to_lanes, out_channels, kernel_size, stride,
+    padding, dilation, groups
+):  # fmt: skip
+    check_same_device(input, {"values": values, "plan": plan, "scale": scale, "shift": shift, "residual": residual})
+    height, width = output_size(input, kernel_size, stride, padding, dilation)
+    batch = input.shape[0] * (LANES if input.dim() == 5 else 1)
+    if to_lanes:
+        size = (-(-batch // LANES), out_channels, height, width, LANES)
+        pitch = (width + width % 2) * LANES  # rows begin at a 32-byte sector
+        return input.new_empty_strided(size, (out_channels * height * pitch, height * pitch, pitch, LANES, 1))
+    size = (batch, out_channels, height, width)
+    return input.new_empty(size) if input.dim() == 5 else like(input, size)
+
+
+register_for_inference("conv2d_planned", instead="conv2d")

@@ -1,0 +1,43 @@
+"""Loads the compiled part, puts the kernels in Triton beside it, and calls what is registered."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    import sparsekd._C  # noqa: F401  (registers the operators)
+except ImportError as error:
+    raise ImportError(
+        "Expected the compiled part of sparsekd (sparsekd._C), built against the installed torch "
+        f"{torch.__version__}, got: {error}. Build it with `pip install --no-build-isolation .`"
+    ) from error
+
+from ...kernels import registration
+
+_backends_on_cuda = registration.register()  # kept, as they are gone with it
+fallbacks, strict_backends = registration.fallbacks, registration.strict
+only_backend, tuning_tiles = registration.only, registration.tuning
+
+OPS = torch.ops.sparsekd
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use: "baseline", "avx2" or "avx512" (cap: ``SPARSEKD_CPU_ISA``)."""
+    return OPS.cpu_isa()
+
+
+def call(op, *arguments):
+    """Runs an op. Without gradients it goes past its autograd formula, which is in Python and costs 10 us even then."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def check_device(input: Tensor, op: str) -> None:
+    kind = input.device.type
+    if kind in ("cpu", "meta"):
+        return
+    if kind != "cuda" or not torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekd::{op}", "CUDA"):
+        raise NotImplementedError(f"Expected input on cpu, got {input.device}: no kernel is built for this device")
