@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_differences_are_of_the_same_seeds(scripts, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cell_is_run_once_from_the_student_of_its_seed(scripts, tmp_path, monkeypatch, capsys):
+def test_a_cell_is_run_once_from_a_student_that_is_trained_again_where_missing(scripts, tmp_path, monkeypatch, capsys):
     accuracy, cells, _ = scripts
     small = cells.Settings(images=128, teacher_epochs=1, dense_epochs=1, epochs=2, width=4, teacher_width=4)
     monkeypatch.setitem(accuracy.SETTINGS, "digits", small)
@@ -78,6 +79,18 @@ def test_a_cell_is_run_once_from_the_student_of_its_seed(scripts, tmp_path, monk
     capsys.readouterr()
     accuracy.run(bench, range(1), 1, where)
     assert capsys.readouterr().out == ""
+    before = bench.path("dense-distilled-0").read_text()
+    bench.path("dense-distilled-0").unlink()
+    shutil.rmtree(bench.runs)
+    bench.runs.mkdir()
+    accuracy.run(bench, range(1), 1, where)  # the dense ones are trained again, to the same bits
+    old, new = json.loads(before), json.loads(bench.path("dense-distilled-0").read_text())
+    assert old["start"] == new["start"] and old["accuracy"] == new["accuracy"]
+    accuracy.check_done(bench)
+    teacher = json.loads(bench.path("teacher").read_text())
+    bench.path("teacher").write_text(json.dumps(teacher | {"weights": "another"}))
+    with pytest.raises(SystemExit, match="Expected .*-distilled-0.json to come from the teacher another, got"):
+        accuracy.check_done(bench)
     (bench.runs / "teacher.pt").unlink()
-    with pytest.raises(SystemExit, match="Expected .*teacher.pt, which the cells in .* come from, got no such file"):
+    with pytest.raises(SystemExit, match="Expected a teacher with weights another, which the cells in .* come from"):
         accuracy.run(bench, range(1), 1, where)
