@@ -89,7 +89,7 @@ class Bench:
         s, file = self.settings, self.runs / "teacher.pt"
         torch.manual_seed(1000)
         model = network(s.teacher_width, self.data.classes)
-        if not file.exists():
+        if not (file.exists() and self.path("teacher").exists()):
             everything = data.Loader(
                 self.data.train_images, self.data.train_labels, s.batch_size, True, 1000, self.name == "shapes"
             )
@@ -105,7 +105,7 @@ class Bench:
         s, file = self.settings, self.runs / f"dense-{seed}.pt"
         torch.manual_seed(seed)
         model = network(s.width, self.data.classes)
-        if not file.exists():
+        if not (file.exists() and self.path(f"student-{seed}").exists()):
             began, train = time.process_time(), self.loader(seed)
             optimizer = self.optimizer(model, s.lr, s.weight_decay, s.dense_epochs * len(train))
             Distiller(model, None).fit(train, s.dense_epochs, optimizer, progress=False)
@@ -131,7 +131,7 @@ class Bench:
 
     def check_same(self, model: nn.Module, name: str) -> None:
         """Another machine rounds otherwise and makes another model: cells of two would be in one table."""
-        written, got = json.loads(self.path(name).read_text())["weights"], teacher_hash(model)
+        written, got = json.loads(self.path(name).read_text()).get("weights"), teacher_hash(model)
         if written != got:
             raise SystemExit(
                 f"Expected a {name} with weights {written}, which the cells in {self.results} come from, got {got}: "
