@@ -13,7 +13,10 @@ once, by a trial of one seed that looked at them.
 
 Each cell is one JSON file in ``benchmarks/results/accuracy/<data>``, written when it is done: whatever stops the run,
 the same command goes on with the cells that are missing, in the order of ``accuracy_cells.py``. Checkpoints and the
-teacher's answers are in ``runs/accuracy/<data>``.
+teacher's answers are in ``runs/accuracy/<data>``, outside the repository. Those that are missing are trained again
+(three minutes), and the run goes on if they have the hash that is written beside the cells, as they do where a
+processor rounds alike (one thread, fixed seeds). Where they have not, the command says so: the cells then have to be
+made anew, an hour of one core.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ from accuracy_tables import write
 from torch import nn
 
 from sparsekd import CubicSL, Distiller, KDLoss, Pruner, TeacherCache, data, evaluate
+from sparsekd.distillation.answer_store import teacher_hash
 from sparsekd.distillation.losses import group_lasso
+from sparsekd.measure.machine import processor
 from sparsekd.measure.report import write_text
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
@@ -59,6 +64,7 @@ class Bench:
     """The images, the teacher and the dense students of one set; what exists on disk is read, not made again."""
 
     def __init__(self, name: str, results: Path, runs: Path) -> None:
+        torch.set_num_threads(1)  # sums of another number of threads round otherwise
         self.name, self.settings = name, SETTINGS[name]
         self.results, self.runs = results / name, runs / name
         self.results.mkdir(parents=True, exist_ok=True)
@@ -83,17 +89,15 @@ class Bench:
         s, file = self.settings, self.runs / "teacher.pt"
         torch.manual_seed(1000)
         model = network(s.teacher_width, self.data.classes)
-        if not file.exists():
-            self.check_new("teacher", file)
+        if not (file.exists() and self.path("teacher").exists()):
             everything = data.Loader(
                 self.data.train_images, self.data.train_labels, s.batch_size, True, 1000, self.name == "shapes"
             )
             began = time.process_time()
             optimizer = self.optimizer(model, s.lr, s.weight_decay, s.teacher_epochs * len(everything))
             Distiller(model, None).fit(everything, s.teacher_epochs, optimizer, progress=True)
-            _save(model, file)
-            self.write("teacher", {"accuracy": evaluate(model, self.test), "seconds": time.process_time() - began})
-        model.load_state_dict(torch.load(file, weights_only=True))
+            self.keep(model, file, "teacher", began)
+        self.load(model, file, "teacher")
         return TeacherCache(model.eval(), folder=self.runs / "answers").eval()
 
     def student(self, seed: int) -> nn.Module:
@@ -101,19 +105,42 @@ class Bench:
         s, file = self.settings, self.runs / f"dense-{seed}.pt"
         torch.manual_seed(seed)
         model = network(s.width, self.data.classes)
-        if not file.exists():
-            self.check_new(f"student-{seed}", file)
+        if not (file.exists() and self.path(f"student-{seed}").exists()):
             began, train = time.process_time(), self.loader(seed)
             optimizer = self.optimizer(model, s.lr, s.weight_decay, s.dense_epochs * len(train))
             Distiller(model, None).fit(train, s.dense_epochs, optimizer, progress=False)
-            _save(model, file)
-            result = {"accuracy": evaluate(model, self.test), "seconds": time.process_time() - began}
-            self.write(f"student-{seed}", result | {"train_accuracy": evaluate(model, train)})
-        model.load_state_dict(torch.load(file, weights_only=True))
+            self.keep(model, file, f"student-{seed}", began, train)
+        self.load(model, file, f"student-{seed}")
         return model
+
+    def keep(self, model: nn.Module, file: Path, name: str, began: float, train: data.Loader | None = None) -> None:
+        """A dense model as a checkpoint; its figures are written unless they are there: it is then trained again."""
+        if not self.path(name).exists():
+            result = {"accuracy": evaluate(model, self.test), "seconds": time.process_time() - began}
+            if train is not None:
+                result["train_accuracy"] = evaluate(model, train)
+            self.write(name, result | {"weights": teacher_hash(model)})
+        self.check_same(model, name)
+        aside = file.with_suffix(f".{os.getpid()}.part")
+        torch.save(model.state_dict(), aside)
+        aside.replace(file)
+
+    def load(self, model: nn.Module, file: Path, name: str) -> None:
+        model.load_state_dict(torch.load(file, weights_only=True))
+        self.check_same(model, name)
+
+    def check_same(self, model: nn.Module, name: str) -> None:
+        """Another machine rounds otherwise and makes another model: cells of two would be in one table."""
+        written, got = json.loads(self.path(name).read_text()).get("weights"), teacher_hash(model)
+        if written != got:
+            raise SystemExit(
+                f"Expected a {name} with weights {written}, which the cells in {self.results} come from, got {got}: "
+                f"bring {self.runs} from where they were made, remove them, or choose --out"
+            )
 
     def run(self, cell: Cell, seed: int, teacher: nn.Module) -> None:
         s, recipe, model, began = self.settings, RECIPES[cell.recipe], self.student(seed), time.process_time()
+        start = {"student": teacher_hash(model), "teacher": teacher_hash(teacher.teacher) if cell.distilled else None}
         train = self.loader(seed + 100)  # another order than the dense student's
         epochs = s.epochs * recipe.epochs
         steps = epochs * len(train)
@@ -141,7 +168,8 @@ class Bench:
             result["layers"] = {name: 1 - float(mask.float().mean()) for name, mask in pruner.masks.items()}
             pruner.squash_mask()
         result |= {"accuracy": evaluate(model, self.test), "seconds": time.process_time() - began}
-        self.write(f"{cell.name}-{seed}", result | {"seed": seed, "cell": asdict(cell), "recipe": asdict(recipe)})
+        result |= {"seed": seed, "cell": asdict(cell), "recipe": asdict(recipe), "start": start}
+        self.write(f"{cell.name}-{seed}", result)
 
     def prune_at_once(
         self, pruner: Pruner, model: nn.Module, teacher: nn.Module | None, loss: nn.Module, train: Iterable
@@ -161,19 +189,13 @@ class Bench:
                     break
         train.epoch = 0
 
-    def check_new(self, name: str, file: Path) -> None:
-        """Another machine rounds otherwise and would make another one: cells of two would be in one table."""
-        if self.path(name).exists():
-            raise SystemExit(
-                f"Expected {file}, which the cells in {self.results} come from, got no such file: bring it from where "
-                "they were made, remove them, or choose --out"
-            )
-
     def path(self, name: str) -> Path:
         return self.results / f"{name}.json"
 
     def write(self, name: str, result: dict) -> None:
-        result = {"data": self.name, **result, "settings": asdict(self.settings), "torch": torch.__version__}
+        where = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
+        made = {"torch": torch.__version__, "machine": where, "date": time.strftime("%Y-%m-%d", time.gmtime())}
+        result = {"data": self.name, **result, "settings": asdict(self.settings), **made}
         write_text(self.path(name), json.dumps(result, indent=1) + "\n")
         print(
             f"{time.strftime('%H:%M:%S')} {name}: {100 * result['accuracy']:.2f}%, {result['seconds']:.0f} s",
@@ -185,17 +207,20 @@ def _first(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _save(model: nn.Module, file: Path) -> None:
-    aside = file.with_suffix(f".{os.getpid()}.part")
-    torch.save(model.state_dict(), aside)
-    aside.replace(file)
-
-
 def check_done(bench: Bench) -> None:
-    """Cells of other settings would make one table of two experiments."""
-    for file in bench.results.glob("*.json"):
-        if json.loads(file.read_text())["settings"] != asdict(bench.settings):
+    """Cells of other settings, or from another student or teacher, would make one table of two experiments."""
+    found = {file: json.loads(file.read_text()) for file in sorted(bench.results.glob("*.json"))}
+    weights = {file.stem: result["weights"] for file, result in found.items() if "weights" in result}
+    for file, result in found.items():
+        if result["settings"] != asdict(bench.settings):
             raise SystemExit(f"Expected the settings of {bench.name} in {file}, got others: remove it, or choose --out")
+        for name, start in result.get("start", {}).items():
+            model = name if name == "teacher" else f"{name}-{result['seed']}"
+            if start not in (None, weights.get(model)):
+                raise SystemExit(
+                    f"Expected {file} to come from the {model} {weights.get(model)}, got {start}: remove it, or choose "
+                    "--out"
+                )
 
 
 # --- many processes ---------------------------------------------------------------------------------------------------
@@ -204,7 +229,6 @@ _WORK: dict[str, object] = {}
 
 
 def _begin(name: str, results: Path, runs: Path) -> None:
-    torch.set_num_threads(1)
     _WORK["bench"] = Bench(name, results, runs)
     _WORK["teacher"] = _WORK["bench"].teacher()
 
@@ -240,7 +264,6 @@ def main() -> None:
     if args.seeds < 1 or args.jobs < 1:
         raise SystemExit(f"Expected at least 1 seed and 1 process, got {args.seeds} and {args.jobs}")
     if not args.table:
-        torch.set_num_threads(1)
         bench = Bench(args.data, args.out, args.runs)
         check_done(bench)
         run(bench, range(args.seeds), args.jobs, (args.data, args.out, args.runs))

@@ -117,10 +117,9 @@ def stages(name: str) -> list[list[Cell]]:
         for pattern, sparsity in FIXED
     ]
     budgets_by_gradient = [replace(cell, importance="gradient") for cell in budgets]
-    more = [Cell(pattern, importance=i) for i in ("taylor", "movement") for pattern in ("unstructured", "4x1-permuted")]
-    once = [Cell(pattern, importance="gradient", schedule="once") for pattern in GRID[:2]]
-    more += [*budgets_by_gradient, *grid[0.95], *fixed, *grid[0.8], *once]
-    listed = [first, list(globally()), budgets, best, ways, grid[0.9], fixed[:3], more]
+    others = [Cell(pattern, importance=i) for i in ("taylor", "movement") for pattern in GRID[::2]]
+    others += [*budgets_by_gradient, *(Cell(pattern, importance="gradient", schedule="once") for pattern in GRID[:2])]
+    listed = [first, list(globally()), budgets, best, ways, grid[0.9], fixed[:3], grid[0.95], grid[0.8], fixed, others]
     seen: set[Cell] = set()
     return [[cell for cell in stage if not (cell in seen or seen.add(cell))] for stage in listed]
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from accuracy import RESULTS, Bench
 from accuracy_cells import RECIPES, Cell, Recipe, dense
 
@@ -35,10 +34,16 @@ CHANGES = {
 class Search(Bench):
     def __init__(self, results: Path, runs: Path) -> None:
         super().__init__("shapes", results, runs)
-        self.results = results / "search"
-        self.results.mkdir(parents=True, exist_ok=True)
+        self.trials = results / "search"
+        self.trials.mkdir(parents=True, exist_ok=True)
+        self.teacher(), self.student(0)  # before the judges: what is written of them is by test images
         drawn = data.load("shapes", seed=1)
         self.test = data.Loader(drawn.train_images[:JUDGES], drawn.train_labels[:JUDGES], 256)
+
+    def path(self, name: str) -> Path:
+        """Trials have a folder of their own beside the models that they start from."""
+        dense = name == "teacher" or name.startswith("student-")
+        return super().path(name) if dense else self.trials / f"{name}.json"
 
 
 def trials() -> list[Cell]:
@@ -58,7 +63,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
     args = parser.parse_args()
-    torch.set_num_threads(1)
     RECIPES.update(CHANGES)
     search = Search(args.out, args.runs)
     teacher = search.teacher()

@@ -68,56 +68,87 @@ def _others(name: str, found: Found, shown: set[str]) -> list[str]:
     return [said, "", *_table(["cell", "%", "plain"], rows)] if rows else []
 
 
-def comparisons(name: str) -> list[tuple[str, Cell, Cell]]:
-    """What is asked of pairs of cells: the first less the second."""
+def comparisons(name: str) -> list[tuple[str, list[tuple[Cell, Cell]]]]:
+    """What is asked of pairs of cells: the first less the second, the mean over the pairs where there are several."""
     if name != "shapes":
         return []
     asked = []
+
+    def ask(label: str, *pairs: tuple[Cell, Cell]) -> None:
+        asked.append((label, list(pairs)))
+
     for cell in globally():
         label = f"90% {cell.pattern} by the best recipe, less dense of as many epochs; distilled"
-        asked.append((label, replace(cell, recipe="long"), dense(True, "long")))
+        ask(label, (replace(cell, recipe="long"), dense(True, "long")))
     trained = [replace(cell, recipe="long") for cell in globally()]
     for how, (single, vector) in (
         ("by the best recipe", trained),
         ("global budget", globally()),
         ("erk budget", (Cell(), Cell("4x1-permuted"))),
     ):
-        asked.append((f"90% 4x1-permuted less unstructured; {how}, distilled", vector, single))
+        ask(f"90% 4x1-permuted less unstructured; {how}, distilled", (vector, single))
     for cell in globally():
-        asked.append((f"90% {cell.pattern}, global budget, less erk; distilled", cell, cell.plain))
+        ask(f"90% {cell.pattern}, global budget, less erk; distilled", (cell, cell.plain))
     for taught in (True, False):
-        with_teacher = "distilled" if taught else "labels alone"
         for pattern in ("unstructured", "4x1", "4x1-permuted"):
-            asked.append((f"90% {pattern}, less dense; {with_teacher}", Cell(pattern, distilled=taught), dense(taught)))
-        for vector in ("4x1", "16x1"):
-            pair = [Cell(pattern, distilled=taught) for pattern in (f"{vector}-permuted", vector)]
-            asked.append((f"90% {vector}, permuted less consecutive; {with_teacher}", *pair))
-    for vector in ("4x1", "16x1"):
-        pair = [Cell(pattern, schedule="once") for pattern in (f"{vector}-permuted", vector)]
-        asked.append((f"90% {vector}, permuted less consecutive; pruned at once, distilled", *pair))
+            label = f"90% {pattern}, less dense; {'distilled' if taught else 'labels alone'}"
+            ask(label, (Cell(pattern, distilled=taught), dense(taught)))
     for pattern, vector in (("4x1", 4), ("16x1", 16)):
-        pair = Cell(pattern, lasso=vector), Cell(pattern)
-        asked.append((f"90% {pattern}, with a group penalty less without; distilled", *pair))
+        with_penalty = Cell(pattern, lasso=vector), Cell(pattern)
+        ask(f"90% {pattern}, with a group penalty less without; distilled", with_penalty)
     for importance in IMPORTANCES:
-        uniform = Cell(sparsity=0.95, importance=importance, budget="uniform")
         for budget in ("erk", "global"):
-            asked.append(
-                (
-                    f"95% unstructured by {importance}, {budget} less uniform; distilled",
-                    Cell(sparsity=0.95, importance=importance, budget=budget),
-                    uniform,
-                )
-            )
+            cell = Cell(sparsity=0.95, importance=importance, budget=budget)
+            label = f"95% unstructured by {importance}, {budget} less uniform; distilled"
+            ask(label, (cell, replace(cell, budget="uniform")))
+    return asked + _permuted()
+
+
+def _permuted() -> list[tuple[str, list[tuple[Cell, Cell]]]]:
+    """Permuted less consecutive groups: pruned at once, gradually, and gradually over all of the grid's four ways."""
+
+    def pair(vector: str, **settings: object) -> tuple[Cell, Cell]:
+        return Cell(f"{vector}-permuted", **settings), Cell(vector, **settings)
+
+    asked = []
+    for vector in ("4x1", "16x1"):
+        label = f"90% {vector}, permuted less consecutive; pruned at once, distilled"
+        asked.append((label, [pair(vector, schedule="once")]))
+    for taught in (True, False):
+        for vector in ("4x1", "16x1"):
+            label = f"90% {vector}, permuted less consecutive; {'distilled' if taught else 'labels alone'}"
+            asked.append((label, [pair(vector, distilled=taught)]))
+    for sparsity in SPARSITIES["shapes"]:
+        ways = [(importance, taught) for importance in IMPORTANCES for taught in (True, False)]
+        pairs = [pair("4x1", sparsity=sparsity, importance=i, distilled=taught) for i, taught in ways]
+        label = f"{sparsity:.0%} 4x1, permuted less consecutive; mean of magnitude and gradient, distilled and not"
+        asked.append((label, pairs))
     return asked
 
 
 def _compared(name: str, found: Found) -> list[str]:
     rows = []
-    for label, first, second in comparisons(name):
-        one, other = found.get(first.name, {}), found.get(second.name, {})
-        rows.append([label, said([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())], "+")])
-    text = "Differences in points, seed by seed (both have the same dense student and order of images):"
+    for label, pairs in comparisons(name):
+        both = [(found.get(first.name, {}), found.get(second.name, {})) for first, second in pairs]
+        seeds = sorted(set.intersection(*(one.keys() & other.keys() for one, other in both)))
+        rows.append([label, said([statistics.fmean(one[s] - other[s] for one, other in both) for s in seeds], "+")])
+    text = (
+        "Differences in points, seed by seed (both have the same dense student and order of images), ± their own "
+        "deviation over the seeds:"
+    )
     return [text, "", *_table(["what", "points"], rows)] if rows else []
+
+
+def _made(name: str, folder: Path) -> str:
+    """When and where the figures were made, and what they took."""
+    results = [json.loads(file.read_text()) for file in sorted((folder / name).glob("*.json"))]
+    known = [result for result in results if "machine" in result]
+    machines, dates = sorted({r["machine"] for r in known}), sorted({r["date"] for r in known})
+    if not known:
+        return ""
+    hours = sum(result["seconds"] for result in results) / 3600
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"Made {when} on {' and '.join(machines)}, one thread each; {hours:.1f} hours of one core in all."
 
 
 def section(name: str, folder: Path) -> list[str]:
@@ -130,7 +161,7 @@ def section(name: str, folder: Path) -> list[str]:
         f"Teacher {_of(found, 'teacher').removesuffix(' (1)')}, dense students before the cells' steps "
         f"{_of(found, 'student')}. {settings.images:,} training images, {settings.dense_epochs} dense epochs, "
         f"then {settings.epochs} for each cell. **{sum(done)} of {3 * len(wanted)} cells are done**: "
-        f"{', '.join(map(str, done))} of {len(wanted)} by seed.",
+        f"{', '.join(map(str, done))} of {len(wanted)} by seed. {_made(name, folder)}".rstrip(),
         "",
     ]
     grid, shown = _grid(name, found)

@@ -1,12 +1,17 @@
 """How much importance a grouping of output channels keeps: of neighbours, chosen, and found by a slow search.
 
     python benchmarks/permutation.py                # nets trained on shapes, 3 seeds; goes on where it was stopped
+    python benchmarks/permutation.py --gradual      # the same groupings where the net is trained while it is pruned
 
 Each layer of the dense students of ``accuracy.py`` (all but the first convolution and the linear layer) is pruned by
 |w| to the sparsity, in vectors of V output channels. A grouping keeps a share of the layer's importance. The slow
 search is simulated annealing (Kirkpatrick, Gelatt, Vecchi, Science 1983): from a random grouping, swaps of two channels
 of two groups for ``--seconds`` of process CPU time, at a temperature that falls from the usual size of a change to a
 thousandth of it. Rows are kept in ``benchmarks/results/permutation.json``.
+
+``--gradual`` prunes all layers together as the cells of ``accuracy.py`` are pruned, by labels alone, up to the last
+mask: what is left there of the sum of |w| that the dense student had, beside what is left of the same layers at the
+same sparsities without a step of training.
 """
 
 from __future__ import annotations
@@ -19,8 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from accuracy import Bench
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparsekd import CubicSL, Distiller, Pruner
 from sparsekd.measure.report import write_text
 from sparsekd.pruning.layers import find_prunable
 from sparsekd.pruning.patterns import Layout
@@ -87,6 +93,50 @@ def measure(scores: Tensor, vector: int, sparsity: float, seconds: float) -> dic
     }
 
 
+def left(bench: Bench, seed: int, pattern: str, sparsity: float, gradual: bool) -> float:
+    """The sum of |w| of the pruned layers when the last mask is made, over that of the dense student."""
+    model, train = bench.student(seed), bench.loader(seed + 100)
+    before = _magnitude(model)
+    epochs, settings = bench.settings.epochs // 2, bench.settings  # of pruning; as many of retraining are left out
+    optimizer = bench.optimizer(model, settings.lr, settings.weight_decay, settings.epochs * len(train))
+    schedule = CubicSL(start=0, end=epochs * len(train), update_frequency=10) if gradual else None
+    pruner = Pruner(model, sparsity, "magnitude", pattern, "erk", schedule, optimizer, importance_steps=1)
+    if gradual:
+        Distiller(model, None).fit(train, epochs, optimizer, pruner=pruner, progress=False)
+    else:
+        pruner.step()
+    pruner.squash_mask()
+    return _magnitude(model) / before
+
+
+def _magnitude(model: nn.Module) -> float:
+    return sum(float(layer.weight.detach().abs().sum()) for layer in find_prunable(model, "first_last").values())
+
+
+def measure_gradual(bench: Bench, rows: list[dict], args: argparse.Namespace) -> list[str]:
+    """Adds the rows that are missing; returns a table: means over seeds, and the range of what permuting adds."""
+    patterns = [f"{vector}x1{suffix}" for vector in sorted(args.vectors) for suffix in ("", "-permuted")]
+    for seed in range(args.seeds):
+        for pattern in patterns:
+            place = {"data": args.data, "seed": seed, "pattern": pattern, "sparsity": args.sparsity}
+            if not any(place.items() <= row.items() for row in rows):
+                shares = (left(bench, seed, pattern, args.sparsity, gradual) for gradual in (False, True))
+                rows.append(place | dict(zip(("once", "gradual"), shares, strict=True)))
+                write_text(args.json, json.dumps({"rows": rows}, indent=1) + "\n")
+    made = [f"{'pattern':14} {'at once':>9} {'gradually':>9} {'permuting adds':>20} {'':>20}"]
+    own = {(row["pattern"], row["seed"]): row for row in rows if row.get("data") == args.data and "pattern" in row}
+    for pattern in patterns:
+        line = f"{pattern:14}"
+        for how in ("once", "gradual"):
+            line += f" {sum(own[pattern, seed][how] for seed in range(args.seeds)) / args.seeds:9.4f}"
+        for how in ("once", "gradual") if pattern.endswith("permuted") else ():
+            plain = pattern.removesuffix("-permuted")
+            gain = [own[pattern, seed][how] / own[plain, seed][how] - 1 for seed in range(args.seeds)]
+            line += f" {how + f' {min(gain):+.1%}..{max(gain):+.1%}':>20}"
+        made.append(line)
+    return made
+
+
 def lines(rows: list[dict]) -> list[str]:
     """A table: the mean over seeds of what the layers of a net keep together."""
     names = ("unstructured", "consecutive", "permuted", "annealed")
@@ -116,12 +166,15 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, nargs="+", default=[16, 4])
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--seconds", type=float, default=60.0, help="of annealing, for each layer")
+    parser.add_argument("--gradual", action="store_true", help="what is left when the last mask of a training is made")
     parser.add_argument("--runs", type=Path, default=Path("runs/permutation"), help="where trained nets are kept")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     rows = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
     bench = Bench(args.data, args.runs / "results", args.runs)
+    if args.gradual:
+        print("\n".join(measure_gradual(bench, rows, args)))
+        return
     for seed in range(args.seeds):
         model = bench.student(seed)
         for vector in args.vectors:
@@ -134,7 +187,7 @@ def main() -> None:
                 write_text(args.json, json.dumps({"rows": rows}, indent=1) + "\n")
                 kept = ", ".join(f"{key} {row[key]:.4f}" for key in ("consecutive", "permuted", "annealed"))
                 print(f"seed {seed} V={vector} {name}: {kept}", flush=True)
-    print("\n".join(lines([row for row in rows if row["data"] == args.data])))
+    print("\n".join(lines([row for row in rows if row["data"] == args.data and "vector" in row])))
 
 
 if __name__ == "__main__":

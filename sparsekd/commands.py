@@ -89,6 +89,7 @@ def _fit(args, model, teacher, train, test, pruned: bool = False) -> dict:
             model, sparsity, args.importance, args.pattern, budget, schedule=schedule, optimizer=optimizer,
             importance_steps=min(32, len(train)),
         )  # fmt: skip
+        print(f"dense: {', '.join(pruner.dense_layers) or 'no layer'}")
     settings = {"penalty": args.penalty, "penalty_weight": args.penalty_weight} if args.penalty else {}
     if teacher is not None:
         settings["loss"] = KDLoss(args.temperature, args.alpha)

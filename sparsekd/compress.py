@@ -88,6 +88,8 @@ def compress(
         budget = latency_budget(student, example_inputs, timed, pattern, ignored_layers)
     schedule = CubicSL(start=steps // 4, end=3 * steps // 4, update_frequency=max(steps // 40, 1))
     pruner = Pruner(student, sparsity, importance, pattern, budget or "global", schedule, optimizer, ignored_layers)
+    if progress:
+        print(f"dense: {', '.join(pruner.dense_layers) or 'no layer'}")
     try:
         distiller.fit(
             train_loader,

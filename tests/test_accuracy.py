@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def test_cells_have_names_of_their_own_and_all_seeds_of_a_stage_come_before_the_
     dense = [seed for cell, seed in cells.ordered("shapes", range(3)) if cell.pattern == "dense" and not cell.recipe]
     assert dense == [0, 0, 1, 1, 2, 2]
     made = set(cells.cells("shapes"))
-    assert all({first, second} <= made for _, first, second in tables.comparisons("shapes"))
+    assert all({*pair} <= made for _, pairs in tables.comparisons("shapes") for pair in pairs)
 
 
 def test_what_is_asked_of_the_tables_is_among_the_cells(scripts):
@@ -56,11 +57,28 @@ def test_differences_are_of_the_same_seeds(scripts, tmp_path):
     assert "| 90% 4x1, permuted less consecutive; distilled | +1.50 ± 0.71 (2) |" in text
     total = len(cells.cells("shapes"))
     assert f"**5 of {3 * total} cells are done**: 2, 1, 2 of {total} by seed" in text and "Teacher 95.00," in text
-    assert "| 90% 4x1 | - | - | 59.00 ± 42.67 | - |" in text
+    assert "| 90% 4x1 | - | - | 59.00 ± 42.67 | - |" in text and "Made" not in text
+
+
+def test_a_mean_of_differences_is_of_seeds_that_have_them_all(scripts, tmp_path):
+    _, cells, tables = scripts
+    (tmp_path / "shapes").mkdir()
+    ways = [(importance, taught) for importance in ("magnitude", "gradient") for taught in (True, False)]
+    made = {"seconds": 1800, "machine": "a machine", "date": "2026-01-02"}
+    for index, (importance, taught) in enumerate(ways):
+        for seed in range(3 if index else 2):  # one way lacks the last seed
+            for pattern, more in (("4x1", 0), ("4x1-permuted", 0.01 * (index + seed))):
+                name = cells.Cell(pattern, importance=importance, distilled=taught).name
+                file = tmp_path / "shapes" / f"{name}-{seed}.json"
+                file.write_text(json.dumps({"accuracy": 0.5 + more} | made))
+    text = "\n".join(tables.section("shapes", tmp_path))
+    label = "90% 4x1, permuted less consecutive; mean of magnitude and gradient, distilled and not"
+    assert f"| {label} | +2.00 ± 0.71 (2) |" in text
+    assert "Made 2026-01-02 on a machine, one thread each; 11.0 hours of one core in all." in text
 
 
 @pytest.mark.slow
-def test_a_cell_is_run_once_from_the_student_of_its_seed(scripts, tmp_path, monkeypatch, capsys):
+def test_a_cell_is_run_once_from_a_student_that_is_trained_again_where_missing(scripts, tmp_path, monkeypatch, capsys):
     accuracy, cells, _ = scripts
     small = cells.Settings(images=128, teacher_epochs=1, dense_epochs=1, epochs=2, width=4, teacher_width=4)
     monkeypatch.setitem(accuracy.SETTINGS, "digits", small)
@@ -78,6 +96,18 @@ def test_a_cell_is_run_once_from_the_student_of_its_seed(scripts, tmp_path, monk
     capsys.readouterr()
     accuracy.run(bench, range(1), 1, where)
     assert capsys.readouterr().out == ""
+    before = bench.path("dense-distilled-0").read_text()
+    bench.path("dense-distilled-0").unlink()
+    shutil.rmtree(bench.runs)
+    bench.runs.mkdir()
+    accuracy.run(bench, range(1), 1, where)  # the dense ones are trained again, to the same bits
+    old, new = json.loads(before), json.loads(bench.path("dense-distilled-0").read_text())
+    assert old["start"] == new["start"] and old["accuracy"] == new["accuracy"]
+    accuracy.check_done(bench)
+    teacher = json.loads(bench.path("teacher").read_text())
+    bench.path("teacher").write_text(json.dumps(teacher | {"weights": "another"}))
+    with pytest.raises(SystemExit, match="Expected .*-distilled-0.json to come from the teacher another, got"):
+        accuracy.check_done(bench)
     (bench.runs / "teacher.pt").unlink()
-    with pytest.raises(SystemExit, match="Expected .*teacher.pt, which the cells in .* come from, got no such file"):
+    with pytest.raises(SystemExit, match="Expected a teacher with weights another, which the cells in .* come from"):
         accuracy.run(bench, range(1), 1, where)

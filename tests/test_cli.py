@@ -119,9 +119,10 @@ def test_distill_listens_to_the_teacher(trained):
     ],
     ids=["gradient", "magnitude, uniform", "random, gradual", "taught", "penalised"],
 )
-def test_prune(trained, options):
+def test_prune(trained, options, capsys):
     words = ("prune", *TINY, "--weights", trained, "--sparsity", 0.8, "--epochs", 6, "--out", "pruned.safetensors")
     assert run(*words, *options, "--json", "result.json") == 0
+    assert "dense: conv1, fc2\n" in capsys.readouterr().out
     found = json.loads(Path("result.json").read_text())
     assert found["bytes"] == Path("pruned.safetensors").stat().st_size and 0.05 < found["accuracy"] <= 1
     model = load(tiny(), "pruned.safetensors")

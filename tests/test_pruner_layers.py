@@ -1,5 +1,7 @@
 """Which layers a Pruner takes, and what it refuses."""
 
+import logging
+
 import pytest
 import torch
 from test_pruner import Network, pruned, sgd
@@ -34,6 +36,16 @@ def test_ignored_layers(ignored, dense):
     model = Network()
     pruner = Pruner(model, 0.5, ignored_layers=ignored(model) if callable(ignored) else ignored)
     assert list(pruner.masks) == [name for index, name in enumerate(ALL) if index not in dense]
+    assert pruner.dense_layers == tuple(ALL[index].removesuffix(".weight") for index in dense)
+
+
+def test_that_the_first_and_the_last_layer_stay_dense_by_default_is_said(caplog):
+    with caplog.at_level(logging.INFO, "sparsekd"):
+        pruner = Pruner(Network(), 0.5)
+        assert "stem, head: stay dense, as the first convolution and the last linear layer" in caplog.text
+        assert ", dense: stem, head, step 0" in repr(pruner)
+        caplog.clear()
+        assert "dense" not in repr(Pruner(Network(), 0.5, ignored_layers=())) and not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,13 @@ def find_prunable(model: nn.Module, ignored_layers: Ignored) -> dict[str, nn.Mod
     return found
 
 
+def layers_left_dense(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of the convolutions and linear layers that have none of these weights."""
+    pruned = {id(weight) for weight in weights.values()}
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, PRUNABLE))
+    return tuple(name for name, module in layers if id(module._parameters.get("weight")) not in pruned)
+
+
 def _ignored(model: nn.Module, layers: Mapping[str, nn.Module], ignored_layers: Ignored) -> set[str]:
     """Names of the layers that stay dense."""
     if isinstance(ignored_layers, str) and ignored_layers == "first_last":

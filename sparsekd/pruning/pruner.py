@@ -6,6 +6,7 @@ MaskKeeper.
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from .budget import Budget, Caps, check_scores, check_sparsity, plain
 from .gatherers import GradientGatherer, InputGatherer
 from .importance import Importance, find_importance, score, statistic_of
 from .latency import LatencyBudget
-from .layers import Ignored, find_prunable, module_at, unwrap
+from .layers import Ignored, find_prunable, layers_left_dense, module_at, unwrap
 from .mask_keeper import MaskKeeper
 from .optimizers import moved_by
 from .patterns import Layout, Units, find_pattern
@@ -27,6 +28,8 @@ from .regrowth import moved_masks
 from .saved_state import check_state
 from .schedule import IterativeSL, RigL, SparsitySchedule
 from .sharding import local, new_whole, part_like, whole
+
+_log = logging.getLogger(__name__)
 
 
 class Pruner:
@@ -51,7 +54,8 @@ class Pruner:
             ``torch.optim`` that step with prunable weights are held to it too, for as long as the Pruner lives; weights
             that none of them moves are set to zero by :meth:`step`.
         ignored_layers: modules, names or globs, one or several, that stay dense; "first_last" is the first convolution
-            and the last linear layer; ``()`` is none. A container stands for all that it holds.
+            and the last linear layer, named in the log (INFO); ``()`` is none. A container stands for all that it
+            holds.
         importance_steps: calls of :meth:`step` before the only pruning when there is no schedule.
         min_sparsity, max_sparsity: of single layers; a number for all, a dict from name globs for some.
         scaler: a GradScaler, by whose scale gradients are divided; needed only where the scale changes on the way.
@@ -133,11 +137,19 @@ class Pruner:
         if isinstance(schedule, IterativeSL) and schedule.rewind_step == 0:
             self._keep_snapshot()
         self._keeper = MaskKeeper(self._weights, optimizer)
+        if isinstance(ignored_layers, str) and ignored_layers == "first_last" and self.dense_layers:
+            said = "stay dense, as the first convolution and the last linear layer: ignored_layers=() prunes all"
+            _log.info("%s: %s", ", ".join(self.dense_layers), said)
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Parameter name to its bool mask, True = keep: all True before pruning, empty after :meth:`squash_mask`."""
         return dict(self._keeper.masks)
+
+    @property
+    def dense_layers(self) -> tuple[str, ...]:
+        """Names of the convolutions and linear layers that are not pruned, by ``ignored_layers``."""
+        return layers_left_dense(self._model, self._weights)
 
     @property
     def permutations(self) -> dict[str, Permutation]:
@@ -415,4 +427,5 @@ class Pruner:
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self._settings.items())
-        return f"Pruner({settings}; {len(self._weights)} layers, step {self._steps}, now {self.sparsity():.4f})"
+        dense = f", dense: {', '.join(self.dense_layers)}" if self.dense_layers else ""
+        return f"Pruner({settings}; {len(self._weights)} layers{dense}, step {self._steps}, now {self.sparsity():.4f})"
