@@ -8,7 +8,8 @@ that follows is useful multiply-adds against the cycles of the busier of two uni
 included:
 
     tensor cores    what is multiplied, at 1024 multiply-adds a cycle
-    shared memory   gathers (ldmatrix), copies into it (cp.async) and the weights' way through the same cache
+    shared memory   gathers (ldmatrix), copies into it (cp.async), and the way of weights and distances through the
+                    same cache
 
 An upper bound: no latency, no memory, no partly filled tiles. Two kinds of masks, as no trained weights are at hand:
 "initial", the largest vectors of torchvision's initial weights; "uneven", the same after each input channel was scaled
@@ -85,15 +86,17 @@ def measure(conv: torch.nn.Conv2d, mask: torch.Tensor, vector: int) -> dict:
     copies = {p for p, space, kind, size, *_ in counted if (space, kind, size) == ("shared", "write", 16)}
     gathers = [r for r in counted if r[1:4] == ("shared", "read", 16)]
     written = [r for r in counted if r[1:4] == ("shared", "write", 16)]
-    weight_bytes = {8: 4, 16: 8}.get(vector, 16)
-    weights = [r for r in counted if r[1:4] == ("global", "read", weight_bytes) and r[0] not in copies]
+    # Weights, distances and whatever else: each lane its own, 128 bytes a wavefront.
+    loaded = sum(
+        requests * max(1, size * 32 // 128)
+        for place, space, kind, size, requests, *_ in counted
+        if (space, kind) == ("global", "read") and place not in copies
+    )
     # Results pass through shared memory at the end: those reads are of 16 bytes, too, and meet no conflicts.
     result_bytes = 4 if vector == 8 else 8
     results = sum(r[4] for r in counted if r[1:4] == ("shared", "write", result_bytes)) * result_bytes // 16
     gathered, least = (sum(r[i] for r in gathers) - 4 * results for i in (5, 6))
     copied, copied_least = sum(r[5] for r in written), sum(r[6] for r in written)
-    # Each lane its own: 128 bytes a wavefront.
-    loaded = sum(r[4] for r in weights) * weight_bytes * 32 // 128
     tensor = (sum(r[4] for r in gathers) - results) * vector / 4  # cycles of what an ldmatrix feeds
     useful = values.numel() * output[0, 0].numel() * 8 / 1024
     return {

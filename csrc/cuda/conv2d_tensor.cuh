@@ -1,6 +1,7 @@
 // Sparse convolution on tensor cores, for rows in groups of V >= 8 that share their columns; 16-bit values, fp32 sums.
 //
-// As in conv2d.cuh a block of threads stages all channels of a tile of positions and serves many output rows with it.
+// As in conv2d.cuh a block of threads stages all channels of a tile of positions and serves many output rows with it,
+// where a stride sees phases of a channel each of them as a plane of its own, without those that none of the rows reads.
 // Innermost are 8 lanes (images or strips), 16 bytes: a gathered column at one position is one row of an ldmatrix, whose
 // address is the column's distance plus the position's. Transposed, eight of them are the 8 columns of an operand:
 //
@@ -8,7 +9,7 @@
 //   V = 8:    C [2 positions of 8 lanes x 8 rows] += A [the same x 16 columns, activations] * B [16 columns x 8 rows]
 //
 // The eight rows of a matrix are read at once when they lie in different banks, that is when their distances differ
-// modulo 8 vectors. Two things see to it. Planes have an odd pitch, and which channel of a block lies in which plane is
+// modulo 8 vectors. Two things see to it. Planes have an odd pitch, and in which slot each plane of a block lies is
 // chosen, for each block of rows, so that the distances of each slice fall evenly into the eight residues; and each
 // slice's columns are dealt out to its octets residue by residue. That is the plan of a pattern, made once by the kernels
 // of conv2d_tensor_pattern.cuh; the values are put in its order at each call.
@@ -127,43 +128,47 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
     }
   }
 
-  uint4* buffers = shared_memory<uint4>();  // [2][zeros + block_channels * pitch]
-  const int buffer_size = p.zeros + p.block_channels * p.pitch;
-  for (int i = threadIdx.x; i < 2 * p.zeros; i += blockDim.x) {
+  uint4* buffers = shared_memory<uint4>();  // [2, or 1 for all][zeros + block_planes * pitch]
+  const int buffer_size = p.zeros + p.block_planes * p.pitch;
+  for (int i = threadIdx.x; i < min(p.blocks, 2) * p.zeros; i += blockDim.x) {
     store_vector(buffers + i / p.zeros * buffer_size + i % p.zeros, uint4{0, 0, 0, 0});
   }
   const uint4* source = static_cast<const uint4*>(p.input) +
                         (unit * p.source_channels + int64_t(group) * p.channels_per_group) * p.source_plane;
-  const int32_t* channel_at = p.plan.channel_at + int64_t(blockIdx.y) * p.channels_per_group;
-  auto source_of = [&](int position) {
-    const int column = x0 + position % p.tile_columns;
-    int rest = position / p.tile_columns;
-    const int phase_x = rest % p.phases[1];
-    rest /= p.phases[1];
-    const int row = y0 + rest % p.tile_rows, phase_y = rest / p.tile_rows;
-    const int y = row * p.source[0].step + phase_y * p.source[0].phase_step + p.source[0].origin;
-    const int x = column * p.source[1].step + phase_x * p.source[1].phase_step + p.source[1].origin;
-    const bool inside = y >= 0 && y < p.source[0].limit && x >= 0 && x < p.source[1].limit;
-    return inside ? y * p.source_pitch + x : -1;  // zeros
-  };
-  int from_lane[kCopies];
+  const int32_t* plane_at = p.plan.plane_at + int64_t(blockIdx.y) * p.planes_per_group;
+  // Of a vector of a plane: its row in the upper half, its column in the lower.
+  auto place_in_plane = [&](int i) { return i / p.tile_columns << 16 | i % p.tile_columns; };
+  int places[kCopies];
 #pragma unroll
-  for (int j = 0; j < kCopies; ++j) from_lane[j] = lane + j * 32 < p.plane ? source_of(lane + j * 32) : -2;
+  for (int j = 0; j < kCopies; ++j) places[j] = place_in_plane(lane + j * 32);
+  const int y_begin = y0 * p.source[0].step + p.source[0].origin, x_begin = x0 * p.source[1].step + p.source[1].origin;
+  const int phases = p.phases[0] * p.phases[1];
   auto stage = [&](int block) {
-    const int first = block * p.block_channels;
-    const int count = min(p.block_channels, p.channels_per_group - first);
+    const int first = block * p.block_planes;
+    const int count = min(p.block_planes, p.planes_per_group - first);
     for (int i = warp; i < count; i += warps) {
-      const int channel = min(max(channel_at[first + i], 0), p.channels_per_group - 1);
+      int channel = min(plane_at[first + i], p.planes_per_group - 1), y_phase = y_begin, x_phase = x_begin;
+      int size = p.plane;
+      if (channel < 0) continue;
+      if (phases > 1) {
+        const int phase = channel % phases, phase_y = phase / p.phases[1];
+        channel /= phases;
+        y_phase += phase_y * p.source[0].phase_step;
+        x_phase += phase % p.phases[1] * p.source[1].phase_step;
+        if (phase_y > p.last_whole_phase) size -= p.tile_columns;
+      }
       const uint4* from = source + int64_t(channel) * p.source_plane;
       uint4* to = buffers + block % 2 * buffer_size + p.zeros + i * p.pitch;
+      auto copy = [&](int to_vector, int place) {
+        const int y = y_phase + (place >> 16) * p.source[0].step, x = x_phase + (place & 0xffff) * p.source[1].step;
+        const bool inside = y >= 0 && y < p.source[0].limit && x >= 0 && x < p.source[1].limit;
+        copy_async16(to + to_vector, from + (inside ? y * p.source_pitch + x : 0), inside);  // outside zeros
+      };
 #pragma unroll
       for (int j = 0; j < kCopies; ++j) {
-        if (from_lane[j] != -2) copy_async16(to + lane + j * 32, from + max(from_lane[j], 0), from_lane[j] >= 0);
+        if (lane + j * 32 < size) copy(lane + j * 32, places[j]);
       }
-      for (int position = lane + kCopies * 32; position < p.plane; position += 32) {
-        const int at = source_of(position);
-        copy_async16(to + position, from + max(at, 0), at >= 0);
-      }
+      for (int v = lane + kCopies * 32; v < size; v += 32) copy(v, place_in_plane(v));
     }
   };
   stage(0);
@@ -173,7 +178,7 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
 
   // Lanes 8 * i ... 8 * i + 7 give the rows of matrix i: for K = 16 the columns of two octets at two positions, in the
   // order of the operand's words; for K = 8 of one octet at four.
-  const int row_pitch = p.phases[1] * p.tile_columns;
+  const int row_pitch = p.tile_columns;
   const int column16 = kRows == 8 ? lane % 8 + lane / 16 * 8 : lane % 16;
   const int position16 = kRows == 8 ? lane / 8 % 2 : lane / 16, position8 = lane / 8;
   const int place0 = position_warp * kPositions;

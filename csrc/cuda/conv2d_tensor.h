@@ -18,7 +18,7 @@ constexpr TensorVariant kTensorVariants[] = {
 };
 constexpr int kTensorWarps = 8;
 constexpr int kLanes = 8;  // images or strips side by side: 16 bytes
-constexpr int kMostBlockChannels = 128;
+constexpr int kMostBlockPlanes = 128;
 constexpr int kMostSlices = 4 * kTensorWarps;  // of a block of threads
 
 // Of 16-bit values, in lanes: [unit][channel][phase y][rows][phase x][columns][8]; see Lanes.
@@ -31,7 +31,7 @@ struct ToLanes16Params {
   void* to;
 };
 
-// How an index of a staged tile, (phase, index) in an axis, becomes one of the source: index * step + phase * phase_step +
+// How an index of a staged plane, (phase, index) in an axis, becomes one of the source: index * step + phase * phase_step +
 // origin, outside of 0 ... limit - 1 a zero. A source made by to_lanes16_kernel has the phases one behind the other and
 // the padding in it; activations that lie in lanes from the layer before have neither.
 struct SourceAxis {
@@ -43,7 +43,7 @@ struct SourceAxis {
 struct TensorPlan {
   int32_t* order;       // [groups][slices of a group], heaviest first
   int32_t* starts;      // [slice][blocks + 1], in octets
-  int32_t* channel_at;  // [groups * row_blocks][channels_per_group], the channel that lies in a plane
+  int32_t* plane_at;    // [groups * row_blocks][planes_per_group], channel * phases + phase; -1: read by no row
   int32_t* distances;   // [octet][8], in vectors from the begin of a staged block
   int32_t* columns;     // [octet][8], packed vector * slices + slice of the vector; -1: fills up
 };
@@ -51,14 +51,14 @@ struct TensorPlan {
 struct TensorPatternParams {
   const int32_t *crow, *col;
   int row_groups, row_groups_per_group, slices, slices_per_group;
-  int n_vectors, channels_per_group, block_channels, blocks;
+  int n_vectors, planes_per_group, block_planes, blocks;
   TapAxis axes[2];
-  int phases_x, tile_rows, tile_columns;  // of a staged plane: [phase y][tile_rows][phase x][tile_columns]
+  int phases[2], tile_columns;            // of a staged plane: [tile_rows][tile_columns]
   int pitch;                              // from plane to plane, in vectors; odd
   int zeros;                              // before the first plane, in vectors
   int row_blocks, block_slices;           // per group of the convolution; of a block of threads
-  int most_octets;                        // of a slice and block of channels
-  int32_t* slot_of;                       // [groups * row_blocks][channels_per_group]
+  int most_octets;                        // of a slice and block of planes
+  int32_t* slot_of;                       // [groups * row_blocks][planes_per_group]
   void* sorted;                           // [n_vectors * slices] {vector, distance}
   TensorPlan plan;
 };
@@ -75,14 +75,15 @@ struct TensorConv2dParams {
   const void* input;  // in lanes: planes of `source_plane` vectors, rows `source_pitch` apart
   int source_channels, source_plane, source_pitch;
   SourceAxis source[2];
-  int phases[2];
+  int phases[2], last_whole_phase;  // later ones are a row shorter
   TensorPlan plan;
   const int32_t* row_indices;
   const void* fragments;
-  int all_slices, slices, slices_per_group, vector, rows_per_group, out_channels, channels_per_group, block_channels, blocks;
+  int all_slices, slices, slices_per_group, vector, rows_per_group, out_channels, channels_per_group;
+  int planes_per_group, block_planes, blocks;
   int n_octets;
   int row_warps, position_warps, row_blocks;
-  int tile_h, tile_w, tiles_h, tiles_w, tile_rows, tile_columns, plane, pitch, zeros;
+  int tile_h, tile_w, tiles_h, tiles_w, tile_columns, plane, pitch, zeros;
   unsigned most_distance;  // so that what is gathered lies in the staged block
   const void *scale, *shift, *residual;
   Activation activation;
@@ -98,8 +99,9 @@ struct TensorConv2dParams {
 constexpr int64_t zero_vectors(int64_t tile_h, int64_t tile_w, int64_t row_pitch) {
   return (8 + (tile_h - 1) * row_pitch + tile_w - 1 + 7) / 8 * 8;
 }
-constexpr int64_t staged_bytes(int64_t block_channels, int64_t pitch, int64_t zeros) {
-  return (zeros + block_channels * pitch) * 16;
+// While a block of planes is read, the next is copied: two buffers, unless one takes all planes.
+constexpr int64_t staged_bytes(int64_t block_planes, int64_t blocks, int64_t pitch, int64_t zeros) {
+  return (blocks > 1 ? 2 : 1) * (zeros + block_planes * pitch) * 16;
 }
 // Of one warp, at the end: 8 rows and lanes of each position, in a pitch that spreads them over the banks.
 constexpr int64_t result_bytes(int positions) { return int64_t(64) * (positions + 1) * 4; }

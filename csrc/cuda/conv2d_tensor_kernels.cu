@@ -17,7 +17,7 @@ template <int kIndex>
 cudaError_t launch_variant(const TensorConv2dParams& params, dim3 grid, cudaStream_t stream) {
   constexpr TensorVariant v = kTensorVariants[kIndex];
   const int warps = params.row_warps * params.position_warps;
-  const size_t staged = 2 * staged_bytes(params.block_channels, params.pitch, params.zeros);
+  const size_t staged = staged_bytes(params.block_planes, params.blocks, params.pitch, params.zeros);
   const size_t bytes = std::max<size_t>(staged, warps * result_bytes(v.positions));
   if (params.dtype == DType::float16) {
     return SPARSEKD_LAUNCH((conv2d_tensor_kernel<Half, v.rows, v.groups, v.positions, v.run>), grid, dim3(32 * warps),
@@ -68,8 +68,8 @@ int sparsekd_to_lanes16(const ToLanes16Params* params, void* stream) {
 int sparsekd_tensor_plan(const TensorPatternParams* params, int groups, void* stream) {
   auto* on = static_cast<cudaStream_t>(stream);
   constexpr int kWarps = 4;
-  const size_t ints = size_t(params->block_slices) * params->block_channels + kMostSlices * 8 +
-                      3 * params->block_channels + params->block_slices + kWarps;
+  const size_t ints = size_t(params->block_slices) * params->block_planes + kMostSlices * 8 +
+                      3 * params->block_planes + params->block_slices + kWarps;
   const cudaError_t error = SPARSEKD_LAUNCH(tensor_planes_kernel, dim3(params->blocks, groups * params->row_blocks),
                                             dim3(32 * kWarps), sizeof(int) * ints, on, *params);
   if (error != cudaSuccess) return error;
