@@ -8,17 +8,17 @@ from pathlib import Path
 import emulated
 import pytest
 
-FILES = ("conv2d_tensor.cuh", "conv2d_tensor_pattern.cuh")
+FILES = tuple(f"conv2d_tensor{part}.cuh" for part in ("", "_pattern", "_stage", "_finish"))
 
 # what stands in one of FILES, what is put in its place, what the checker says of it.
 BUGS = {
     "no barrier after the copies": (
-        "    __syncthreads();  // what other threads copied\n",
+        "      __syncthreads();  // what other threads copied\n",
         "",
         "asynchronous copy|no barrier between|before it was written",
     ),
     "no barrier before the buffer is filled again": (
-        "    __syncthreads();  // before the buffer is filled again\n",
+        "      __syncthreads();  // before the buffer is filled again\n",
         "",
         "asynchronous copy|no barrier between",
     ),

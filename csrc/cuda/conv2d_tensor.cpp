@@ -100,6 +100,7 @@ at::Tensor make_plan(Call& call, const TensorProblem& problem, const Tiling& til
   p.blocks = int(tile.blocks);
   std::copy_n(problem.axes, 2, p.axes);
   std::copy_n(tile.phases, 2, p.phases);
+  p.block_fours = tile.block_fours;
   p.tile_columns = tile.tile_columns;
   p.pitch = tile.pitch;
   p.zeros = tile.zeros;
@@ -147,10 +148,10 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.channels_per_group = int(problem.in_channels / problem.groups);
   p.planes_per_group = int(tile.planes);
   p.block_planes = tiling.block_planes;
+  p.block_fours = tile.block_fours;
   p.blocks = int(tile.blocks);
   p.n_octets = int(tile.n_octets);
   p.row_warps = tiling.row_warps;
-  p.position_warps = tiling.position_warps;
   p.row_blocks = int(tile.row_blocks);
   p.tile_h = tiling.tile_h;
   p.tile_w = tiling.tile_w;
@@ -160,6 +161,9 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.plane = tile.plane;
   p.pitch = tile.pitch;
   p.zeros = tile.zeros;
+  p.buffer = int(tile.buffers.vectors);
+  p.threads = 32 * tiling.row_warps * tiling.position_warps;
+  p.shared_bytes = int(tile.buffers.bytes);
   p.most_distance = tile.zeros + tiling.block_planes * tile.pitch - 1 - (tiling.tile_h - 1) * tile.tile_columns -
                     (tiling.tile_w - 1);
   p.scale = pointer(operands.scale);
@@ -178,10 +182,15 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.out_c = output.stride(1);
   p.out_h = output.stride(2);
   p.out_w = output.stride(3);
-  const int64_t grid_x = source.units * p.tiles_h * p.tiles_w;
-  TORCH_CHECK_VALUE(grid_x <= kLimit, "Expected fewer than 2^31 tiles of positions, got ", grid_x);
+  // As many blocks of threads as live at once, each of which goes on to the next tile.
+  const int64_t tiles = source.units * p.tiles_h * p.tiles_w, grid_y = problem.groups * tile.row_blocks;
+  TORCH_CHECK_VALUE(tiles < kLimit / 2, "Expected fewer than 2^30 tiles of positions, got ", tiles);
+  p.tiles = int(tiles);
+  const TensorDevice device = tensor_device(call, input);
+  const int64_t turns = ceil_div(tiles * grid_y, device.multiprocessors * tile.resident(tiling, device));
+  const int grid_x = int(ceil_div(tiles, turns));
   ++on_tensor_cores;
-  call.launched(sparsekd_conv2d_tensor(&p, &tiling.variant, grid_x, int(problem.groups * tile.row_blocks), call.stream()));
+  call.launched(sparsekd_conv2d_tensor(&p, &tiling.variant, grid_x, int(grid_y), call.stream()));
 }
 
 bool run_on_tensor_cores(Call& call, const TensorProblem& problem, const at::Tensor& crow, const at::Tensor& col,

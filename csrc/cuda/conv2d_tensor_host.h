@@ -31,8 +31,10 @@ struct Tiling {
 
 // What follows from a tiling.
 struct Tile {
-  int phases[2], tile_rows, tile_columns, plane, pitch, zeros;
-  int64_t slices, all_slices, slices_per_group, planes, blocks, block_slices, row_blocks, n_octets, bytes;
+  int phases[2], tile_rows, tile_columns, plane, pitch, zeros, block_fours;
+  int64_t slices, all_slices, slices_per_group, planes, blocks, block_slices, row_blocks, n_octets;
+  Buffers buffers;
+  int64_t resident(const Tiling& tiling, const TensorDevice& device) const;  // blocks of threads on a multiprocessor
   int64_t plan_ints() const;
   TensorPlan plan(const at::Tensor& ints) const;  // [order | starts | plane_at | distances | columns]
 };

@@ -1,7 +1,6 @@
 // Launches the kernels of conv2d_tensor.cuh.
 #include "conv2d_tensor.cuh"
 
-#include <algorithm>
 #include <utility>
 
 namespace sparsekd::cuda {
@@ -16,15 +15,13 @@ bool same(const TensorVariant& a, const TensorVariant& b) {
 template <int kIndex>
 cudaError_t launch_variant(const TensorConv2dParams& params, dim3 grid, cudaStream_t stream) {
   constexpr TensorVariant v = kTensorVariants[kIndex];
-  const int warps = params.row_warps * params.position_warps;
-  const size_t staged = staged_bytes(params.block_planes, params.blocks, params.pitch, params.zeros);
-  const size_t bytes = std::max<size_t>(staged, warps * result_bytes(v.positions));
+  const dim3 block(params.threads);
   if (params.dtype == DType::float16) {
-    return SPARSEKD_LAUNCH((conv2d_tensor_kernel<Half, v.rows, v.groups, v.positions, v.run>), grid, dim3(32 * warps),
-                           bytes, stream, params);
+    return SPARSEKD_LAUNCH((conv2d_tensor_kernel<Half, v.rows, v.groups, v.positions, v.run>), grid, block,
+                           params.shared_bytes, stream, params);
   }
-  return SPARSEKD_LAUNCH((conv2d_tensor_kernel<BFloat16, v.rows, v.groups, v.positions, v.run>), grid, dim3(32 * warps),
-                         bytes, stream, params);
+  return SPARSEKD_LAUNCH((conv2d_tensor_kernel<BFloat16, v.rows, v.groups, v.positions, v.run>), grid, block,
+                         params.shared_bytes, stream, params);
 }
 
 template <int... kIndex>
@@ -88,8 +85,8 @@ int sparsekd_tensor_values(const TensorValuesParams* params, int rows, void* str
   }
 }
 
-int sparsekd_conv2d_tensor(const TensorConv2dParams* params, const TensorVariant* variant, int64_t grid_x, int grid_y,
+int sparsekd_conv2d_tensor(const TensorConv2dParams* params, const TensorVariant* variant, int grid_x, int grid_y,
                            void* stream) {
-  return launch_conv2d(*params, *variant, dim3(static_cast<unsigned>(grid_x), grid_y),
+  return launch_conv2d(*params, *variant, dim3(grid_x, grid_y),
                        static_cast<cudaStream_t>(stream), std::make_integer_sequence<int, kVariants>{});
 }

@@ -201,8 +201,9 @@ __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternP
     __syncthreads();  // before they are read again
   }
   const int64_t at = int64_t(blockIdx.y) * p.planes_per_group + first_plane;
+  int32_t* plane_at = p.plan.plane_at + (int64_t(blockIdx.y) * p.blocks + block) * p.block_fours * 4;
   for (int plane = threadIdx.x; plane < planes; plane += blockDim.x) {
-    p.plan.plane_at[at + slot_in[plane]] = weights[plane] ? first_plane + plane : -1;
+    plane_at[slot_in[plane]] = weights[plane] ? first_plane + plane : -1;
     p.slot_of[at + plane] = slot_in[plane];
   }
 }

@@ -61,14 +61,15 @@ Tile tile_of(const TensorProblem& problem, const Tiling& tiling) {
   tile.block_slices = int64_t(tiling.row_warps) * tiling.variant.groups;
   tile.row_blocks = ceil_div(tile.slices_per_group, tile.block_slices);
   tile.n_octets = tile.slices * (problem.n_vectors / 8 + problem.row_groups * tile.blocks);
-  tile.bytes = std::max(staged_bytes(tiling.block_planes, tile.blocks, tile.pitch, tile.zeros),
-                        tiling.row_warps * tiling.position_warps * result_bytes(tiling.variant.positions));
+  tile.block_fours = int(ceil_div(int64_t(tiling.block_planes), int64_t(4)));
+  tile.buffers = buffers_of(tiling.block_planes, tile.blocks, tile.pitch, tile.zeros,
+                            tiling.row_warps * tiling.position_warps * result_bytes(tiling.variant.positions));
   return tile;
 }
 
 int64_t Tile::plan_ints() const {
   const int64_t groups = all_slices / slices_per_group;
-  return in_fours(all_slices) + in_fours(all_slices * (blocks + 1)) + in_fours(groups * row_blocks * planes) +
+  return in_fours(all_slices) + in_fours(all_slices * (blocks + 1)) + groups * row_blocks * blocks * block_fours * 4 +
          n_octets * 16;
 }
 
@@ -78,15 +79,19 @@ TensorPlan Tile::plan(const at::Tensor& ints) const {
   plan.order = static_cast<int32_t*>(const_cast<void*>(ints.const_data_ptr()));
   plan.starts = plan.order + in_fours(all_slices);
   plan.plane_at = plan.starts + in_fours(all_slices * (blocks + 1));
-  plan.distances = plan.plane_at + in_fours(groups * row_blocks * planes);
+  plan.distances = plan.plane_at + groups * row_blocks * blocks * block_fours * 4;
   plan.columns = plan.distances + n_octets * 8;
   return plan;
 }
 
-namespace {
+// By shared memory, of which each block takes 1 KiB more than it asks for, and registers: the kernels' eight warps take
+// nearly all.
+int64_t Tile::resident(const Tiling& tiling, const TensorDevice& device) const {
+  const int64_t by_registers = kTensorWarps / (tiling.row_warps * tiling.position_warps);
+  return std::max<int64_t>(std::min(by_registers, (device.shared_bytes + 1024) / (buffers.bytes + 1024)), 1);
+}
 
-// Shared memory of an SM beside what one block may have, and of each block beside what it asks for.
-constexpr int64_t kReserved = 1024;
+namespace {
 
 // By cycles of an SM, counted as at the head of conv2d_tensor.cuh: what shared memory delivers (128 bytes a cycle) to
 // the operands and takes from the copies, or what the tensor cores multiply (1024 a cycle), whichever is more.
@@ -111,14 +116,16 @@ double cost_of(const TensorProblem& problem, const TensorDevice& device, const T
   const double weights = octets * tiling.position_warps * (rows / 8 + 0.5);
   const double multiplied = octets * positions * rows / 16;
 
-  // Before a block has anything to work on, its first planes come from L2, which has about 47 bytes a cycle for an SM.
-  // Two blocks on an SM, where they fit, wait for each other instead. At the end some SMs have no block left.
-  const int64_t warps = int64_t(tiling.row_warps) * tiling.position_warps;
-  const bool two = 2 * warps <= kTensorWarps && 2 * (tile.bytes + kReserved) <= device.shared_bytes + kReserved;
-  const double waiting = 600 + (two ? 0.0 : copied / static_cast<double>(tile.blocks) * 128 / 47);
-  const double turns = static_cast<double>(
-      ceil_div(tiles * problem.groups * tile.row_blocks, int64_t(device.multiprocessors) * (two ? 2 : 1)));
-  return turns * (std::max(gathered + copied + weights, multiplied) * (two ? 2 : 1) + waiting);
+  const double finished = slices * rows * positions / 2;  // results through shared memory, there and back
+  const double worked = std::max(gathered + copied + weights, multiplied) + finished;
+  // L2 has about 47 bytes a cycle for an SM. Copies wait for the only buffer while it is read, if no other block has
+  // work meanwhile. At the end some SMs have no block left.
+  const double fetched = copied * 128 / 47;
+  const int64_t resident = tile.resident(tiling, device);
+  const double waiting = resident == 1 && tile.blocks == 1 ? std::max(fetched - finished, 0.0) : 0.0;
+  const double turns =
+      static_cast<double>(ceil_div(tiles * problem.groups * tile.row_blocks, device.multiprocessors * resident));
+  return turns * (std::max(worked, fetched) * static_cast<double>(resident) + waiting) + fetched + 600;
 }
 
 }  // namespace
@@ -145,13 +152,13 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
         Tiling tiling{variant, int(row_warps), position_warps, tile_h, tile_w, 1};
         const Tile one = tile_of(problem, tiling);
         // All planes at once, or as many as fit twice.
-        const int64_t fitting = (device.shared_bytes / 2 - one.zeros * 16) / (one.pitch * 16);
+        const int64_t fitting = (device.shared_bytes / 2 - one.zeros * 16) / (int64_t(one.pitch) * 16);
         for (const int64_t most : {one.planes, std::min(fitting, one.planes)}) {
           if (most < 1) continue;
           const int64_t blocks = ceil_div(one.planes, std::min<int64_t>(most, kMostBlockPlanes));
           tiling.block_planes = int(ceil_div(one.planes, blocks));
           const Tile tile = tile_of(problem, tiling);
-          if (tile.bytes > device.shared_bytes) continue;
+          if (tile.buffers.bytes > device.shared_bytes) continue;
           const double cost = cost_of(problem, device, tiling, tile);
           if (best && least <= cost) continue;
           best = tiling;
@@ -189,9 +196,9 @@ Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, con
                         in_rows && tiling.block_planes <= kMostBlockPlanes,
                     "Expected a tiling whose warps cover its tile, got ", numbers);
   const Tile tile = tile_of(problem, tiling);
-  TORCH_CHECK_VALUE(tiling.block_planes <= tile.planes && tile.bytes <= device.shared_bytes,
+  TORCH_CHECK_VALUE(tiling.block_planes <= tile.planes && tile.buffers.bytes <= device.shared_bytes,
                     "Expected a tiling that fits ", tile.planes, " planes and ", device.shared_bytes,
-                    " bytes of shared memory, got ", numbers, ", which takes ", tile.bytes);
+                    " bytes of shared memory, got ", numbers, ", which takes ", tile.buffers.bytes);
   const std::string reason = unfit(problem, tile);
   TORCH_CHECK_VALUE(reason.empty(), "E", reason.empty() ? "" : reason.substr(1));
   return tiling;

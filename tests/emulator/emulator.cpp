@@ -424,17 +424,22 @@ void access(const void* address, unsigned bytes, bool write, const void* pc) {
 }
 
 void copy_async(void* to, const void* from, unsigned bytes, bool valid, const void* pc) {
+  auto trace = [&](bool shared, uintptr_t address) {
+    if (counting) traces[{self()->warp, Request{pc, shared, shared, 16}}][self()->lane].push_back(address);
+  };
+  if (bytes == 0) {
+    trace(false, kNowhere);
+    trace(true, kNowhere);
+    return;
+  }
   Region& region = checked_region(to, bytes, true);
   check_cells(region, to, bytes, true);  // those who read and wrote before must be done by now
   if (valid) access(from, bytes, false, pc);
-  if (!valid && counting) traces[{self()->warp, Request{pc, false, false, bytes}}][self()->lane].push_back(kNowhere);
+  if (!valid) trace(false, kNowhere);
   const size_t offset = static_cast<unsigned char*>(to) - region.begin;
   for (unsigned i = 0; i < bytes; i += 2) region.cells[(offset + i) / 2].pending = true;
   self()->open.push_back({static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, valid});
-  if (counting) {
-    const Request request{pc, true, true, bytes};
-    traces[{self()->warp, request}][self()->lane].push_back(reinterpret_cast<uintptr_t>(to));
-  }
+  trace(true, reinterpret_cast<uintptr_t>(to));
 }
 
 void copy_async_commit() {
