@@ -80,16 +80,19 @@ def measure(conv: torch.nn.Conv2d, mask: torch.Tensor, vector: int) -> dict:
     size = SIZE if conv.stride[0] == 1 else 2 * SIZE
     input = torch.randn(8, weight.shape[1], size, size, dtype=torch.float16)
     geometry = (weight.shape[0], conv.kernel_size, conv.stride, conv.padding, conv.dilation, 1)
+    ops, many = emulated.emulator().ops, [8, weight.shape[1], 8 * size, 8 * size]
+    tiling = ops.conv2d_tiling(col, vector, many, *geometry)  # the one for many tiles
+    plan = ops.conv2d_plan(crow, col, tiling, vector, many, *geometry)
     with emulated.counting():
-        output = emulated.emulator().ops.conv2d(input, values, crow, col, None, None, None, *geometry)
+        output = ops.conv2d_planned(input, values, plan, tiling, *[None] * 4, "none", False, *geometry)
         counted = requests()
     copies = {p for p, space, kind, size, *_ in counted if (space, kind, size) == ("shared", "write", 16)}
     gathers = [r for r in counted if r[1:4] == ("shared", "read", 16)]
     written = [r for r in counted if r[1:4] == ("shared", "write", 16)]
-    # Weights, distances and whatever else: each lane its own, 128 bytes a wavefront.
+    # Weights, distances and whatever else: four sectors a wavefront.
     loaded = sum(
-        requests * max(1, size * 32 // 128)
-        for place, space, kind, size, requests, *_ in counted
+        max(requests, -(-sectors // 4))
+        for place, space, kind, _, requests, sectors, _ in counted
         if (space, kind) == ("global", "read") and place not in copies
     )
     # Results pass through shared memory at the end: those reads are of 16 bytes, too, and meet no conflicts.
@@ -120,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     import emulated
 
-    # One multiprocessor: the tile that is chosen is then the one for many blocks of threads.
+    # One multiprocessor, which is never short of tiles.
     emulated.emulator().functions.emulator_set_device(8, 163 << 10, 1)
     rows, totals = [], {}
     for kind in args.masks:
