@@ -44,7 +44,7 @@ struct TensorPlan {
   int32_t* order;       // [groups][slices of a group], heaviest first
   int32_t* starts;      // [slice][blocks + 1], in octets
   int32_t* plane_at;    // [groups * row_blocks][blocks][block_fours][4], channel * phases + phase; -1: read by no row
-  int32_t* distances;   // [octet][8], in vectors from the begin of a staged block
+  uint32_t* distances;  // [octet][8], in vectors from the begin of a staged block; see distance_at
   int32_t* columns;     // [octet][8], packed vector * slices + slice of the vector; -1: fills up
 };
 

@@ -22,6 +22,17 @@ __device__ __forceinline__ Tap tap_at(const TensorPatternParams& p, int column) 
   return {column / taps * phases + phase_y * p.phases[1] + phase_x, y * p.tile_columns + x};
 }
 
+// Distances have 16 bits. Of each four octets of a slice and block, the first two have the lower halves of words and the
+// others the upper: what one load brings serves two steps of the convolution, which take two octets each. `first` is the
+// first of the slice and block, and what fills up the last four lies in the words of its own octets.
+__device__ __forceinline__ int64_t distance_word_at(int64_t first, int octet, int place) {
+  return first * 8 + octet / 4 * 16 + octet % 2 * 8 + place;
+}
+__device__ __forceinline__ int distance_half(int octet) { return octet / 2 % 2; }
+__device__ __forceinline__ uint16_t* distance_at(const TensorPlan& plan, int64_t first, int octet, int place) {
+  return reinterpret_cast<uint16_t*>(plan.distances + distance_word_at(first, octet, place)) + distance_half(octet);
+}
+
 struct Range {
   int begin, end;
 };
@@ -325,7 +336,7 @@ __global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatt
         for (int i = lane; i < taken; i += 32) {
           const int octet = by_rank[i], place = filled[octet];
           const int2 entry = load_vector(from + i);
-          store_vector(p.plan.distances + (first + octet) * 8 + place, entry.y);
+          store_vector(distance_at(p.plan, first, octet, place), static_cast<uint16_t>(entry.y));
           store_vector(p.plan.columns + (first + octet) * 8 + place, entry.x * p.slices + part);
           filled[octet] = place + 1;
           most_equal[octet] = max(most_equal[octet], round);
@@ -340,15 +351,14 @@ __global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatt
       const int used = i < count ? filled[i] : 0;
       unsigned residues = 0;
       for (int place = 0; place < 8; ++place) {
-        const int64_t at = (first + i) * 8 + place;
         if (place < used) {
-          residues |= 1u << p.plan.distances[at] % 8;
+          residues |= 1u << *distance_at(p.plan, first, i, place) % 8;
           continue;
         }
         const int free = __ffs(~residues) - 1;
         residues |= 1u << free;
-        store_vector(p.plan.distances + at, free);
-        store_vector(p.plan.columns + at, -1);
+        store_vector(distance_at(p.plan, first, i, place), static_cast<uint16_t>(free));
+        store_vector(p.plan.columns + (first + i) * 8 + place, -1);
       }
     }
     __syncwarp();  // before the next block's octets

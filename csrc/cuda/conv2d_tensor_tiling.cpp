@@ -79,8 +79,9 @@ TensorPlan Tile::plan(const at::Tensor& ints) const {
   plan.order = static_cast<int32_t*>(const_cast<void*>(ints.const_data_ptr()));
   plan.starts = plan.order + in_fours(all_slices);
   plan.plane_at = plan.starts + in_fours(all_slices * (blocks + 1));
-  plan.distances = plan.plane_at + groups * row_blocks * blocks * block_fours * 4;
-  plan.columns = plan.distances + n_octets * 8;
+  int32_t* distances = plan.plane_at + groups * row_blocks * blocks * block_fours * 4;
+  plan.distances = reinterpret_cast<uint32_t*>(distances);
+  plan.columns = distances + n_octets * 8;
   return plan;
 }
 
