@@ -13,8 +13,8 @@ struct TensorVariant {
 };
 // Each has 128 sums a lane.
 constexpr TensorVariant kTensorVariants[] = {
-    {8, 2, 32, 8},   {8, 2, 32, 16}, {8, 4, 16, 8},  {16, 1, 32, 8}, {16, 1, 32, 16},
-    {16, 2, 16, 8}, {32, 1, 16, 8}, {32, 1, 16, 16}, {64, 1, 8, 8},
+    {8, 2, 32, 8},   {8, 2, 32, 16}, {8, 4, 16, 4},  {16, 1, 32, 8}, {16, 1, 32, 16},
+    {16, 2, 16, 4}, {32, 1, 16, 8}, {32, 1, 16, 16}, {64, 1, 8, 8},
 };
 constexpr int kTensorWarps = 8;
 constexpr int kLanes = 8;  // images or strips side by side: 16 bytes

@@ -163,8 +163,10 @@ __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternP
   }
   __syncthreads();  // slot_in, sums
 
-  // Then each plane in turn changes places with the one that this makes cheapest, if any: a thread tries one other.
-  for (int plane = 0; plane < planes; ++plane) {
+  // Then, twice, each plane in turn changes places with the one that this makes cheapest, if any: a thread tries one
+  // other.
+  for (int turn = 0; turn < 2 * planes; ++turn) {
+    const int plane = turn % planes;
     const int own = slot_in[plane] * p.pitch % 8;
     int best = 0;  // the gain, negative, in its upper bits
     for (int other = threadIdx.x; other < planes; other += blockDim.x) {

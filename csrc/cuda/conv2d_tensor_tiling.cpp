@@ -114,10 +114,11 @@ double cost_of(const TensorProblem& problem, const TensorDevice& device, const T
   const double density = std::min(columns * phases / static_cast<double>(tile.planes) / taps, 1.0);
   const double read_planes = static_cast<double>(tile.planes) * (1 - std::pow(1 - density, taps / phases * slices));
   const double copied = read_planes * tile.plane / 8;
-  const double weights = octets * tiling.position_warps * (rows / 8 + 0.5);
+  const double weights = octets * tiling.position_warps * (rows / 8 + 0.25);
   const double multiplied = octets * positions * rows / 16;
 
-  const double finished = slices * rows * positions / 2;  // results through shared memory, there and back
+  // Results go through shared memory, there and back, and out as 16 bits: 80 bytes of 8 lanes.
+  const double finished = slices * rows * positions * 80 / 128;
   const double worked = std::max(gathered + copied + weights, multiplied) + finished;
   // L2 has about 47 bytes a cycle for an SM. Copies wait for the only buffer while it is read, if no other block has
   // work meanwhile. At the end some SMs have no block left.
