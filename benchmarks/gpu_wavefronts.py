@@ -14,6 +14,9 @@ included:
 An upper bound: no latency, no memory, no partly filled tiles. Two kinds of masks, as no trained weights are at hand:
 "initial", the largest vectors of torchvision's initial weights; "uneven", the same after each input channel was scaled
 by exp(0.5 * normal), since trained networks prefer some channels.
+
+And of 2:4 on sparse tensor cores the same, of what `mma.sp` reaches on 8.0 (2048 a cycle with the zeros) and on 9.0 (60%
+of 4096): by the number of output channels, which decides the tile.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 SPARSITY, VECTORS, SIZE = 0.9, (8, 16, 32, 64), 16
+SPARSE_MACS = {"8.0": 2048.0, "9.0": 0.6 * 4096}  # a cycle of an SM
 
 
 @functools.cache
@@ -115,6 +119,30 @@ def measure(conv: torch.nn.Conv2d, mask: torch.Tensor, vector: int) -> dict:
     }
 
 
+def measure_24(filters: int) -> dict:
+    """Of a 3 x 3 layer of 64 channels at 512 places: shared memory against sparse tensor cores."""
+    import emulated
+
+    from sparsekd.sparse import formats_24
+
+    input, weight = torch.randn(2, 64, SIZE, SIZE).half(), torch.randn(filters, 64, 3, 3).half()
+    kept = weight.abs().unflatten(1, (-1, 4)).argsort(2).argsort(2).flatten(1, 2) >= 2
+    values, metadata = formats_24.pack_24(weight, kept)
+    input = input.contiguous(memory_format=torch.channels_last)
+    with emulated.counting():
+        output = emulated.emulator().ops.conv2d_24(input, values, metadata, None, filters, *[(3, 3), *[(1, 1)] * 3, 1])
+        costs = emulated.costs("conv2d_24")
+    # What is written by 4 bytes are results, at the end, which are read by 16.
+    results = costs["shared", "write", 4][1]
+    moved = sum(actual for (space, *_), (actual, _) in costs.items() if space == "shared") - 2 * results
+    shares = {arch: output.numel() * 64 * 9 / macs / moved for arch, macs in SPARSE_MACS.items()}
+    return {
+        "filters": filters,
+        "wavefronts": moved,
+        "share_of_mma_sp": {a: round(min(s, 1), 3) for a, s in shares.items()},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, help="only the first of them")
@@ -142,7 +170,12 @@ def main() -> None:
                 )
             totals[f"{kind} V={vector}"] = round(sums[0] / sums[1], 3)
             print(f"{kind:8} V={vector:<3} all layers: {totals[f'{kind} V={vector}']:.0%} of the peak", flush=True)
-    args.out.write_text(json.dumps({"sparsity": SPARSITY, "share_of_peak": totals, "layers": rows}, indent=1) + "\n")
+    sparse = [measure_24(filters) for filters in (64, 128, 256)]
+    for row in sparse:
+        shares = ", ".join(f"{share:.0%} on {arch}" for arch, share in row["share_of_mma_sp"].items())
+        print(f"2:4, {row['filters']} output channels: {shares} of the mma.sp rate")
+    written = {"sparsity": SPARSITY, "share_of_peak": totals, "layers": rows, "2:4": sparse}
+    args.out.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":
