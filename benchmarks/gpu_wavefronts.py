@@ -15,8 +15,8 @@ An upper bound: no latency, no memory, no partly filled tiles. Two kinds of mask
 "initial", the largest vectors of torchvision's initial weights; "uneven", the same after each input channel was scaled
 by exp(0.5 * normal), since trained networks prefer some channels.
 
-And of 2:4 on sparse tensor cores the same, of what `mma.sp` reaches on 8.0 (2048 a cycle with the zeros) and on 9.0 (60%
-of 4096): by the number of output channels, which decides the tile.
+And of 2:4 on sparse tensor cores the same, of what `mma.sp` reaches on 8.0 (2048 a cycle with the zeros) and on 9.0
+(60% of 4096): by the number of output channels, which decides the tile.
 """
 
 from __future__ import annotations
