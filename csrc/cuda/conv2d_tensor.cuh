@@ -111,18 +111,18 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
         const int end = min(p.plan.starts[int64_t(slice[k]) * (p.blocks + 1) + block + 1], p.n_octets);
         next[k] = end;
         if (i >= end) continue;
-        const int first = i;
+        const uint32_t* four = p.plan.distances + distance_word_at(i, -4, 0);
+        bool upper = true;
         Weights<kRows> ahead;
         unsigned distances = 0, distance_ahead = 0;  // in vectors
         auto load = [&](int octet) {
           ahead.load(p.fragments, octet, 0, lane);
           const bool whole = octet + 1 < end;
           if (whole) ahead.load(p.fragments, octet + 1, 1, lane);
-          const int half = distance_half(octet - first);
-          if (half == 0 || !whole) {
-            distances = p.plan.distances[distance_word_at(first, octet - first, whole ? column16 : lane % 8)];
-          }
-          distance_ahead = min(half ? distances >> 16 : distances & 0xffff, p.most_distance);
+          upper = !upper;
+          if (!upper) four += distance_word_at(0, 4, 0);
+          if (!upper || !whole) distances = four[whole ? column16 : lane % 8];
+          distance_ahead = min(upper ? distances >> 16 : distances & 0xffff, p.most_distance);
         };
         load(i);
         for (; i + 1 < end; i += 2) {

@@ -28,9 +28,8 @@ __device__ __forceinline__ Tap tap_at(const TensorPatternParams& p, int column) 
 __device__ __forceinline__ int64_t distance_word_at(int64_t first, int octet, int place) {
   return first * 8 + octet / 4 * 16 + octet % 2 * 8 + place;
 }
-__device__ __forceinline__ int distance_half(int octet) { return octet / 2 % 2; }
 __device__ __forceinline__ uint16_t* distance_at(const TensorPlan& plan, int64_t first, int octet, int place) {
-  return reinterpret_cast<uint16_t*>(plan.distances + distance_word_at(first, octet, place)) + distance_half(octet);
+  return reinterpret_cast<uint16_t*>(plan.distances + distance_word_at(first, octet, place)) + octet / 2 % 2;
 }
 
 struct Range {
