@@ -4,9 +4,10 @@
 #     benchmarks/gpu_run.sh [--rehearse] [FOLDER]
 #
 # Steps that are done are left out when it is started again on the same FOLDER (default: build/gpu_run). A step that
-# fails, or is cut short when the 10 minutes are up, stops the run. FOLDER then holds doctor.txt, build.log, tests.log, golden.json, tuned.json, results.json and
-# results.png, and steps.txt, the list of what is done. --rehearse does every step on a machine with no GPU: Triton's
-# interpreter and the emulator of CUDA in its place, and tiny sizes; no time of it means anything.
+# fails, or is cut short when the 10 minutes are up, stops the run. FOLDER then holds doctor.txt, build.log, tests.log,
+# golden.json, tuned.json, results.json and results.png, and steps.txt, the list of what is done. --rehearse does every
+# step on a machine with no GPU: Triton's interpreter and the emulator of CUDA in its place, and tiny sizes; no time of
+# it means anything.
 # PYTHON chooses the interpreter (default: .venv/bin/python where there is one).
 set -euo pipefail
 cd "$(dirname "$0")/.."

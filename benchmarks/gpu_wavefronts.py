@@ -8,11 +8,15 @@ that follows is useful multiply-adds against the cycles of the busier of two uni
 included:
 
     tensor cores    what is multiplied, at 1024 multiply-adds a cycle
-    shared memory   gathers (ldmatrix), copies into it (cp.async) and the weights' way through the same cache
+    shared memory   gathers (ldmatrix), copies into it (cp.async), and the way of weights and distances through the
+                    same cache
 
 An upper bound: no latency, no memory, no partly filled tiles. Two kinds of masks, as no trained weights are at hand:
 "initial", the largest vectors of torchvision's initial weights; "uneven", the same after each input channel was scaled
 by exp(0.5 * normal), since trained networks prefer some channels.
+
+And of 2:4 on sparse tensor cores the same, of what `mma.sp` reaches on 8.0 (2048 a cycle with the zeros) and on 9.0
+(60% of 4096): by the number of output channels, which decides the tile.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 SPARSITY, VECTORS, SIZE = 0.9, (8, 16, 32, 64), 16
+SPARSE_MACS = {"8.0": 2048.0, "9.0": 0.6 * 4096}  # a cycle of an SM
 
 
 @functools.cache
@@ -79,21 +84,26 @@ def measure(conv: torch.nn.Conv2d, mask: torch.Tensor, vector: int) -> dict:
     size = SIZE if conv.stride[0] == 1 else 2 * SIZE
     input = torch.randn(8, weight.shape[1], size, size, dtype=torch.float16)
     geometry = (weight.shape[0], conv.kernel_size, conv.stride, conv.padding, conv.dilation, 1)
+    ops, many = emulated.emulator().ops, [8, weight.shape[1], 8 * size, 8 * size]
+    tiling = ops.conv2d_tiling(col, vector, many, *geometry)  # the one for many tiles
+    plan = ops.conv2d_plan(crow, col, tiling, vector, many, *geometry)
     with emulated.counting():
-        output = emulated.emulator().ops.conv2d(input, values, crow, col, None, None, None, *geometry)
+        output = ops.conv2d_planned(input, values, plan, tiling, *[None] * 4, "none", False, *geometry)
         counted = requests()
     copies = {p for p, space, kind, size, *_ in counted if (space, kind, size) == ("shared", "write", 16)}
     gathers = [r for r in counted if r[1:4] == ("shared", "read", 16)]
     written = [r for r in counted if r[1:4] == ("shared", "write", 16)]
-    weight_bytes = {8: 4, 16: 8}.get(vector, 16)
-    weights = [r for r in counted if r[1:4] == ("global", "read", weight_bytes) and r[0] not in copies]
+    # Weights, distances and whatever else: four sectors a wavefront.
+    loaded = sum(
+        max(requests, -(-sectors // 4))
+        for place, space, kind, _, requests, sectors, _ in counted
+        if (space, kind) == ("global", "read") and place not in copies
+    )
     # Results pass through shared memory at the end: those reads are of 16 bytes, too, and meet no conflicts.
     result_bytes = 4 if vector == 8 else 8
     results = sum(r[4] for r in counted if r[1:4] == ("shared", "write", result_bytes)) * result_bytes // 16
     gathered, least = (sum(r[i] for r in gathers) - 4 * results for i in (5, 6))
     copied, copied_least = sum(r[5] for r in written), sum(r[6] for r in written)
-    # Each lane its own: 128 bytes a wavefront.
-    loaded = sum(r[4] for r in weights) * weight_bytes * 32 // 128
     tensor = (sum(r[4] for r in gathers) - results) * vector / 4  # cycles of what an ldmatrix feeds
     useful = values.numel() * output[0, 0].numel() * 8 / 1024
     return {
@@ -109,6 +119,30 @@ def measure(conv: torch.nn.Conv2d, mask: torch.Tensor, vector: int) -> dict:
     }
 
 
+def measure_24(filters: int) -> dict:
+    """Of a 3 x 3 layer of 64 channels at 512 places: shared memory against sparse tensor cores."""
+    import emulated
+
+    from sparsekd.sparse import formats_24
+
+    input, weight = torch.randn(2, 64, SIZE, SIZE).half(), torch.randn(filters, 64, 3, 3).half()
+    kept = weight.abs().unflatten(1, (-1, 4)).argsort(2).argsort(2).flatten(1, 2) >= 2
+    values, metadata = formats_24.pack_24(weight, kept)
+    input = input.contiguous(memory_format=torch.channels_last)
+    with emulated.counting():
+        output = emulated.emulator().ops.conv2d_24(input, values, metadata, None, filters, *[(3, 3), *[(1, 1)] * 3, 1])
+        costs = emulated.costs("conv2d_24")
+    # What is written by 4 bytes are results, at the end, which are read by 16.
+    results = costs["shared", "write", 4][1]
+    moved = sum(actual for (space, *_), (actual, _) in costs.items() if space == "shared") - 2 * results
+    shares = {arch: output.numel() * 64 * 9 / macs / moved for arch, macs in SPARSE_MACS.items()}
+    return {
+        "filters": filters,
+        "wavefronts": moved,
+        "share_of_mma_sp": {a: round(min(s, 1), 3) for a, s in shares.items()},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, help="only the first of them")
@@ -117,7 +151,7 @@ def main() -> None:
     args = parser.parse_args()
     import emulated
 
-    # One multiprocessor: the tile that is chosen is then the one for many blocks of threads.
+    # One multiprocessor, which is never short of tiles.
     emulated.emulator().functions.emulator_set_device(8, 163 << 10, 1)
     rows, totals = [], {}
     for kind in args.masks:
@@ -136,7 +170,12 @@ def main() -> None:
                 )
             totals[f"{kind} V={vector}"] = round(sums[0] / sums[1], 3)
             print(f"{kind:8} V={vector:<3} all layers: {totals[f'{kind} V={vector}']:.0%} of the peak", flush=True)
-    args.out.write_text(json.dumps({"sparsity": SPARSITY, "share_of_peak": totals, "layers": rows}, indent=1) + "\n")
+    sparse = [measure_24(filters) for filters in (64, 128, 256)]
+    for row in sparse:
+        shares = ", ".join(f"{share:.0%} on {arch}" for arch, share in row["share_of_mma_sp"].items())
+        print(f"2:4, {row['filters']} output channels: {shares} of the mma.sp rate")
+    written = {"sparsity": SPARSITY, "share_of_peak": totals, "layers": rows, "2:4": sparse}
+    args.out.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

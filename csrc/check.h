@@ -45,6 +45,23 @@ inline void check_values(const at::Tensor& values, const at::Tensor& like, const
   check_size(values, "values", 0, col_indices.size(0), "the number of col_indices");
 }
 
+// The channels' scale or shift, or an undefined tensor.
+inline at::Tensor checked_channels(const std::optional<at::Tensor>& t, const char* name, const at::Tensor& input,
+                                   int64_t channels) {
+  if (!t) return {};
+  check_dim(*t, name, 1);
+  check_size(*t, name, 0, channels, "output channels");
+  check_same(*t, name, input, "input");
+  return t->contiguous();
+}
+
+// What is added to an output of that size.
+inline void check_residual(const at::Tensor& residual, at::IntArrayRef size, const at::Tensor& input) {
+  TORCH_CHECK_VALUE(residual.sizes() == size, "Expected a residual of the output's shape ", size, ", got ",
+                    residual.sizes());
+  check_same(residual, "residual", input, "input");
+}
+
 // All of kd_loss but the targets' values.
 inline void check_kd_loss(const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& target,
                           double temperature, double alpha, double label_smoothing) {

@@ -39,20 +39,4 @@ inline Conv2d24Shape checked_shape_24(const at::Tensor& input, const at::Tensor&
   return shape;
 }
 
-// The channels' scale or shift, or an undefined tensor.
-inline at::Tensor checked_channels_24(const std::optional<at::Tensor>& t, const char* name, const at::Tensor& input,
-                                      int64_t channels) {
-  if (!t) return {};
-  check_dim(*t, name, 1);
-  check_size(*t, name, 0, channels, "output channels");
-  check_same(*t, name, input, "input");
-  return t->contiguous();
-}
-
-inline void check_residual(const at::Tensor& residual, at::IntArrayRef size, const at::Tensor& input) {
-  TORCH_CHECK_VALUE(residual.sizes() == size, "Expected a residual of the output's shape ", size, ", got ",
-                    residual.sizes());
-  check_same(residual, "residual", input, "input");
-}
-
 }  // namespace sparsekd

@@ -98,19 +98,19 @@ BUGS = {
     ),
     "border off by one": ("lanes.cuh", "x < p.axes[1].size;", "x <= p.axes[1].size;", "out of bounds|outside of all"),
     "no barrier after all warps have written": (
-        "kd_loss.cuh",
+        "kd_loss_terms.cuh",
         "  __syncthreads();  // all warps have written\n",
         "",
         "no barrier between|before it was written",
     ),
     "no barrier before the scratch is used again": (
-        "kd_loss.cuh",
+        "kd_loss_terms.cuh",
         "  __syncthreads();  // all have read before the scratch is used again\n",
         "",
         "no barrier between",
     ),
     "labels of rows that don't exist": (
-        "kd_loss.cuh",
+        "kd_loss_terms.cuh",
         "  if (row >= p.rows) return labels;\n",
         "",
         "out of bounds|outside of all",
@@ -217,7 +217,8 @@ for classes, rows in ((10, 13), (21, 5), (100, 9), (1500, 3)):
         logits = torch.randn(2, rows, classes)
         run("kd_loss_forward", logits[0], logits[1], target, 4.0, 0.5, -100, 0.1, False, True)
 """
-RUNS = {"conv2d.cuh": CONV2D, "lanes.cuh": CONV2D, "kd_loss.cuh": KD_LOSS, "weight_grad.cuh": WEIGHT_GRAD}
+RUNS = {"conv2d.cuh": CONV2D, "lanes.cuh": CONV2D, "weight_grad.cuh": WEIGHT_GRAD}
+RUNS |= dict.fromkeys(("kd_loss.cuh", "kd_loss_terms.cuh"), KD_LOSS)
 
 
 def said_of(library, *runs):

@@ -8,17 +8,17 @@ from pathlib import Path
 import emulated
 import pytest
 
-FILES = ("conv2d_tensor.cuh", "conv2d_tensor_pattern.cuh")
+FILES = tuple(f"conv2d_tensor{part}.cuh" for part in ("", "_pattern", "_stage", "_finish"))
 
 # what stands in one of FILES, what is put in its place, what the checker says of it.
 BUGS = {
     "no barrier after the copies": (
-        "    __syncthreads();  // what other threads copied\n",
+        "      __syncthreads();  // what other threads copied\n",
         "",
         "asynchronous copy|no barrier between|before it was written",
     ),
     "no barrier before the buffer is filled again": (
-        "    __syncthreads();  // before the buffer is filled again\n",
+        "      __syncthreads();  // before the buffer is filled again\n",
         "",
         "asynchronous copy|no barrier between",
     ),
@@ -59,6 +59,16 @@ BUGS = {
         "",
         "no barrier between",
     ),
+    "the buffer of the results filled too early": (
+        "      __syncthreads();  // before the buffer of the results is filled again\n",
+        "",
+        "no barrier between|asynchronous copy",
+    ),
+    "results in the only buffer, while it is filled": (
+        "one ? p.buffer :",
+        "one ? p.zeros :",
+        "no barrier between|asynchronous copy",
+    ),
     "column bound off by one": (
         "column < p.positions[1] &&",
         "column <= p.positions[1] &&",
@@ -66,7 +76,8 @@ BUGS = {
     ),
 }
 
-# Three blocks of channels in little shared memory, odd columns and octets, borders, two matrices of rows a warp.
+# Three blocks of channels in little shared memory, odd columns and octets, borders, two matrices of rows a warp; one
+# buffer for all channels in more. Blocks of threads go on from tile to tile.
 RUN = """
 import sys, torch
 sys.path.insert(0, {tests!r})
@@ -74,10 +85,10 @@ import emulated
 from pathlib import Path
 from sparsekd.sparse import formats
 emulator = emulated.load(Path({library!r}))
-emulator.functions.emulator_set_device(8, 40 << 10, 108)
 torch.manual_seed(0)
 said = ""
-for vector, seed in ((8, 0), (16, 1), (32, 0)):
+for vector, seed, shared in ((8, 0, 40), (16, 1, 40), (32, 0, 40), (16, 0, 163)):
+    emulator.functions.emulator_set_device(8, shared << 10, 1)
     emulator.functions.emulator_set_seed(seed)
     mask = (torch.rand(64 // vector, 90, 3, 3) < 0.1).repeat_interleave(vector, 0)
     values, crow, col, _ = formats.pack(torch.randn(64, 90, 3, 3), mask, vector)

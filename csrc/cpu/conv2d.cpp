@@ -32,12 +32,9 @@ at::Tensor entries(const at::Tensor& plan, int64_t from, int64_t count) {
 }
 
 // The channels' scale or shift, if any, in the dtype of the sums.
-at::Tensor checked_channels(const OptionalTensor& tensor, const char* name, const at::Tensor& input, int64_t channels) {
-  if (!tensor) return {};
-  check_dim(*tensor, name, 1);
-  check_size(*tensor, name, 0, channels, "output channels");
-  check_same(*tensor, name, input, "input");
-  return widened(*tensor);
+at::Tensor wide_channels(const OptionalTensor& tensor, const char* name, const at::Tensor& input, int64_t channels) {
+  const at::Tensor checked = checked_channels(tensor, name, input, channels);
+  return checked.defined() ? widened(checked) : checked;
 }
 
 // A tiling of the ops: whether entries lie block by block, and what they depend on.
@@ -79,15 +76,13 @@ at::Tensor run_conv2d(const at::Tensor& input, const at::Tensor& values, const a
   const Conv2dShape shape = checked_shape(input.sizes(), out_channels, geometry.kernel_size, geometry.stride,
                                           geometry.padding, geometry.dilation, geometry.groups);
   check_values(values, input, "input", col_indices);
-  Finish finish{checked_channels(scale, "scale", input, out_channels),
-                checked_channels(shift, shift_name, input, out_channels), {}, activation};
+  Finish finish{wide_channels(scale, "scale", input, out_channels),
+                wide_channels(shift, shift_name, input, out_channels), {}, activation};
   const int64_t size[] = {shape.batch, out_channels, shape.output[0], shape.output[1]};
   const Pattern pattern(crow_indices, col_indices, row_indices, out_channels, geometry.groups, values.size(1));
   const bool last = lies_last(input);
   if (residual) {
-    TORCH_CHECK_VALUE(residual->sizes() == at::IntArrayRef(size), "Expected a residual of the output's shape ",
-                      at::IntArrayRef(size), ", got ", residual->sizes());
-    check_same(*residual, "residual", input, "input");
+    check_residual(*residual, size, input);
     finish.residual = last ? residual->contiguous(at::MemoryFormat::ChannelsLast) : widened(*residual);
   }
   const at::Tensor wide_input = last ? input : widened(input);

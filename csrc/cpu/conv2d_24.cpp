@@ -66,8 +66,8 @@ at::Tensor run(const at::Tensor& input, const at::Tensor& values, const at::Tens
   const Conv2d24Shape shape =
       checked_shape_24(input, values, metadata, out_channels, kernel_size, stride, padding, dilation, groups);
   const int64_t size[] = {shape.conv.batch, out_channels, shape.conv.output[0], shape.conv.output[1]};
-  const at::Tensor scales = checked_channels_24(scale, "scale", input, out_channels);
-  const at::Tensor shifts = checked_channels_24(shift, shift_name, input, out_channels);
+  const at::Tensor scales = checked_channels(scale, "scale", input, out_channels);
+  const at::Tensor shifts = checked_channels(shift, shift_name, input, out_channels);
   if (residual) check_residual(*residual, size, input);
 
   // Half types are computed in float32 and rounded once.

@@ -241,9 +241,7 @@ at::Tensor run_conv2d(const at::Tensor& input, const at::Tensor& values, const a
   const auto format = input.suggest_memory_format();
   const int64_t size[] = {shape.batch, out_channels, shape.output[0], shape.output[1]};
   if (residual) {
-    TORCH_CHECK_VALUE(residual->sizes() == at::IntArrayRef(size), "Expected a residual of the output's shape ",
-                      at::IntArrayRef(size), ", got ", residual->sizes());
-    check_same(*residual, "residual", input, "input");
+    check_residual(*residual, size, input);
     finish.residual = residual->contiguous(format);
   }
   const at::Tensor output = at::empty(size, input.options().memory_format(format));

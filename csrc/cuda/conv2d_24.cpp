@@ -69,8 +69,8 @@ at::Tensor run(const at::Tensor& input, const at::Tensor& values, const at::Tens
   const Conv2d24Shape shape =
       checked_shape_24(input, values, metadata, out_channels, kernel_size, stride, padding, dilation, groups);
   const Conv2dShape& conv = shape.conv;
-  const at::Tensor scales = checked_channels_24(scale, "scale", input, out_channels);
-  const at::Tensor shifts = checked_channels_24(shift, shift_name, input, out_channels);
+  const at::Tensor scales = checked_channels(scale, "scale", input, out_channels);
+  const at::Tensor shifts = checked_channels(shift, shift_name, input, out_channels);
   const int64_t size[] = {conv.batch, out_channels, conv.output[0], conv.output[1]};
   if (residual) check_residual(*residual, size, input);
   const int64_t limit = std::numeric_limits<int32_t>::max(), pixels = conv.batch * conv.output[0] * conv.output[1];

@@ -104,9 +104,7 @@ at::Tensor conv2d_planned_cuda(const at::Tensor& input, const at::Tensor& values
   }
   const at::Tensor& output = operands.output;
   if (residual) {
-    TORCH_CHECK_VALUE(residual->sizes() == output.sizes(), "Expected a residual of the output's shape ", output.sizes(),
-                      ", got ", residual->sizes());
-    check_same(*residual, "residual", input, "input");
+    check_residual(*residual, output.sizes(), input);
     operands.residual = to_lanes ? lanes_in_order(*residual) : residual->contiguous(output.suggest_memory_format());
   }
   if (output.numel() == 0) return output;

@@ -82,7 +82,7 @@ at::Tensor make_plan(Call& call, const TensorProblem& problem, const Tiling& til
   const int64_t taps = int64_t(problem.axes[0].kernel) * problem.axes[1].kernel;
   // Octets that no slice needs stay -1.
   const at::Tensor ints = at::full({tile.plan_ints()}, -1, crow.options());
-  const at::Tensor slots = at::empty({problem.groups * tile.row_blocks, tile.channels}, crow.options());
+  const at::Tensor slots = at::empty({problem.groups * tile.row_blocks, tile.planes}, crow.options());
   const at::Tensor sorted = at::empty({std::max<int64_t>(problem.n_vectors * tile.slices, 1), 2}, crow.options());
   call.updates(ints, "plan");
   call.writes(slots, "slots");
@@ -95,18 +95,19 @@ at::Tensor make_plan(Call& call, const TensorProblem& problem, const Tiling& til
   p.slices = int(tile.slices);
   p.slices_per_group = int(tile.slices_per_group);
   p.n_vectors = int(problem.n_vectors);
-  p.channels_per_group = int(tile.channels);
-  p.block_channels = tiling.block_channels;
+  p.planes_per_group = int(tile.planes);
+  p.block_planes = tiling.block_planes;
   p.blocks = int(tile.blocks);
   std::copy_n(problem.axes, 2, p.axes);
-  p.phases_x = tile.phases[1];
-  p.tile_rows = tile.tile_rows;
+  std::copy_n(tile.phases, 2, p.phases);
+  p.block_fours = tile.block_fours;
   p.tile_columns = tile.tile_columns;
   p.pitch = tile.pitch;
   p.zeros = tile.zeros;
   p.row_blocks = int(tile.row_blocks);
   p.block_slices = int(tile.block_slices);
-  p.most_octets = int(std::min(problem.n_vectors, ceil_div(tiling.block_channels * taps, int64_t(8))));
+  const int64_t most_channels = tiling.block_planes / (tile.phases[0] * tile.phases[1]) + 2;  // of a block of planes
+  p.most_octets = int(std::min(problem.n_vectors, ceil_div(most_channels * taps, int64_t(8))));
   p.slot_of = slots.mutable_data_ptr<int32_t>();
   p.sorted = sorted.mutable_data_ptr();
   p.plan = tile.plan(ints);
@@ -134,6 +135,7 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.source_pitch = int(source.pitch);
   std::copy_n(source.axes, 2, p.source);
   std::copy_n(tile.phases, 2, p.phases);
+  p.last_whole_phase = problem.axes[0].most % problem.axes[0].stride;
   p.plan = plan;
   p.row_indices = static_cast<const int32_t*>(pointer(operands.rows));
   p.fragments = fragments.const_data_ptr();
@@ -143,24 +145,27 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.vector = int(problem.vector);
   p.rows_per_group = int(problem.out_channels / problem.groups);
   p.out_channels = int(problem.out_channels);
-  p.channels_per_group = int(tile.channels);
-  p.block_channels = tiling.block_channels;
+  p.channels_per_group = int(problem.in_channels / problem.groups);
+  p.planes_per_group = int(tile.planes);
+  p.block_planes = tiling.block_planes;
+  p.block_fours = tile.block_fours;
   p.blocks = int(tile.blocks);
   p.n_octets = int(tile.n_octets);
   p.row_warps = tiling.row_warps;
-  p.position_warps = tiling.position_warps;
   p.row_blocks = int(tile.row_blocks);
   p.tile_h = tiling.tile_h;
   p.tile_w = tiling.tile_w;
   p.tiles_h = int(ceil_div(source.strip_rows, tiling.tile_h));
   p.tiles_w = int(ceil_div(problem.axes[1].positions, tiling.tile_w));
-  p.tile_rows = tile.tile_rows;
   p.tile_columns = tile.tile_columns;
   p.plane = tile.plane;
   p.pitch = tile.pitch;
   p.zeros = tile.zeros;
-  const int row_pitch = tile.phases[1] * tile.tile_columns;
-  p.most_distance = tile.zeros + tiling.block_channels * tile.pitch - 1 - (tiling.tile_h - 1) * row_pitch - (tiling.tile_w - 1);
+  p.buffer = int(tile.buffers.vectors);
+  p.threads = 32 * tiling.row_warps * tiling.position_warps;
+  p.shared_bytes = int(tile.buffers.bytes);
+  p.most_distance = tile.zeros + tiling.block_planes * tile.pitch - 1 - (tiling.tile_h - 1) * tile.tile_columns -
+                    (tiling.tile_w - 1);
   p.scale = pointer(operands.scale);
   p.shift = pointer(operands.shift);
   p.residual = pointer(operands.residual);
@@ -177,10 +182,15 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.out_c = output.stride(1);
   p.out_h = output.stride(2);
   p.out_w = output.stride(3);
-  const int64_t grid_x = source.units * p.tiles_h * p.tiles_w;
-  TORCH_CHECK_VALUE(grid_x <= kLimit, "Expected fewer than 2^31 tiles of positions, got ", grid_x);
+  // As many blocks of threads as live at once, each of which goes on to the next tile.
+  const int64_t tiles = source.units * p.tiles_h * p.tiles_w, grid_y = problem.groups * tile.row_blocks;
+  TORCH_CHECK_VALUE(tiles < kLimit / 2, "Expected fewer than 2^30 tiles of positions, got ", tiles);
+  p.tiles = int(tiles);
+  const TensorDevice device = tensor_device(call, input);
+  const int64_t turns = ceil_div(tiles * grid_y, device.multiprocessors * tile.resident(tiling, device));
+  const int grid_x = int(ceil_div(tiles, turns));
   ++on_tensor_cores;
-  call.launched(sparsekd_conv2d_tensor(&p, &tiling.variant, grid_x, int(problem.groups * tile.row_blocks), call.stream()));
+  call.launched(sparsekd_conv2d_tensor(&p, &tiling.variant, grid_x, int(grid_y), call.stream()));
 }
 
 bool run_on_tensor_cores(Call& call, const TensorProblem& problem, const at::Tensor& crow, const at::Tensor& col,

@@ -13,12 +13,12 @@ struct TensorVariant {
 };
 // Each has 128 sums a lane.
 constexpr TensorVariant kTensorVariants[] = {
-    {8, 2, 32, 8},   {8, 2, 32, 16}, {8, 4, 16, 8},  {16, 1, 32, 8}, {16, 1, 32, 16},
-    {16, 2, 16, 8}, {32, 1, 16, 8}, {32, 1, 16, 16}, {64, 1, 8, 8},
+    {8, 2, 32, 8},   {8, 2, 32, 16}, {8, 4, 16, 4},  {16, 1, 32, 8}, {16, 1, 32, 16},
+    {16, 2, 16, 4}, {32, 1, 16, 8}, {32, 1, 16, 16}, {64, 1, 8, 8},
 };
 constexpr int kTensorWarps = 8;
 constexpr int kLanes = 8;  // images or strips side by side: 16 bytes
-constexpr int kMostBlockChannels = 128;
+constexpr int kMostBlockPlanes = 128;
 constexpr int kMostSlices = 4 * kTensorWarps;  // of a block of threads
 
 // Of 16-bit values, in lanes: [unit][channel][phase y][rows][phase x][columns][8]; see Lanes.
@@ -31,7 +31,7 @@ struct ToLanes16Params {
   void* to;
 };
 
-// How an index of a staged tile, (phase, index) in an axis, becomes one of the source: index * step + phase * phase_step +
+// How an index of a staged plane, (phase, index) in an axis, becomes one of the source: index * step + phase * phase_step +
 // origin, outside of 0 ... limit - 1 a zero. A source made by to_lanes16_kernel has the phases one behind the other and
 // the padding in it; activations that lie in lanes from the layer before have neither.
 struct SourceAxis {
@@ -43,22 +43,23 @@ struct SourceAxis {
 struct TensorPlan {
   int32_t* order;       // [groups][slices of a group], heaviest first
   int32_t* starts;      // [slice][blocks + 1], in octets
-  int32_t* channel_at;  // [groups * row_blocks][channels_per_group], the channel that lies in a plane
-  int32_t* distances;   // [octet][8], in vectors from the begin of a staged block
+  int32_t* plane_at;    // [groups * row_blocks][blocks][block_fours][4], channel * phases + phase; -1: read by no row
+  uint32_t* distances;  // [octet][8], in vectors from the begin of a staged block; see distance_at
   int32_t* columns;     // [octet][8], packed vector * slices + slice of the vector; -1: fills up
 };
 
 struct TensorPatternParams {
   const int32_t *crow, *col;
   int row_groups, row_groups_per_group, slices, slices_per_group;
-  int n_vectors, channels_per_group, block_channels, blocks;
+  int n_vectors, planes_per_group, block_planes, blocks;
   TapAxis axes[2];
-  int phases_x, tile_rows, tile_columns;  // of a staged plane: [phase y][tile_rows][phase x][tile_columns]
+  int phases[2], tile_columns;            // of a staged plane: [tile_rows][tile_columns]
+  int block_fours;                        // of planes
   int pitch;                              // from plane to plane, in vectors; odd
   int zeros;                              // before the first plane, in vectors
   int row_blocks, block_slices;           // per group of the convolution; of a block of threads
-  int most_octets;                        // of a slice and block of channels
-  int32_t* slot_of;                       // [groups * row_blocks][channels_per_group]
+  int most_octets;                        // of a slice and block of planes
+  int32_t* slot_of;                       // [groups * row_blocks][planes_per_group]
   void* sorted;                           // [n_vectors * slices] {vector, distance}
   TensorPlan plan;
 };
@@ -75,15 +76,18 @@ struct TensorConv2dParams {
   const void* input;  // in lanes: planes of `source_plane` vectors, rows `source_pitch` apart
   int source_channels, source_plane, source_pitch;
   SourceAxis source[2];
-  int phases[2];
+  int phases[2], last_whole_phase;  // later ones are a row shorter
   TensorPlan plan;
   const int32_t* row_indices;
   const void* fragments;
-  int all_slices, slices, slices_per_group, vector, rows_per_group, out_channels, channels_per_group, block_channels, blocks;
+  int all_slices, slices, slices_per_group, vector, rows_per_group, out_channels, channels_per_group;
+  int planes_per_group, block_planes, block_fours, blocks;  // fours of planes
   int n_octets;
-  int row_warps, position_warps, row_blocks;
-  int tile_h, tile_w, tiles_h, tiles_w, tile_rows, tile_columns, plane, pitch, zeros;
+  int row_warps, row_blocks;
+  int tiles, tile_h, tile_w, tiles_h, tiles_w, tile_columns, plane, pitch, zeros;
+  int buffer;              // vectors from one buffer to the next
   unsigned most_distance;  // so that what is gathered lies in the staged block
+  int threads, shared_bytes;
   const void *scale, *shift, *residual;
   Activation activation;
   DType dtype;
@@ -98,11 +102,22 @@ struct TensorConv2dParams {
 constexpr int64_t zero_vectors(int64_t tile_h, int64_t tile_w, int64_t row_pitch) {
   return (8 + (tile_h - 1) * row_pitch + tile_w - 1 + 7) / 8 * 8;
 }
-constexpr int64_t staged_bytes(int64_t block_channels, int64_t pitch, int64_t zeros) {
-  return (zeros + block_channels * pitch) * 16;
+// Of one warp, at the end: 8 rows and lanes of some positions, in a pitch that spreads them over the banks.
+constexpr int kResultPositions = 16;
+constexpr int64_t result_bytes(int positions) {
+  return int64_t(256) * ((positions < kResultPositions ? positions : kResultPositions) + 1);
 }
-// Of one warp, at the end: 8 rows and lanes of each position, in a pitch that spreads them over the banks.
-constexpr int64_t result_bytes(int positions) { return int64_t(64) * (positions + 1) * 4; }
+// While a block of planes is read, the next is copied: two buffers, whose planes give way to results at the end of a
+// tile. Or one buffer for all planes, behind which results have a place of their own.
+struct Buffers {
+  int64_t vectors, bytes;  // from one to the next; of all
+};
+constexpr Buffers buffers_of(int64_t block_planes, int64_t blocks, int64_t pitch, int64_t zeros, int64_t result_bytes) {
+  const int64_t planes = block_planes * pitch, results = result_bytes / 16;
+  if (blocks == 1) return {zeros + planes, (zeros + planes + results) * 16};
+  const int64_t vectors = zeros + (planes < results ? results : planes);
+  return {vectors, 2 * vectors * 16};
+}
 
 }  // namespace sparsekd::cuda
 
@@ -113,5 +128,5 @@ int sparsekd_to_lanes16(const sparsekd::cuda::ToLanes16Params* params, void* str
 int sparsekd_tensor_plan(const sparsekd::cuda::TensorPatternParams* params, int groups, void* stream);
 int sparsekd_tensor_values(const sparsekd::cuda::TensorValuesParams* params, int rows, void* stream);
 int sparsekd_conv2d_tensor(const sparsekd::cuda::TensorConv2dParams* params,
-                           const sparsekd::cuda::TensorVariant* variant, int64_t grid_x, int grid_y, void* stream);
+                           const sparsekd::cuda::TensorVariant* variant, int grid_x, int grid_y, void* stream);
 }

@@ -25,16 +25,18 @@ TensorDevice tensor_device(Call& call, const at::Tensor& on);
 // What a plan depends on beside the pattern and the geometry. Any fits any size of input, though not as well.
 struct Tiling {
   TensorVariant variant;
-  int row_warps, position_warps, tile_h, tile_w, block_channels;
+  int row_warps, position_warps, tile_h, tile_w, block_planes;
   std::vector<int64_t> numbers() const;
 };
 
 // What follows from a tiling.
 struct Tile {
-  int phases[2], tile_rows, tile_columns, plane, pitch, zeros;
-  int64_t slices, all_slices, slices_per_group, channels, blocks, block_slices, row_blocks, n_octets;
+  int phases[2], tile_rows, tile_columns, plane, pitch, zeros, block_fours;
+  int64_t slices, all_slices, slices_per_group, planes, blocks, block_slices, row_blocks, n_octets;
+  Buffers buffers;
+  int64_t resident(const Tiling& tiling, const TensorDevice& device) const;  // blocks of threads on a multiprocessor
   int64_t plan_ints() const;
-  TensorPlan plan(const at::Tensor& ints) const;  // [order | starts | channel_at | distances | columns]
+  TensorPlan plan(const at::Tensor& ints) const;  // [order | starts | plane_at | distances | columns]
 };
 Tile tile_of(const TensorProblem& problem, const Tiling& tiling);
 

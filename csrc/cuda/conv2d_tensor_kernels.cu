@@ -1,7 +1,6 @@
 // Launches the kernels of conv2d_tensor.cuh.
 #include "conv2d_tensor.cuh"
 
-#include <algorithm>
 #include <utility>
 
 namespace sparsekd::cuda {
@@ -16,15 +15,13 @@ bool same(const TensorVariant& a, const TensorVariant& b) {
 template <int kIndex>
 cudaError_t launch_variant(const TensorConv2dParams& params, dim3 grid, cudaStream_t stream) {
   constexpr TensorVariant v = kTensorVariants[kIndex];
-  const int warps = params.row_warps * params.position_warps;
-  const size_t staged = 2 * staged_bytes(params.block_channels, params.pitch, params.zeros);
-  const size_t bytes = std::max<size_t>(staged, warps * result_bytes(v.positions));
+  const dim3 block(params.threads);
   if (params.dtype == DType::float16) {
-    return SPARSEKD_LAUNCH((conv2d_tensor_kernel<Half, v.rows, v.groups, v.positions, v.run>), grid, dim3(32 * warps),
-                           bytes, stream, params);
+    return SPARSEKD_LAUNCH((conv2d_tensor_kernel<Half, v.rows, v.groups, v.positions, v.run>), grid, block,
+                           params.shared_bytes, stream, params);
   }
-  return SPARSEKD_LAUNCH((conv2d_tensor_kernel<BFloat16, v.rows, v.groups, v.positions, v.run>), grid, dim3(32 * warps),
-                         bytes, stream, params);
+  return SPARSEKD_LAUNCH((conv2d_tensor_kernel<BFloat16, v.rows, v.groups, v.positions, v.run>), grid, block,
+                         params.shared_bytes, stream, params);
 }
 
 template <int... kIndex>
@@ -68,8 +65,8 @@ int sparsekd_to_lanes16(const ToLanes16Params* params, void* stream) {
 int sparsekd_tensor_plan(const TensorPatternParams* params, int groups, void* stream) {
   auto* on = static_cast<cudaStream_t>(stream);
   constexpr int kWarps = 4;
-  const size_t ints = size_t(params->block_slices) * params->block_channels + kMostSlices * 8 +
-                      3 * params->block_channels + params->block_slices + kWarps;
+  const size_t ints = size_t(params->block_slices) * params->block_planes + kMostSlices * 8 +
+                      3 * params->block_planes + params->block_slices + kWarps;
   const cudaError_t error = SPARSEKD_LAUNCH(tensor_planes_kernel, dim3(params->blocks, groups * params->row_blocks),
                                             dim3(32 * kWarps), sizeof(int) * ints, on, *params);
   if (error != cudaSuccess) return error;
@@ -88,8 +85,8 @@ int sparsekd_tensor_values(const TensorValuesParams* params, int rows, void* str
   }
 }
 
-int sparsekd_conv2d_tensor(const TensorConv2dParams* params, const TensorVariant* variant, int64_t grid_x, int grid_y,
+int sparsekd_conv2d_tensor(const TensorConv2dParams* params, const TensorVariant* variant, int grid_x, int grid_y,
                            void* stream) {
-  return launch_conv2d(*params, *variant, dim3(static_cast<unsigned>(grid_x), grid_y),
+  return launch_conv2d(*params, *variant, dim3(grid_x, grid_y),
                        static_cast<cudaStream_t>(stream), std::make_integer_sequence<int, kVariants>{});
 }

@@ -1,23 +1,35 @@
-// The plan of a convolution on tensor cores (conv2d_tensor.cuh): which channel lies in which plane, in which order slices
-// are taken, and which column is which place of an octet, so that what is gathered lies in different banks.
+// The plan of a convolution on tensor cores (conv2d_tensor.cuh): which plane of activations lies where, in which order
+// slices are taken, and which column is which place of an octet, so that what is gathered lies in different banks.
 #pragma once
 #include "conv2d.cuh"
 #include "conv2d_tensor.h"
 
 namespace sparsekd::cuda {
 
-// Of an entry: its channel, and its distance in vectors within a plane. channel -1: not one that `pack` makes.
+// Of an entry: its plane, channel * phases + phase, and its distance in vectors within it. plane -1: not one that `pack`
+// makes.
 struct Tap {
-  int channel, in_plane;
+  int plane, in_plane;
 };
 
 __device__ __forceinline__ Tap tap_at(const TensorPatternParams& p, int column) {
   const int kernel_w = p.axes[1].kernel, taps = p.axes[0].kernel * kernel_w;
-  if (column < 0 || column >= p.channels_per_group * taps) return {-1, 0};
+  const int phases = p.phases[0] * p.phases[1], channels = p.planes_per_group / phases;
+  if (column < 0 || column >= channels * taps) return {-1, 0};
   int phase_y, phase_x, y, x;
   if (!tap_of(p.axes[0], column % taps / kernel_w, phase_y, y)) return {-1, 0};
   if (!tap_of(p.axes[1], column % taps % kernel_w, phase_x, x)) return {-1, 0};
-  return {column / taps, ((phase_y * p.tile_rows + y) * p.phases_x + phase_x) * p.tile_columns + x};
+  return {column / taps * phases + phase_y * p.phases[1] + phase_x, y * p.tile_columns + x};
+}
+
+// Distances have 16 bits. Of each four octets of a slice and block, the first two have the lower halves of words and the
+// others the upper: what one load brings serves two steps of the convolution, which take two octets each. `first` is the
+// first of the slice and block, and what fills up the last four lies in the words of its own octets.
+__device__ __forceinline__ int64_t distance_word_at(int64_t first, int octet, int place) {
+  return first * 8 + octet / 4 * 16 + octet % 2 * 8 + place;
+}
+__device__ __forceinline__ uint16_t* distance_at(const TensorPlan& plan, int64_t first, int octet, int place) {
+  return reinterpret_cast<uint16_t*>(plan.distances + distance_word_at(first, octet, place)) + octet / 2 % 2;
 }
 
 struct Range {
@@ -29,8 +41,8 @@ __device__ __forceinline__ Range range_of(const TensorPatternParams& p, int row_
   return {begin, min(max(p.crow[row_group + 1], begin), p.n_vectors)};
 }
 
-// How often each residue modulo 8 occurs among a channel's taps, four bits each. More than 15, of very large kernels,
-// run over into the next: the planes are then chosen less well.
+// How often each residue modulo 8 occurs among a plane's taps, four bits each. More than 15, of very large kernels,
+// run over into the next: their places are then chosen less well.
 __device__ __forceinline__ unsigned rotated(unsigned counts, int residue) {
   return residue ? counts << 4 * residue | counts >> (32 - 4 * residue) : counts;
 }
@@ -48,22 +60,22 @@ __device__ __forceinline__ int wavefronts_of(const int (&columns)[8], int octets
   return 64 * most + above;
 }
 
-// A block of threads per block of rows and block of channels: the order of slices, which channel lies in which plane.
+// A block of threads per block of rows and block of planes: the order of slices, and in which slot each plane lies.
 __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternParams p) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int block = blockIdx.x, group = blockIdx.y / p.row_blocks, row_block = blockIdx.y % p.row_blocks;
-  const int first_channel = block * p.block_channels;
-  const int channels = min(p.block_channels, p.channels_per_group - first_channel);
-  auto* counts = shared_memory<unsigned>();                                  // [block_slices][block_channels]
-  int* sums = reinterpret_cast<int*>(counts + p.block_slices * p.block_channels);  // [block_slices][8]
-  int* weights = sums + kMostSlices * 8;                                     // [block_channels]
-  int* by_weight = weights + p.block_channels;                               // [block_channels]
-  int* plane_of = by_weight + p.block_channels;                              // [block_channels]
-  int* slices = plane_of + p.block_channels;                                 // [block_slices]
+  const int first_plane = block * p.block_planes;
+  const int planes = min(p.block_planes, p.planes_per_group - first_plane);
+  auto* counts = shared_memory<unsigned>();                                  // [block_slices][block_planes]
+  int* sums = reinterpret_cast<int*>(counts + p.block_slices * p.block_planes);  // [block_slices][8]
+  int* weights = sums + kMostSlices * 8;                                     // [block_planes]
+  int* by_weight = weights + p.block_planes;                               // [block_planes]
+  int* slot_in = by_weight + p.block_planes;                              // [block_planes]
+  int* slices = slot_in + p.block_planes;                                 // [block_slices]
   int* best_of = slices + p.block_slices;                                    // [warps]
 
-  for (int i = threadIdx.x; i < p.block_slices * p.block_channels; i += blockDim.x) counts[i] = 0;
+  for (int i = threadIdx.x; i < p.block_slices * p.block_planes; i += blockDim.x) counts[i] = 0;
   for (int i = threadIdx.x; i < kMostSlices * 8; i += blockDim.x) sums[i] = 0;
   for (int i = threadIdx.x; i < p.block_slices; i += blockDim.x) slices[i] = -1;
   __syncthreads();  // before slices are found
@@ -90,76 +102,78 @@ __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternP
     for (int base = range.begin; base < range.end; base += 32) {
       Tap tap{-1, 0};
       if (base + lane < range.end) tap = tap_at(p, p.col[base + lane]);
-      const int channel = tap.channel - first_channel;
-      const bool used = tap.channel >= 0 && channel >= 0 && channel < channels;
-      const unsigned peers = __match_any_sync(kAll, used ? channel : -1);
+      const int plane = tap.plane - first_plane;
+      const bool used = tap.plane >= 0 && plane >= 0 && plane < planes;
+      const unsigned peers = __match_any_sync(kAll, used ? plane : -1);
       const int turn_of = __popc(peers & ((1u << lane) - 1));
-      // Lanes with the same channel count one after another.
+      // Lanes with the same plane count one after another.
       for (int turn = 0; __ballot_sync(kAll, used && turn_of >= turn) != 0; ++turn) {
-        if (used && turn_of == turn) counts[i * p.block_channels + channel] += 1u << 4 * (tap.in_plane % 8);
+        if (used && turn_of == turn) counts[i * p.block_planes + plane] += 1u << 4 * (tap.in_plane % 8);
         __syncwarp();
       }
     }
   }
   __syncthreads();  // counts
-  for (int channel = threadIdx.x; channel < channels; channel += blockDim.x) {
+  for (int plane = threadIdx.x; plane < planes; plane += blockDim.x) {
     int weight = 0;
     for (int i = 0; i < p.block_slices; ++i) {
-      const unsigned word = counts[i * p.block_channels + channel];
+      const unsigned word = counts[i * p.block_planes + plane];
       for (int r = 0; r < 8; ++r) weight += word >> 4 * r & 15;
     }
-    weights[channel] = weight;
+    weights[plane] = weight;
   }
   __syncthreads();  // weights
-  for (int channel = threadIdx.x; channel < channels; channel += blockDim.x) {
+  for (int plane = threadIdx.x; plane < planes; plane += blockDim.x) {
     int rank = 0;
-    for (int other = 0; other < channels; ++other) {
-      const int more = weights[other] - weights[channel];
-      rank += more > 0 || (more == 0 && other < channel);
+    for (int other = 0; other < planes; ++other) {
+      const int more = weights[other] - weights[plane];
+      rank += more > 0 || (more == 0 && other < plane);
     }
-    by_weight[rank] = channel;
+    by_weight[rank] = plane;
   }
   __syncthreads();  // by_weight
 
-  // Heaviest first, each channel goes to the residue that keeps the sums of squares smallest: lane r + 8 * q looks at
-  // residue r and every fourth slice. Plane i begins at residue i * pitch, and an odd pitch is its own inverse modulo 8.
+  // Heaviest first, each plane goes to the residue that keeps the sums of squares smallest: lane r + 8 * q looks at
+  // residue r and every fourth slice. Slot i begins at residue i * pitch, and an odd pitch is its own inverse modulo 8.
   const int residue = lane % 8, part = lane / 8;
-  int taken = 0;  // planes of the lane's residue
-  const int first_plane = residue * p.pitch % 8;
-  for (int i = 0; warp == 0 && i < channels; ++i) {
-    const int channel = by_weight[i];
+  int taken = 0;  // slots of the lane's residue
+  const int first_slot = residue * p.pitch % 8;
+  for (int i = 0; warp == 0 && i < planes; ++i) {
+    const int plane = by_weight[i];
     int cost = 0;
     for (int s = part; s < p.block_slices; s += 4) {
-      const unsigned word = rotated(counts[s * p.block_channels + channel], residue);
+      const unsigned word = rotated(counts[s * p.block_planes + plane], residue);
       for (int r = 0; r < 8; ++r) cost += sums[s * 8 + r] * static_cast<int>(word >> 4 * r & 15);
     }
     cost += __shfl_xor_sync(kAll, cost, 8);
     cost += __shfl_xor_sync(kAll, cost, 16);
-    const int plane = first_plane + 8 * taken;
-    int best = plane < channels ? min(cost, (1 << 26) - 1) * 8 + residue : (1 << 29) + residue;
+    const int slot = first_slot + 8 * taken;
+    int best = slot < planes ? min(cost, (1 << 26) - 1) * 8 + residue : (1 << 29) + residue;
     for (int distance = 1; distance < 8; distance *= 2) best = min(best, __shfl_xor_sync(kAll, best, distance));
     const int chosen = best % 8;
     __syncwarp();  // all have read the sums
     for (int s = part; s < p.block_slices; s += 4) {
-      sums[s * 8 + residue] += rotated(counts[s * p.block_channels + channel], chosen) >> 4 * residue & 15;
+      sums[s * 8 + residue] += rotated(counts[s * p.block_planes + plane], chosen) >> 4 * residue & 15;
     }
     __syncwarp();  // before the sums are read again
     if (residue != chosen) continue;
-    if (part == 0) plane_of[channel] = plane;
+    if (part == 0) slot_in[plane] = slot;
     ++taken;
   }
-  __syncthreads();  // plane_of, sums
+  __syncthreads();  // slot_in, sums
 
-  // Then each channel in turn changes places with the one that this makes cheapest, if any: a thread tries one other.
-  for (int channel = 0; channel < channels; ++channel) {
-    const int own = plane_of[channel] * p.pitch % 8;
+  // Then, twice, each plane in turn changes places with the one that this makes cheapest, if any: a thread tries one
+  // other.
+  for (int turn = 0; turn < 2 * planes; ++turn) {
+    const int plane = turn % planes;
+    const int own = slot_in[plane] * p.pitch % 8;
     int best = 0;  // the gain, negative, in its upper bits
-    for (int other = threadIdx.x; other < channels; other += blockDim.x) {
-      const int theirs = plane_of[other] * p.pitch % 8;
+    for (int other = threadIdx.x; other < planes; other += blockDim.x) {
+      const int theirs = slot_in[other] * p.pitch % 8;
       if (theirs == own) continue;
       int gain = 0;
       for (int s = 0; s < p.block_slices; ++s) {
-        const unsigned mine = counts[s * p.block_channels + channel], its = counts[s * p.block_channels + other];
+        const unsigned mine = counts[s * p.block_planes + plane], its = counts[s * p.block_planes + other];
         if (mine == its) continue;
         const unsigned less[] = {rotated(mine, own), rotated(its, theirs)};
         const unsigned more[] = {rotated(mine, theirs), rotated(its, own)};
@@ -174,38 +188,39 @@ __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternP
         }
         gain += wavefronts_of(after, (all + 7) / 8) - wavefronts_of(before, (all + 7) / 8);
       }
-      best = min(best, max(gain, -(1 << 22)) * kMostBlockChannels + other);
+      best = min(best, max(gain, -(1 << 22)) * kMostBlockPlanes + other);
     }
     for (int distance = 1; distance < 32; distance *= 2) best = min(best, __shfl_xor_sync(kAll, best, distance));
     if (lane == 0) best_of[warp] = best;
     __syncthreads();  // best_of, and all have read the sums
     for (int i = 0; i < warps; ++i) best = min(best, best_of[i]);
     if (best < 0) {
-      const int other = best & (kMostBlockChannels - 1), theirs = plane_of[other] * p.pitch % 8;
+      const int other = best & (kMostBlockPlanes - 1), theirs = slot_in[other] * p.pitch % 8;
       for (int i = threadIdx.x; i < p.block_slices * 8; i += blockDim.x) {
-        const unsigned* of_slice = counts + i / 8 * p.block_channels;
-        const unsigned mine = of_slice[channel], its = of_slice[other];
+        const unsigned* of_slice = counts + i / 8 * p.block_planes;
+        const unsigned mine = of_slice[plane], its = of_slice[other];
         const int nibble = i % 8 * 4;
         sums[i] += int(rotated(mine, theirs) >> nibble & 15) + int(rotated(its, own) >> nibble & 15) -
                    int(rotated(mine, own) >> nibble & 15) - int(rotated(its, theirs) >> nibble & 15);
       }
-      __syncthreads();  // all have read plane_of
+      __syncthreads();  // all have read slot_in
       if (threadIdx.x == 0) {
-        const int plane = plane_of[channel];
-        plane_of[channel] = plane_of[other];
-        plane_of[other] = plane;
+        const int slot = slot_in[plane];
+        slot_in[plane] = slot_in[other];
+        slot_in[other] = slot;
       }
     }
     __syncthreads();  // before they are read again
   }
-  const int64_t at = int64_t(blockIdx.y) * p.channels_per_group + first_channel;
-  for (int channel = threadIdx.x; channel < channels; channel += blockDim.x) {
-    p.plan.channel_at[at + plane_of[channel]] = first_channel + channel;
-    p.slot_of[at + channel] = plane_of[channel];
+  const int64_t at = int64_t(blockIdx.y) * p.planes_per_group + first_plane;
+  int32_t* plane_at = p.plan.plane_at + (int64_t(blockIdx.y) * p.blocks + block) * p.block_fours * 4;
+  for (int plane = threadIdx.x; plane < planes; plane += blockDim.x) {
+    plane_at[slot_in[plane]] = weights[plane] ? first_plane + plane : -1;
+    p.slot_of[at + plane] = slot_in[plane];
   }
 }
 
-// One warp per slice. Columns are sorted by block of channels and residue, and dealt out to the octets of their block:
+// One warp per slice. Columns are sorted by block of planes and residue, and dealt out to the octets of their block:
 // residue by residue, the most frequent first, to the octets that hold least. Those of a residue that has more columns
 // than there are octets share octets, and go where another residue is twice already.
 __global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatternParams p) {
@@ -216,7 +231,7 @@ __global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatt
   const int group = ranked / p.slices_per_group, rank = ranked % p.slices_per_group;
   const int slice = p.plan.order[ranked], row_group = slice / p.slices, part = slice % p.slices;
   const int row_block = group * p.row_blocks + rank / p.block_slices;
-  const int32_t* slot_of = p.slot_of + int64_t(row_block) * p.channels_per_group;
+  const int32_t* slot_of = p.slot_of + int64_t(row_block) * p.planes_per_group;
   // [blocks][8] columns, [blocks][8] the first of them, and of each octet: columns, how often a residue is in it, by rank
   int* counts = shared_memory<int>() + warp * (p.blocks * 16 + p.most_octets * 3);
   int* firsts = counts + p.blocks * 8;
@@ -226,9 +241,9 @@ __global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatt
 
   auto key_of = [&](int i, int& distance) {
     const Tap tap = i < range.end ? tap_at(p, p.col[i]) : Tap{-1, 0};
-    if (tap.channel < 0) return -1;
-    distance = p.zeros + slot_of[tap.channel] * p.pitch + tap.in_plane;
-    return tap.channel / p.block_channels * 8 + distance % 8;
+    if (tap.plane < 0) return -1;
+    distance = p.zeros + slot_of[tap.plane] * p.pitch + tap.in_plane;
+    return tap.plane / p.block_planes * 8 + distance % 8;
   };
 
   for (int i = lane; i < p.blocks * 8; i += 32) counts[i] = 0;
@@ -322,7 +337,7 @@ __global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatt
         for (int i = lane; i < taken; i += 32) {
           const int octet = by_rank[i], place = filled[octet];
           const int2 entry = load_vector(from + i);
-          store_vector(p.plan.distances + (first + octet) * 8 + place, entry.y);
+          store_vector(distance_at(p.plan, first, octet, place), static_cast<uint16_t>(entry.y));
           store_vector(p.plan.columns + (first + octet) * 8 + place, entry.x * p.slices + part);
           filled[octet] = place + 1;
           most_equal[octet] = max(most_equal[octet], round);
@@ -337,15 +352,14 @@ __global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatt
       const int used = i < count ? filled[i] : 0;
       unsigned residues = 0;
       for (int place = 0; place < 8; ++place) {
-        const int64_t at = (first + i) * 8 + place;
         if (place < used) {
-          residues |= 1u << p.plan.distances[at] % 8;
+          residues |= 1u << *distance_at(p.plan, first, i, place) % 8;
           continue;
         }
         const int free = __ffs(~residues) - 1;
         residues |= 1u << free;
-        store_vector(p.plan.distances + at, free);
-        store_vector(p.plan.columns + at, -1);
+        store_vector(distance_at(p.plan, first, i, place), static_cast<uint16_t>(free));
+        store_vector(p.plan.columns + (first + i) * 8 + place, -1);
       }
     }
     __syncwarp();  // before the next block's octets

@@ -1,5 +1,6 @@
 // How the convolution on tensor cores is cut into tiles, and what follows from it.
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "../geometry.h"
@@ -9,6 +10,7 @@ namespace sparsekd::cuda {
 namespace {
 
 constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
+constexpr int64_t kFar = 1 << 20;  // more vectors than any shared memory holds
 
 int phases_of_taps(const TapAxis& axis) {
   int most = 0;
@@ -38,7 +40,7 @@ std::string unfit(const TensorProblem& problem, const Tile& tile) {
 
 std::vector<int64_t> Tiling::numbers() const {
   return {variant.rows,   variant.groups, variant.positions, variant.run,   row_warps,
-          position_warps, tile_h,         tile_w,            block_channels};
+          position_warps, tile_h,         tile_w,            block_planes};
 }
 
 Tile tile_of(const TensorProblem& problem, const Tiling& tiling) {
@@ -48,23 +50,26 @@ Tile tile_of(const TensorProblem& problem, const Tiling& tiling) {
   tile.phases[1] = phases_of_taps(ax);
   tile.tile_rows = tiling.tile_h + ay.most / ay.stride;
   tile.tile_columns = tiling.tile_w + ax.most / ax.stride;
-  tile.plane = tile.phases[0] * tile.tile_rows * tile.phases[1] * tile.tile_columns;
+  tile.plane = int(std::min<int64_t>(int64_t(tile.tile_rows) * tile.tile_columns, kFar));
   tile.pitch = tile.plane | 1;
-  tile.zeros = int(zero_vectors(tiling.tile_h, tiling.tile_w, int64_t(tile.phases[1]) * tile.tile_columns));
+  tile.zeros = int(std::min<int64_t>(zero_vectors(tiling.tile_h, tiling.tile_w, tile.tile_columns), kFar));
   tile.slices = ceil_div(problem.vector, int64_t(tiling.variant.rows));
   tile.all_slices = problem.row_groups * tile.slices;
   tile.slices_per_group = tile.all_slices / problem.groups;
-  tile.channels = problem.in_channels / problem.groups;
-  tile.blocks = ceil_div(tile.channels, int64_t(tiling.block_channels));
+  tile.planes = problem.in_channels / problem.groups * tile.phases[0] * tile.phases[1];
+  tile.blocks = ceil_div(tile.planes, int64_t(tiling.block_planes));
   tile.block_slices = int64_t(tiling.row_warps) * tiling.variant.groups;
   tile.row_blocks = ceil_div(tile.slices_per_group, tile.block_slices);
   tile.n_octets = tile.slices * (problem.n_vectors / 8 + problem.row_groups * tile.blocks);
+  tile.block_fours = int(ceil_div(int64_t(tiling.block_planes), int64_t(4)));
+  tile.buffers = buffers_of(tiling.block_planes, tile.blocks, tile.pitch, tile.zeros,
+                            tiling.row_warps * tiling.position_warps * result_bytes(tiling.variant.positions));
   return tile;
 }
 
 int64_t Tile::plan_ints() const {
   const int64_t groups = all_slices / slices_per_group;
-  return in_fours(all_slices) + in_fours(all_slices * (blocks + 1)) + in_fours(groups * row_blocks * channels) +
+  return in_fours(all_slices) + in_fours(all_slices * (blocks + 1)) + groups * row_blocks * blocks * block_fours * 4 +
          n_octets * 16;
 }
 
@@ -73,14 +78,60 @@ TensorPlan Tile::plan(const at::Tensor& ints) const {
   TensorPlan plan{};
   plan.order = static_cast<int32_t*>(const_cast<void*>(ints.const_data_ptr()));
   plan.starts = plan.order + in_fours(all_slices);
-  plan.channel_at = plan.starts + in_fours(all_slices * (blocks + 1));
-  plan.distances = plan.channel_at + in_fours(groups * row_blocks * channels);
-  plan.columns = plan.distances + n_octets * 8;
+  plan.plane_at = plan.starts + in_fours(all_slices * (blocks + 1));
+  int32_t* distances = plan.plane_at + groups * row_blocks * blocks * block_fours * 4;
+  plan.distances = reinterpret_cast<uint32_t*>(distances);
+  plan.columns = distances + n_octets * 8;
   return plan;
 }
 
+// By shared memory, of which each block takes 1 KiB more than it asks for, and registers: the kernels' eight warps take
+// nearly all.
+int64_t Tile::resident(const Tiling& tiling, const TensorDevice& device) const {
+  const int64_t by_registers = kTensorWarps / (tiling.row_warps * tiling.position_warps);
+  return std::max<int64_t>(std::min(by_registers, (device.shared_bytes + 1024) / (buffers.bytes + 1024)), 1);
+}
+
+namespace {
+
 // By cycles of an SM, counted as at the head of conv2d_tensor.cuh: what shared memory delivers (128 bytes a cycle) to
 // the operands and takes from the copies, or what the tensor cores multiply (1024 a cycle), whichever is more.
+double cost_of(const TensorProblem& problem, const TensorDevice& device, const Tiling& tiling, const Tile& tile) {
+  const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
+  const double rows = tiling.variant.rows, positions = tiling.tile_h * tiling.tile_w;
+  const int64_t wanted = std::clamp<int64_t>(ceil_div(kLanes, std::max<int64_t>(problem.batch, 1)), 1, ay.positions);
+  const int64_t strip_rows = ceil_div(ay.positions, wanted), strips = ceil_div(ay.positions, strip_rows);
+  const int64_t units = ceil_div(problem.batch * strips, kLanes);
+  const int64_t tiles = units * ceil_div(strip_rows, tiling.tile_h) * ceil_div(ax.positions, tiling.tile_w);
+
+  const double slices = static_cast<double>(std::min(tile.slices_per_group, tile.block_slices));
+  const double columns = static_cast<double>(problem.n_vectors) / static_cast<double>(problem.row_groups);
+  const double octets = slices * (columns / 8 + 0.5 * static_cast<double>(tile.blocks));
+  // The more slices share a choice of slots, the less it suits each.
+  const double conflicts = 1 + 0.4 * slices / tiling.block_planes;
+  const double gathered = octets * positions * conflicts;
+  const double taps = ay.kernel * ax.kernel, phases = tile.phases[0] * tile.phases[1];
+  const double density = std::min(columns * phases / static_cast<double>(tile.planes) / taps, 1.0);
+  const double read_planes = static_cast<double>(tile.planes) * (1 - std::pow(1 - density, taps / phases * slices));
+  const double copied = read_planes * tile.plane / 8;
+  const double weights = octets * tiling.position_warps * (rows / 8 + 0.25);
+  const double multiplied = octets * positions * rows / 16;
+
+  // Results go through shared memory, there and back, and out as 16 bits: 80 bytes of 8 lanes.
+  const double finished = slices * rows * positions * 80 / 128;
+  const double worked = std::max(gathered + copied + weights, multiplied) + finished;
+  // L2 has about 47 bytes a cycle for an SM. Copies wait for the only buffer while it is read, if no other block has
+  // work meanwhile. At the end some SMs have no block left.
+  const double fetched = copied * 128 / 47;
+  const int64_t resident = tile.resident(tiling, device);
+  const double waiting = resident == 1 && tile.blocks == 1 ? std::max(fetched - finished, 0.0) : 0.0;
+  const double turns =
+      static_cast<double>(ceil_div(tiles * problem.groups * tile.row_blocks, device.multiprocessors * resident));
+  return turns * (std::max(worked, fetched) * static_cast<double>(resident) + waiting) + fetched + 600;
+}
+
+}  // namespace
+
 std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, std::string& reason) {
   if (device.major < 8) {
     reason = "expected compute capability 8.0 or later, got " + std::to_string(device.major) + ".x";
@@ -88,12 +139,6 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
   }
   const int64_t rows = slice_rows(problem.vector);
   const int64_t slices = problem.row_groups * ceil_div(problem.vector, rows) / problem.groups;  // of a group
-  const int64_t channels = problem.in_channels / problem.groups;
-  const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
-  const double columns_of_row = static_cast<double>(problem.n_vectors) / static_cast<double>(problem.row_groups);
-  const int64_t wanted = std::clamp<int64_t>(ceil_div(kLanes, std::max<int64_t>(problem.batch, 1)), 1, ay.positions);
-  const int64_t strip_rows = ceil_div(ay.positions, wanted), strips = ceil_div(ay.positions, strip_rows);
-  const int64_t units = ceil_div(problem.batch * strips, kLanes);
 
   std::optional<Tiling> best;
   double least = 0;
@@ -108,27 +153,19 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
         if (tile_h < 1) continue;
         Tiling tiling{variant, int(row_warps), position_warps, tile_h, tile_w, 1};
         const Tile one = tile_of(problem, tiling);
-        const int64_t most_bytes = device.shared_bytes / 2 - one.zeros * 16;
-        const int64_t fitting = std::min<int64_t>({most_bytes / (one.pitch * 16), kMostBlockChannels, channels});
-        if (fitting < 1 || row_warps * position_warps * result_bytes(variant.positions) > device.shared_bytes) continue;
-        tiling.block_channels = int(ceil_div(channels, ceil_div(channels, fitting)));
-        const Tile tile = tile_of(problem, tiling);
-        const int64_t tiles = units * ceil_div(strip_rows, tile_h) * ceil_div(ax.positions, tile_w);
-        const double block_slices = static_cast<double>(std::min(slices, tile.block_slices));
-        const double octets = columns_of_row / 8 + 0.5 * static_cast<double>(tile.blocks);
-        // The fewer columns a slice has in a block of channels, the less evenly they lie in the banks.
-        const double conflicts = 1 + 0.8 * static_cast<double>(tile.blocks) / (columns_of_row / 8 + 1);
-        const double gathered = block_slices * octets * positions * conflicts;
-        const double copied = static_cast<double>(channels * tile.plane) / 8;
-        const double weights = block_slices * octets * static_cast<double>(position_warps * rows) / 8;
-        const double multiplied = block_slices * octets * static_cast<double>(positions * rows) / 16;
-        // An SM works on one block at a time, and at the end some SMs have none left. A block begins by waiting.
-        const double turns =
-            static_cast<double>(ceil_div(tiles * problem.groups * tile.row_blocks, int64_t(device.multiprocessors)));
-        const double cost = turns * (std::max(gathered + copied + weights, multiplied) + 1000);
-        if (best && least <= cost) continue;
-        best = tiling;
-        least = cost;
+        // All planes at once, or as many as fit twice.
+        const int64_t fitting = (device.shared_bytes / 2 - one.zeros * 16) / (int64_t(one.pitch) * 16);
+        for (const int64_t most : {one.planes, std::min(fitting, one.planes)}) {
+          if (most < 1) continue;
+          const int64_t blocks = ceil_div(one.planes, std::min<int64_t>(most, kMostBlockPlanes));
+          tiling.block_planes = int(ceil_div(one.planes, blocks));
+          const Tile tile = tile_of(problem, tiling);
+          if (tile.buffers.bytes > device.shared_bytes) continue;
+          const double cost = cost_of(problem, device, tiling, tile);
+          if (best && least <= cost) continue;
+          best = tiling;
+          least = cost;
+        }
       }
     }
   }
@@ -158,14 +195,12 @@ Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, con
   const int warps = tiling.row_warps * tiling.position_warps;
   const bool in_rows = tiling.tile_w == v.run || (v.run == v.positions && tiling.tile_w % v.run == 0);
   TORCH_CHECK_VALUE(warps <= kTensorWarps && tiling.tile_h * tiling.tile_w == tiling.position_warps * v.positions &&
-                        in_rows && tiling.block_channels <= std::min<int64_t>(kMostBlockChannels,
-                                                                              problem.in_channels / problem.groups),
+                        in_rows && tiling.block_planes <= kMostBlockPlanes,
                     "Expected a tiling whose warps cover its tile, got ", numbers);
   const Tile tile = tile_of(problem, tiling);
-  const int64_t bytes = std::max(2 * staged_bytes(tiling.block_channels, tile.pitch, tile.zeros),
-                                 warps * result_bytes(v.positions));
-  TORCH_CHECK_VALUE(bytes <= device.shared_bytes, "Expected a tiling that fits ", device.shared_bytes,
-                    " bytes of shared memory, got ", numbers, ", which takes ", bytes);
+  TORCH_CHECK_VALUE(tiling.block_planes <= tile.planes && tile.buffers.bytes <= device.shared_bytes,
+                    "Expected a tiling that fits ", tile.planes, " planes and ", device.shared_bytes,
+                    " bytes of shared memory, got ", numbers, ", which takes ", tile.buffers.bytes);
   const std::string reason = unfit(problem, tile);
   TORCH_CHECK_VALUE(reason.empty(), "E", reason.empty() ? "" : reason.substr(1));
   return tiling;

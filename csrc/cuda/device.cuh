@@ -59,8 +59,9 @@ __device__ __forceinline__ void store_vector(V* to, V value) {
   *to = value;
 }
 
-// 16 bytes from global to shared memory, or zeros.
-__device__ __forceinline__ void copy_async16(void* to, const void* from, bool valid) {
+// 16 bytes from global to shared memory, or zeros where not `valid`; nothing where not `there`.
+__device__ __forceinline__ void copy_async16(void* to, const void* from, bool valid, bool there = true) {
+  if (!there) return;
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(valid ? 16 : 0) : "memory");

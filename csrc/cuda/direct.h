@@ -92,14 +92,6 @@ inline int64_t checked_row_groups(const at::Tensor& crow, const at::Tensor& col,
   return row_groups;
 }
 
-inline at::Tensor checked_channels(const OptionalTensor& t, const char* name, const at::Tensor& input, int64_t channels) {
-  if (!t) return {};
-  check_dim(*t, name, 1);
-  check_size(*t, name, 0, channels, "output channels");
-  check_same(*t, name, input, "input");
-  return t->contiguous();
-}
-
 TapAxis forward_axis(const Conv2dShape& shape, int d);
 
 }  // namespace sparsekd::cuda

@@ -3,12 +3,8 @@
 // Each CUDA thread is a fiber with its own stack; blocks run one after another. A fiber runs until it has to meet others
 // (a barrier, a shuffle), then the next one does. Blocks, warps and lanes take turns in an order drawn from the seed.
 //
-// Every two bytes that kernels may touch have a cell that says who wrote and read them last and when. Two accesses of a
-// block are in order when a __syncthreads lies between them (`epoch`), or, in one warp, a __syncwarp (`warp_epoch`); a
-// shuffle orders nothing. Otherwise, if one of them writes, it is a race. Found are also: accesses out of bounds or not
-// aligned, writes to inputs, reads of bytes that nobody wrote, of cp.async copies that were not waited for (they land as
-// late as the wait allows), blocks that write what other blocks touch, barriers and shuffles at which not all arrive,
-// outputs with bytes that were never written.
+// What they touch is checked by shadow.h. Found are also: asynchronous copies that were not waited for (they land as late
+// as the wait allows), barriers and shuffles at which not all arrive, outputs with bytes that were never written.
 #include "emulator.h"
 
 #include <sys/mman.h>
@@ -16,13 +12,14 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <string>
-#include <tuple>
 #include <vector>
+
+#include "costs.h"
+#include "shadow.h"
 
 namespace emulator {
 
@@ -34,27 +31,6 @@ Thread* current = nullptr;  // the one that runs; null outside kernels
 unsigned char* shared = nullptr;
 
 constexpr size_t kStackBytes = 128 << 10;
-constexpr int kNobody = 0xffff, kSeveral = 0xfffe;
-
-struct Cell {
-  uint32_t write_epoch = 0, read_epoch = 0;    // 0: before this launch
-  uint32_t write_block = 0, read_block = 0;
-  uint32_t write_warp_epoch = 0, read_warp_epoch = 0;
-  uint16_t writer = kNobody, reader = kNobody;  // thread of the block; kSeveral: of one warp
-  uint16_t reader_warp = kNobody;               // kSeveral: of several warps
-  bool written = false, pending = false;
-};
-
-struct Region {
-  const unsigned char* begin;
-  size_t bytes;
-  bool writable;
-  std::string name;
-  std::vector<Cell> cells;  // of writable ones
-  bool holds(const void* p, size_t n) const {
-    return p >= begin && static_cast<const unsigned char*>(p) + n <= begin + bytes;
-  }
-};
 
 struct Copy {
   unsigned char* to;
@@ -90,7 +66,6 @@ struct Block {
   std::vector<Warp> warps;
 };
 
-std::vector<std::unique_ptr<Region>> regions;
 std::vector<Fiber> fibers;
 Block block;
 uint32_t epoch = 0, launch_epoch = 0;  // the first of the running launch
@@ -100,6 +75,7 @@ std::string message;
 const char* kernel_name = "";
 void (*kernel_entry)(const void*) = nullptr;
 const void* kernel_closure = nullptr;
+size_t last_shared_bytes = 0;  // of the last launch
 
 Fiber* self() { return reinterpret_cast<Fiber*>(current); }
 
@@ -168,181 +144,20 @@ void wait_in(decltype(Fiber::state) state, uint32_t generation, int line) {
   to_scheduler();
 }
 
-// ---- the checker ----
-
-std::string place(const Region& region, const void* address) {
-  char text[160];
-  std::snprintf(text, sizeof(text), "%s[byte %td of %zu]", region.name.c_str(),
-                static_cast<const unsigned char*>(address) - region.begin, region.bytes);
-  return text;
-}
-
-Region* region_of(const void* address, size_t bytes) {
-  static size_t last = 0;
-  if (last < regions.size() && regions[last]->holds(address, bytes)) return regions[last].get();
-  for (size_t i = 0; i < regions.size(); ++i) {
-    if (regions[i]->holds(address, bytes)) return last = i, regions[i].get();
-  }
-  return nullptr;
-}
-
-bool unordered(const Fiber& fiber, int thread, int warp, uint32_t when, uint32_t warp_when) {
-  if (thread == static_cast<int>(fiber.index) || when != epoch) return false;
-  return warp != static_cast<int>(fiber.warp) || warp_when == block.warps[fiber.warp].epoch;
-}
-
-void check_cell(const Region& region, Cell& cell, const void* address, bool write, bool lands) {
-  Fiber& fiber = *self();
-  if (cell.pending && !lands) fail("%s is touched while an asynchronous copy is on its way", place(region, address).c_str());
-  if (!write && !cell.written) fail("%s is read before it was written", place(region, address).c_str());
-  if (cell.write_epoch >= launch_epoch) {
-    if (cell.write_block != block.number) {
-      fail("%s, written by another block, is %s", place(region, address).c_str(), write ? "written" : "read");
-    }
-    if (unordered(fiber, cell.writer, cell.writer / 32, cell.write_epoch, cell.write_warp_epoch)) {
-      fail("race: %s, written by thread %d, is %s with no barrier between", place(region, address).c_str(), cell.writer,
-           write ? "written" : "read");
-    }
-  }
-  const uint32_t warp_epoch = block.warps[fiber.warp].epoch;
-  if (!write) {
-    const bool same = cell.read_epoch == epoch && cell.reader != kNobody;
-    if (!same) {
-      cell.reader = static_cast<uint16_t>(fiber.index);
-      cell.reader_warp = static_cast<uint16_t>(fiber.warp);
-    } else if (cell.reader_warp == fiber.warp && cell.read_warp_epoch != warp_epoch) {
-      cell.reader = static_cast<uint16_t>(fiber.index);  // a __syncwarp lies between: the earlier ones are done
-    } else if (cell.reader != fiber.index) {
-      cell.reader = kSeveral;
-      if (cell.reader_warp != fiber.warp) cell.reader_warp = kSeveral;
-    }
-    cell.read_epoch = epoch;
-    cell.read_block = block.number;
-    cell.read_warp_epoch = warp_epoch;
-    return;
-  }
-  if (cell.read_epoch >= launch_epoch && cell.reader != kNobody) {
-    if (cell.read_block != block.number) fail("%s, read by another block, is written", place(region, address).c_str());
-    if (unordered(fiber, cell.reader, cell.reader_warp, cell.read_epoch, cell.read_warp_epoch)) {
-      fail("race: %s, read by %s, is written with no barrier between", place(region, address).c_str(),
-           cell.reader == kSeveral ? "several threads" : ("thread " + std::to_string(cell.reader)).c_str());
-    }
-  }
-  cell.writer = static_cast<uint16_t>(fiber.index);
-  cell.write_epoch = epoch;
-  cell.write_block = block.number;
-  cell.write_warp_epoch = warp_epoch;
-  cell.written = true;
-}
-
-Region& checked_region(const void* address, unsigned bytes, bool write) {
-  Region* region = region_of(address, bytes);
-  if (region == nullptr) {
-    for (const auto& near : regions) {
-      const ptrdiff_t offset = static_cast<const unsigned char*>(address) - near->begin;
-      if (offset > -4096 && offset < static_cast<ptrdiff_t>(near->bytes) + 4096) {
-        fail("%s of %u bytes out of bounds at %s", write ? "write" : "read", bytes, place(*near, address).c_str());
-      }
-    }
-    fail("%s of %u bytes outside of all buffers", write ? "write" : "read", bytes);
-  }
-  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
-    fail("misaligned %s of %u bytes at %s", write ? "write" : "read", bytes, place(*region, address).c_str());
-  }
-  if (write && !region->writable) fail("write to the input %s", place(*region, address).c_str());
-  return *region;
-}
-
-void check_cells(Region& region, const void* address, unsigned bytes, bool write, bool lands = false) {
-  if (!region.writable) return;
-  const size_t offset = static_cast<const unsigned char*>(address) - region.begin;
-  for (unsigned i = 0; i < bytes; i += 2) {
-    check_cell(region, region.cells[(offset + i) / 2], region.begin + offset + i, write, lands);
-  }
+Access access_of(const Fiber& fiber) {
+  return {fiber.index, fiber.warp, block.number, epoch, block.warps[fiber.warp].epoch, launch_epoch};
 }
 
 void land(const Copy& copy) {
   Region& region = *region_of(copy.to, copy.bytes);
   const size_t offset = copy.to - region.begin;
-  check_cells(region, copy.to, copy.bytes, true, true);
+  check_cells(region, copy.to, copy.bytes, true, access_of(*self()), true);
   for (unsigned i = 0; i < copy.bytes; i += 2) region.cells[(offset + i) / 2].pending = false;
   if (copy.valid) {
     std::memcpy(copy.to, copy.from, copy.bytes);
   } else {
     std::memset(copy.to, 0, copy.bytes);
   }
-}
-
-// ---- counts of what a memory request costs ----
-
-struct Request {
-  const void* pc;
-  bool shared, write;
-  unsigned bytes;
-  auto key() const { return std::tuple(pc, shared, write, bytes); }
-  bool operator<(const Request& other) const { return key() < other.key(); }
-};
-struct Cost {
-  std::string kernel;
-  uint64_t requests = 0, actual = 0, ideal = 0;  // wavefronts of shared memory, sectors of global memory
-};
-bool counting = false;
-std::map<Request, Cost> costs;
-constexpr uintptr_t kNowhere = 0;  // a lane that takes part in a request without reading anything
-std::map<std::pair<unsigned, Request>, std::vector<uintptr_t>[32]> traces;  // of the running block's warps
-
-size_t last_shared_bytes = 0;  // of the last launch
-
-uint64_t distinct(std::vector<uintptr_t> values) {
-  std::sort(values.begin(), values.end());
-  return std::unique(values.begin(), values.end()) - values.begin();
-}
-
-// Shared memory serves 128 bytes in 32 banks at once: a request of 16 bytes a lane is served 8 lanes at a time. Lanes
-// that want the same word share it.
-uint64_t wavefronts(const std::vector<uintptr_t>& addresses, unsigned bytes) {
-  const size_t lanes_at_once = 32 / std::max(1u, bytes / 4);
-  std::vector<std::vector<uintptr_t>> phases;
-  for (size_t begin = 0; begin < addresses.size(); begin += lanes_at_once) {
-    std::vector<uintptr_t> words;
-    for (size_t i = begin; i < std::min(begin + lanes_at_once, addresses.size()); ++i) {
-      for (unsigned b = 0; b < std::max(4u, bytes); b += 4) words.push_back(addresses[i] / 4 + b / 4);
-    }
-    std::sort(words.begin(), words.end());
-    words.erase(std::unique(words.begin(), words.end()), words.end());
-    if (std::find(phases.begin(), phases.end(), words) == phases.end()) phases.push_back(words);
-  }
-  uint64_t total = 0;
-  for (const auto& words : phases) {
-    unsigned banks[32] = {}, most = 0;
-    for (uintptr_t word : words) most = std::max(most, ++banks[word % 32]);
-    total += most;
-  }
-  return total;
-}
-
-void count_block() {
-  for (auto& [key, lanes] : traces) {
-    const Request& request = key.second;
-    size_t most = 0;
-    for (const auto& trace : lanes) most = std::max(most, trace.size());
-    Cost& cost = costs[request];
-    cost.kernel = kernel_name;
-    for (size_t k = 0; k < most; ++k) {
-      std::vector<uintptr_t> addresses, units;
-      const unsigned unit = request.shared ? 4 : 32;
-      for (const auto& trace : lanes) {
-        if (k >= trace.size() || trace[k] == kNowhere) continue;
-        addresses.push_back(trace[k]);
-        for (unsigned b = 0; b < request.bytes; b += std::min(request.bytes, unit)) units.push_back((trace[k] + b) / unit);
-      }
-      const uint64_t bytes = distinct(addresses) * request.bytes;
-      ++cost.requests;
-      cost.actual += request.shared ? wavefronts(addresses, request.bytes) : distinct(units);
-      cost.ideal += (bytes + (request.shared ? 127 : 31)) / (request.shared ? 128 : 32);
-    }
-  }
-  traces.clear();
 }
 
 // ---- a launch ----
@@ -416,25 +231,27 @@ void access(const void* address, unsigned bytes, bool write, const void* pc) {
   if (byte >= fiber->stack && byte < fiber->stack + kStackBytes) return;
   Region& region = checked_region(address, bytes, write);
   if (region.begin == kernel_closure) return;  // the kernel's arguments
-  check_cells(region, address, bytes, write);
-  if (counting) {
-    const Request request{pc, &region == regions.back().get(), write, bytes};
-    traces[{fiber->warp, request}][fiber->lane].push_back(reinterpret_cast<uintptr_t>(address));
-  }
+  check_cells(region, address, bytes, write, access_of(*fiber));
+  count({pc, &region == regions.back().get(), write, bytes}, fiber->warp, fiber->lane, address);
 }
 
 void copy_async(void* to, const void* from, unsigned bytes, bool valid, const void* pc) {
+  auto count_at = [&](bool shared, const void* address) {
+    count({pc, shared, shared, 16}, self()->warp, self()->lane, address);
+  };
+  if (bytes == 0) {
+    count_at(false, nullptr);
+    count_at(true, nullptr);
+    return;
+  }
   Region& region = checked_region(to, bytes, true);
-  check_cells(region, to, bytes, true);  // those who read and wrote before must be done by now
+  check_cells(region, to, bytes, true, access_of(*self()));  // those who read and wrote before must be done by now
   if (valid) access(from, bytes, false, pc);
-  if (!valid && counting) traces[{self()->warp, Request{pc, false, false, bytes}}][self()->lane].push_back(kNowhere);
+  if (!valid) count_at(false, nullptr);
   const size_t offset = static_cast<unsigned char*>(to) - region.begin;
   for (unsigned i = 0; i < bytes; i += 2) region.cells[(offset + i) / 2].pending = true;
   self()->open.push_back({static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, valid});
-  if (counting) {
-    const Request request{pc, true, true, bytes};
-    traces[{self()->warp, request}][self()->lane].push_back(reinterpret_cast<uintptr_t>(to));
-  }
+  count_at(true, to);
 }
 
 void copy_async_commit() {
@@ -552,7 +369,7 @@ cudaError_t run(dim3 grid, dim3 size, size_t shared_bytes, void (*entry)(const v
     }
     run_block(number, {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y}, grid, size, order,
               *regions.back());
-    if (counting) count_block();
+    count_block(kernel_name);
     if (failed) break;
   }
   shared = nullptr;
@@ -569,23 +386,6 @@ extern "C" {
 
 void emulator_set_seed(uint64_t seed) { emulator::seed = seed; }
 uint64_t emulator_last_shared_bytes() { return emulator::last_shared_bytes; }
-void emulator_count(int on) {
-  emulator::counting = on;
-  if (on) emulator::costs.clear();
-}
-// One line each: address in the library, shared or global, read or write, bytes a lane, requests, actual, ideal, kernel.
-const char* emulator_costs() {
-  static std::string text;
-  text.clear();
-  for (const auto& [request, cost] : emulator::costs) {
-    char line[300];
-    std::snprintf(line, sizeof(line), "%p %s %s %u %zu %zu %zu %s\n", request.pc, request.shared ? "shared" : "global",
-                  request.write ? "write" : "read", request.bytes, size_t(cost.requests), size_t(cost.actual),
-                  size_t(cost.ideal), cost.kernel.c_str());
-    text += line;
-  }
-  return text.c_str();
-}
 
 // ---- what gcc calls under -fsanitize=thread ----
 

@@ -54,7 +54,7 @@ using Combine = void (*)(void* const* slots, unsigned mask);
 void meet(Meeting kind, unsigned mask, void* slot, Combine combine, int line);
 void sync_block(int line);
 void access(const void* address, unsigned bytes, bool write, const void* pc);
-void copy_async(void* to, const void* from, unsigned bytes, bool valid, const void* pc);
+void copy_async(void* to, const void* from, unsigned bytes, bool valid, const void* pc);  // 0 or 16 bytes
 void copy_async_commit();
 void copy_async_wait(int pending);
 [[noreturn]] void fail(const char* format, ...);
@@ -209,9 +209,9 @@ T* shared_memory() {
 using emulator::load_vector;
 using emulator::store_vector;
 
-// 16 bytes from global to shared memory, or zeros.
-EMULATOR_UNCHECKED inline void copy_async16(void* to, const void* from, bool valid) {
-  emulator::copy_async(to, from, 16, valid, __builtin_return_address(0));
+// 16 bytes from global to shared memory, or zeros where not `valid`; nothing where not `there`.
+EMULATOR_UNCHECKED inline void copy_async16(void* to, const void* from, bool valid, bool there = true) {
+  emulator::copy_async(to, from, there ? 16 : 0, valid, __builtin_return_address(0));
 }
 inline void copy_async_commit() { emulator::copy_async_commit(); }
 template <int kPending>

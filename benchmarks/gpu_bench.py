@@ -1,0 +1,168 @@
+"""The benchmarks of gpu_run.py. Every result is checked before it is timed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from gpu_cases import PRECISIONS, TOLERANCE, Layer, Run, tf32, two_of_four
+from torch import nn
+
+import sparsekd
+from sparsekd.sparse import formats_24, ops, reference
+
+SECONDS = 110  # after which no new convolution is begun
+
+
+def bench_conv2d(run: Run) -> list[dict]:
+    rows = []
+    cases = [(shape, *kind, density) for density in run.densities for kind in run.kinds for shape in run.layers]
+    for shape, precision, vector, density in run.within(SECONDS, cases):
+        with tf32(precision == "tf32"):
+            layer = Layer(run, shape, precision, vector, density)
+            last = [t.to(memory_format=torch.channels_last) for t in (layer.input, layer.weight)]
+            pad = layer.kernel // 2
+            engines = {
+                "dense": lambda layer=layer, pad=pad: F.conv2d(layer.input, layer.weight, padding=pad),
+                "dense channels_last": lambda last=last, pad=pad: F.conv2d(*last, padding=pad),
+                "sparsekd": layer.sparse,  # by the backend that kernels/registration.py names
+            }
+            error = layer.check(precision)
+            for backend in run.backends if vector >= 8 else ():
+                with ops.only_backend(backend):
+                    error = max(error, layer.check(precision))
+                engines[backend] = layer.by(backend)
+            if layer.kernel == 1 and precision != "fp16":
+                csr = layer.weight.flatten(1).to_sparse_csr()
+                columns = layer.input.transpose(0, 1).flatten(1).contiguous()
+                engines["cuSPARSE"] = lambda csr=csr, columns=columns: csr @ columns
+            ms = run.time(engines)
+        dense = min(ms["dense"], ms["dense channels_last"])
+        about = dict(layer=list(shape), precision=precision, vector=vector, density=density, error=error)
+        rows.append(about | dict(ms=ms, speedup=dense / ms["sparsekd"]))
+        print(*(f"{k}={v}" for k, v in about.items()), f"{rows[-1]['speedup']:.2f}x", flush=True)
+    return rows
+
+
+def bench_conv2d_24(run: Run) -> list[dict]:
+    """2:4 against dense, both in fp16 and channels_last."""
+    rows = []
+    for in_channels, out_channels, kernel, size in run.layers:
+        torch.manual_seed(0)
+        weight = torch.randn(out_channels, in_channels, kernel, kernel).div_(in_channels**0.5).half()
+        mask = two_of_four(out_channels, in_channels, kernel)
+        values, metadata = (t.to(run.device) for t in formats_24.pack_24(weight, mask))
+        weight, input = (weight * mask).to(run.device), torch.randn(run.batch, in_channels, size, size)
+        weight, input = (t.to(run.device, torch.float16, memory_format=torch.channels_last) for t in (weight, input))
+        pad, wanted = kernel // 2, F.conv2d(input.double(), weight.double(), padding=kernel // 2)
+        engines = {
+            "dense channels_last": lambda x=input, w=weight, pad=pad: F.conv2d(x, w, padding=pad),
+            "sparsekd": lambda x=input, v=values, m=metadata, k=kernel, pad=pad: ops.conv2d_24(
+                x, v, m, kernel_size=k, padding=pad
+            ),
+        }
+        error = float((engines["sparsekd"]() - wanted).abs().max() / wanted.abs().max())
+        if not error <= TOLERANCE["fp16"]:
+            raise SystemExit(f"Expected the 2:4 convolution within {TOLERANCE['fp16']} of the dense one, got {error}")
+        ms = run.time(engines)
+        layer = [in_channels, out_channels, kernel, size]
+        rows.append(dict(layer=layer, error=error, ms=ms, speedup=ms["dense channels_last"] / ms["sparsekd"]))
+        print(f"2:4 layer={layer}", f"{rows[-1]['speedup']:.2f}x", flush=True)
+    return rows
+
+
+def bench_kd_loss(run: Run) -> list[dict]:
+    rows = []
+    for n, classes in [(4, 10)] if run.rehearse else [(256, 1000), (4096, 1000), (4096, 32000)]:
+        student = (3 * torch.randn(n, classes, device=run.device)).requires_grad_()
+        teacher, target = 3 * torch.randn_like(student), torch.randint(classes, (n,), device=run.device)
+
+        def eager(student=student, teacher=teacher, target=target):
+            return torch.autograd.grad(reference.kd_loss_reference(student, teacher, target), student)
+
+        def fused(student=student, teacher=teacher, target=target):
+            return torch.autograd.grad(ops.kd_loss(student, teacher, target), student)
+
+        rows.append(check_and_time(run, f"kd_loss {n}x{classes}", eager, fused))
+    return rows
+
+
+def bench_linear_kd_loss(run: Run) -> list[dict]:
+    rows = []
+    for n, features, classes in [(6, 4, 10)] if run.rehearse else [(4096, 2048, 32000)]:
+        made = [torch.randn(s, device=run.device) / features**0.25 for s in ((n, features), (classes, features)) * 2]
+        learned, taught = [t.requires_grad_() for t in made[:2]], made[2:]
+        target = torch.randint(classes, (n,), device=run.device)
+
+        def eager(learned=learned, taught=taught, target=target):
+            loss = reference.linear_kd_loss_reference(*learned, None, *taught, None, target)
+            return torch.autograd.grad(loss, learned)
+
+        def fused(learned=learned, taught=taught, target=target):
+            return torch.autograd.grad(ops.linear_kd_loss(*learned, *taught, target), learned)
+
+        row = check_and_time(run, f"linear_kd_loss {n}x{features}x{classes}", eager, fused)
+        if not run.rehearse:
+            for name, function in (("eager", eager), ("sparsekd", fused)):
+                torch.cuda.reset_peak_memory_stats()
+                function()
+                row.setdefault("peak_bytes", {})[name] = torch.cuda.max_memory_allocated()
+        rows.append(row)
+    return rows
+
+
+def check_and_time(run: Run, name: str, eager, fused) -> dict:
+    for got, want in zip(fused(), eager(), strict=True):
+        error = float((got - want).abs().max() / want.abs().max())
+        if not error <= 1e-3:
+            raise SystemExit(f"Expected the gradient of {name} within 1e-3 of eager's, got {error}")
+    engines = {"eager": eager, "sparsekd": fused}
+    if not run.rehearse:
+        engines["compiled"] = torch.compile(eager)
+    ms = run.time(engines)
+    best = min(value for engine, value in ms.items() if engine != "sparsekd")
+    print(name, f"{best / ms['sparsekd']:.2f}x", flush=True)
+    return dict(case=name, ms=ms, speedup=best / ms["sparsekd"])
+
+
+def bench_end_to_end(run: Run) -> list[dict]:
+    """CIFAR ResNet-20 four times as wide, every convolution but the first with V x 1 weights at a tenth."""
+    width, batch, size = (4, 1, 8) if run.rehearse else (64, 256, 32)
+    rows = []
+    for precision, vector in [("fp16", 8)] if run.rehearse else [("fp32", 4), ("tf32", 16), ("fp16", 16), ("fp16", 32)]:
+        torch.manual_seed(0)
+        from sparsekd.reference_models import cifar_resnet20
+
+        dense = cifar_resnet20(width).eval()
+        sparse = cifar_resnet20(width).eval()
+        sparse.load_state_dict(dense.state_dict())
+        for owner in list(sparse.modules()):
+            for name, conv in list(owner.named_children()):
+                if isinstance(conv, nn.Conv2d) and conv.in_channels > 3:
+                    keep = torch.rand(-(-conv.out_channels // vector), 1, *conv.weight.shape[1:]) < 0.1
+                    mask = keep.expand(-1, vector, -1, -1, -1).flatten(0, 1)[: conv.out_channels]
+                    setattr(owner, name, sparsekd.SparseConv2d.from_dense(conv, mask, vector))
+        dtype = PRECISIONS[precision]
+        dense, sparse = dense.to(run.device, dtype), sparse.to(run.device, dtype)
+        x = torch.randn(batch, 3, size, size).to(run.device, dtype)
+        last, x_last = dense.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        with tf32(precision == "tf32"), torch.no_grad():
+            want = sparsekd.to_dense(sparse)(x)
+            error = float((sparse(x) - want).float().abs().max() / want.float().abs().max())
+            if not error <= 2e-2:
+                raise SystemExit(f"Expected the sparse network within 2e-2 of the dense one, got {error}")
+            engines = {"dense channels_last": lambda m=last, x=x_last: m(x), "sparsekd": lambda m=sparse, x=x: m(x)}
+            ms = run.time(engines)
+        speed = ms["dense channels_last"] / ms["sparsekd"]
+        rows.append(dict(case=f"ResNet-20 x4 {precision} V={vector}", ms=ms, speedup=speed, error=error))
+        print(rows[-1]["case"], f"{speed:.2f}x", flush=True)
+    return rows
+
+
+def bench(run: Run) -> None:
+    parts = dict(
+        conv2d_24=bench_conv2d_24,
+        kd_loss=bench_kd_loss,
+        linear_kd_loss=bench_linear_kd_loss,
+        end_to_end=bench_end_to_end,
+    )
+    run.write("results.json", {n: part(run) for n, part in (parts | dict(conv2d=bench_conv2d)).items()})

@@ -1,0 +1,137 @@
+// The end of the convolution on tensor cores (conv2d_tensor.cuh): scale, shift, residual, activation, and the way to
+// images or lanes.
+#pragma once
+#include "conv2d_tensor_stage.cuh"
+
+namespace sparsekd::cuda {
+
+// A slice in the order of the plan, which may come from anywhere.
+__device__ __forceinline__ int slice_of(const TensorConv2dParams& p, int rank) {
+  return min(max(p.plan.order[rank], 0), p.all_slices - 1);
+}
+
+// Eight rows of some positions at a time go through shared memory, each warp's to itself, from where a lane takes the 8
+// lanes of a row and position. The pitch of rows is such that what is written lies in different banks.
+template <class T, int kRows, int kGroups, int kPositions>
+struct Finisher {
+  static constexpr int kMatrices = kRows == 8 ? 1 : kRows / 16, kPlaces = kRows == 8 ? kPositions / 2 : kPositions;
+  static constexpr int kTogether = kPositions < kResultPositions ? kPositions : kResultPositions;
+  static constexpr int kPitch = kTogether * 8 + (kRows == 8 ? 4 : 8), kAtOnce = 32 / kTogether;
+  static constexpr int kVectors = kPitch * 2;  // of `results`, 16 bytes each
+  static_assert(kVectors * 16 <= result_bytes(kPositions));
+  const TensorConv2dParams& p;
+  float* results;  // [8 rows][kTogether][8 lanes], of the warp
+  int first_rank, group;
+  int64_t at[kLanes];  // -1: none
+
+  // From position `place` of the tile on.
+  __device__ __forceinline__ void turn_to(const TilePlace& tile, int place) {
+    place += threadIdx.x % kTogether;
+    const int row_in_strip = tile.y + place / p.tile_w, column = tile.x + place % p.tile_w;
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t slot = tile.unit * kLanes + i, image = p.to_lanes ? tile.unit : slot / p.strips;
+      const int64_t row = p.to_lanes ? row_in_strip : (slot - image * p.strips) * p.strip_rows + row_in_strip;
+      const bool inside = row_in_strip < p.strip_rows && column < p.positions[1] && row < p.positions[0];
+      at[i] = inside && (p.to_lanes || image < p.batch) ? image * p.out_n + row * p.out_h + column * p.out_w : -1;
+    }
+  }
+
+  // Rows `first_row` ... + 7 of a slice.
+  __device__ __forceinline__ void store(int k, int first_row) const {
+    const int lane = threadIdx.x % 32;
+    const int own = lane % kTogether, upper = own / 4 % 2;  // which half is read first, for the banks' sake
+    int channel_of = -1;  // of row lane % 8
+    float scale_of = 1.0f, shift_of = 0.0f;
+    const int rank = first_rank + k;
+    if (rank < p.slices_per_group) {
+      const int local = slice_of(p, group * p.slices_per_group + rank) - group * p.slices_per_group;
+      const int in_vector = local % p.slices * kRows + first_row + lane % 8;
+      const int row = local / p.slices * p.vector + in_vector;
+      if (local >= 0 && in_vector < p.vector && row < p.rows_per_group) {
+        channel_of = group * p.rows_per_group + row;
+        if (p.row_indices) channel_of = p.row_indices[channel_of];
+        if (channel_of >= p.out_channels) channel_of = -1;
+      }
+    }
+    if (channel_of >= 0 && p.scale) scale_of = load_value(p.scale, p.dtype, channel_of);
+    if (channel_of >= 0 && p.shift) shift_of = load_value(p.shift, p.dtype, channel_of);
+    __syncwarp();  // results
+#pragma unroll 1
+    for (int i = 0; i < 8; i += kAtOnce) {
+      const int r = i + lane / kTogether;
+      const int channel = __shfl_sync(0xffffffffu, channel_of, r);
+      const float scale = __shfl_sync(0xffffffffu, scale_of, r), shift = __shfl_sync(0xffffffffu, shift_of, r);
+      if (channel < 0) continue;
+      const auto* from = reinterpret_cast<const float4*>(results + r * kPitch + own * 8);
+      const float4 first = load_vector(from + upper), second = load_vector(from + 1 - upper);
+      const float4 low = upper ? second : first, high = upper ? first : second;
+      float result[kLanes] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) result[j] = result[j] * scale + shift;
+      const int64_t of_channel = channel * p.out_c;
+      if (p.to_lanes) {
+        if (at[0] < 0) continue;
+        if (p.residual) {
+          const uint4 bits = load_vector(reinterpret_cast<const uint4*>(
+              static_cast<const uint16_t*>(p.residual) + at[0] + of_channel));
+          const uint32_t words[] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+          for (int j = 0; j < kLanes; ++j) result[j] += float_of_bits<T>(words[j / 2] >> 16 * (j % 2) & 0xffff);
+        }
+        uint32_t words[kLanes / 2];
+#pragma unroll
+        for (int j = 0; j < kLanes; j += 2) {
+          words[j / 2] = bits_of<T>(activate(result[j], p.activation)) |
+                         bits_of<T>(activate(result[j + 1], p.activation)) << 16;
+        }
+        store_vector(reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.output) + at[0] + of_channel),
+                     uint4{words[0], words[1], words[2], words[3]});
+        continue;
+      }
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) {
+        if (at[j] < 0) continue;
+        if (p.residual) result[j] += to_float(static_cast<const T*>(p.residual)[at[j] + of_channel]);
+        store_vector(static_cast<T*>(p.output) + at[j] + of_channel, from_float<T>(activate(result[j], p.activation)));
+      }
+    }
+    __syncwarp();  // before the next results
+  }
+
+  __device__ __forceinline__ void run(const TilePlace& tile, int place,
+                                      const float (&sums)[kGroups][kMatrices][kPlaces][4]) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int first = 0; first < kPositions; first += kTogether) {
+      turn_to(tile, place + first);
+#pragma unroll
+      for (int k = 0; k < kGroups; ++k) {
+        if constexpr (kRows == 8) {  // rows 2 * t + {0, 1}, lane g, of two positions
+#pragma unroll
+          for (int i = 0; i < kTogether / 2; ++i) {
+            const float* four = sums[k][0][first / 2 + i];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) results[(2 * t + e % 2) * kPitch + (2 * i + e / 2) * 8 + g] = four[e];
+          }
+          store(k, 0);
+        } else {  // rows g and g + 8, lanes 2 * t + {0, 1}
+#pragma unroll
+          for (int m = 0; m < kMatrices; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+              for (int i = 0; i < kTogether; ++i) {
+                const float* two = &sums[k][m][first + i][2 * half];
+                store_vector(reinterpret_cast<float2*>(results + g * kPitch + i * 8 + 2 * t), float2{two[0], two[1]});
+              }
+              store(k, 16 * m + 8 * half);
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace sparsekd::cuda
