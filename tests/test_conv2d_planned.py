@@ -186,7 +186,7 @@ def test_errors():
         col[-1] = 108
         torch.ops.sparsekd.conv2d_plan(conv.crow_indices, col, plan.tiling, 1, x.shape, 10, *geometry)
     assert plan_of(conv, (0, 12, 8, 8)) is None
-    arguments = (conv.values, *plan, None, None, conv.bias, None, "none", False, 10, *geometry)
+    arguments = (conv.values, plan.indices, plan.tiling, None, None, conv.bias, None, "none", False, 10, *geometry)
     with pytest.raises(RuntimeError, match="Expected conv2d_planned under torch.no_grad.*use conv2d$"):
         torch.ops.sparsekd.conv2d_planned(x, *arguments)
 
