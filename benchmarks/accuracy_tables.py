@@ -118,6 +118,9 @@ def _permuted() -> list[tuple[str, list[tuple[Cell, Cell]]]]:
         for vector in ("4x1", "16x1"):
             label = f"90% {vector}, permuted less consecutive; {'distilled' if taught else 'labels alone'}"
             asked.append((label, [pair(vector, distilled=taught)]))
+    for taught in (True, False):
+        label = f"95% 4x1, permuted less consecutive; {'distilled' if taught else 'labels alone'}"
+        asked.append((label, [pair("4x1", sparsity=0.95, distilled=taught)]))
     for sparsity in SPARSITIES["shapes"]:
         ways = [(importance, taught) for importance in IMPORTANCES for taught in (True, False)]
         pairs = [pair("4x1", sparsity=sparsity, importance=i, distilled=taught) for i, taught in ways]
@@ -148,7 +151,8 @@ def _made(name: str, folder: Path) -> str:
         return ""
     hours = sum(result["seconds"] for result in results) / 3600
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"Made {when} on {' and '.join(machines)}, one thread each; {hours:.1f} hours of one core in all."
+    part = f" (as {len(known)} of {len(results)} files say)" if len(known) < len(results) else ""
+    return f"Made {when} on {' and '.join(machines)}{part}, one thread each; {hours:.1f} hours of one core in all."
 
 
 def section(name: str, folder: Path) -> list[str]:
