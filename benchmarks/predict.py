@@ -175,21 +175,23 @@ def tensor_cores(device: Device, layer: Layer, batch: int, vector: int, density:
     for groups, positions in TENSOR_VARIANTS[vector]:
         for position_warps in (1, 2, 4, 8):
             row_warps = min(8 // position_warps, math.ceil(slices / groups))
-            for tile_w in (8, 16, 32):
+            for tile_w in (4,) if (groups, positions) in ((4, 16), (2, 16)) else (8, 16, 32):
                 tile_h = positions * position_warps // tile_w
                 if tile_h < 1:
                     continue
-                phases = min(layer.stride, layer.kernel)
-                plane = (phases * (tile_h + reach // layer.stride)) * (phases * (tile_w + reach // layer.stride))
-                channels = min((device.shared_bytes // 2 - 128) // (16 * (plane | 1)), 128, layer.in_channels)
-                if channels < 1:
+                # Each phase of a stride is a plane. All of them in one buffer, or as many as fit twice.
+                plane = (tile_h + reach // layer.stride) * (tile_w + reach // layer.stride)
+                planes = layer.in_channels * min(layer.stride, layer.kernel) ** 2
+                fitting = [(device.shared_bytes // n - 1024) // (16 * (plane | 1)) for n in (1, 2)]
+                fitting = planes if planes <= min(fitting[0], 128) else min(fitting[1], 128)
+                if fitting < 1:
                     continue
-                parts = math.ceil(layer.in_channels / channels)
+                parts = math.ceil(planes / fitting)
                 octets = layer.in_channels * layer.kernel**2 * density / 8 + 0.45 * parts
                 block_slices = min(slices, row_warps * groups)
                 everywhere = positions * position_warps
                 gathers = block_slices * octets * everywhere * factors[vector]
-                copies = layer.in_channels * plane / 8
+                copies = planes * plane / 8
                 weights = block_slices * octets * position_warps * vector / 8
                 products = block_slices * octets * everywhere * vector * 64 / device.tensor_macs / device.sync_share
                 # Each sum is written to shared memory and read once.

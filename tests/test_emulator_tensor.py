@@ -76,8 +76,8 @@ BUGS = {
     ),
 }
 
-# Three blocks of channels in little shared memory, odd columns and octets, borders, two matrices of rows a warp; one
-# buffer for all channels in more. Blocks of threads go on from tile to tile.
+# Three blocks of channels in little shared memory, odd columns and octets, borders, two matrices of rows a warp; fewer
+# channels, which one buffer takes. Blocks of threads go on from tile to tile.
 RUN = """
 import sys, torch
 sys.path.insert(0, {tests!r})
@@ -87,12 +87,12 @@ from sparsekd.sparse import formats
 emulator = emulated.load(Path({library!r}))
 torch.manual_seed(0)
 said = ""
-for vector, seed, shared in ((8, 0, 40), (16, 1, 40), (32, 0, 40), (16, 0, 163)):
+for vector, seed, shared, channels in ((8, 0, 40, 90), (16, 1, 40, 90), (32, 0, 40, 90), (16, 0, 163, 24)):
     emulator.functions.emulator_set_device(8, shared << 10, 1)
     emulator.functions.emulator_set_seed(seed)
-    mask = (torch.rand(64 // vector, 90, 3, 3) < 0.1).repeat_interleave(vector, 0)
-    values, crow, col, _ = formats.pack(torch.randn(64, 90, 3, 3), mask, vector)
-    input = torch.randn(3, 90, 9, 9).half()
+    mask = (torch.rand(64 // vector, channels, 3, 3) < 0.1).repeat_interleave(vector, 0)
+    values, crow, col, _ = formats.pack(torch.randn(64, channels, 3, 3), mask, vector)
+    input = torch.randn(3, channels, 9, 9).half()
     try:
         emulator.ops.conv2d(input, values.half(), crow, col, None, None, None, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1)
     except RuntimeError as error:

@@ -26,7 +26,8 @@ std::vector<int64_t> conv2d_tiling_cuda(const at::Tensor& col, int64_t vector, a
   const Conv2dShape shape = checked_shape(input_size, out_channels, kernel_size, stride, padding, dilation, groups);
   Call call(col);
   std::string reason;
-  const auto tiling = choose_tiling(problem_of(shape, vector, col.size(0)), tensor_device(call, col), reason);
+  // Plans are kept for layers in a row, whose activations stay in lanes.
+  const auto tiling = choose_tiling(problem_of(shape, vector, col.size(0)), tensor_device(call, col), false, reason);
   return tiling ? tiling->numbers() : std::vector<int64_t>{};
 }
 

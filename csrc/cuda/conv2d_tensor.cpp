@@ -196,7 +196,7 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
 bool run_on_tensor_cores(Call& call, const TensorProblem& problem, const at::Tensor& crow, const at::Tensor& col,
                          TensorOperands operands) {
   std::string reason;
-  const std::optional<Tiling> tiling = choose_tiling(problem, tensor_device(call, operands.input), reason);
+  const std::optional<Tiling> tiling = choose_tiling(problem, tensor_device(call, operands.input), true, reason);
   if (!tiling) return not_taken(reason);
   operands.plan = make_plan(call, problem, *tiling, crow, col);
   run_planned(call, problem, *tiling, operands);

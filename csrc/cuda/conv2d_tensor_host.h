@@ -41,7 +41,8 @@ struct Tile {
 Tile tile_of(const TensorProblem& problem, const Tiling& tiling);
 
 // None, with the reason, where tensor cores can't take the convolution.
-std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, std::string& reason);
+std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, bool to_images,
+                                    std::string& reason);
 // Numbers from outside.
 Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, const TensorDevice& device);
 

@@ -96,7 +96,8 @@ namespace {
 
 // By cycles of an SM, counted as at the head of conv2d_tensor.cuh: what shared memory delivers (128 bytes a cycle) to
 // the operands and takes from the copies, or what the tensor cores multiply (1024 a cycle), whichever is more.
-double cost_of(const TensorProblem& problem, const TensorDevice& device, const Tiling& tiling, const Tile& tile) {
+double cost_of(const TensorProblem& problem, const TensorDevice& device, bool to_images, const Tiling& tiling,
+               const Tile& tile) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
   const double rows = tiling.variant.rows, positions = tiling.tile_h * tiling.tile_w;
   const int64_t wanted = std::clamp<int64_t>(ceil_div(kLanes, std::max<int64_t>(problem.batch, 1)), 1, ay.positions);
@@ -117,8 +118,10 @@ double cost_of(const TensorProblem& problem, const TensorDevice& device, const T
   const double weights = octets * tiling.position_warps * (rows / 8 + 0.25);
   const double multiplied = octets * positions * rows / 16;
 
-  // Results go through shared memory, there and back, and out as 16 bits: 80 bytes of 8 lanes.
-  const double finished = slices * rows * positions * 80 / 128;
+  // Results go through shared memory, there and back, and out as 16 bits: 80 bytes of 8 lanes. To images each lane of a
+  // tile's row stores for itself, at best a sector of 32 bytes a cycle.
+  const double stored = to_images ? 8.0 / std::min(tiling.tile_w, 16) : 16.0 / 128;
+  const double finished = slices * rows * positions * (64.0 / 128 + stored);
   const double worked = std::max(gathered + copied + weights, multiplied) + finished;
   // L2 has about 47 bytes a cycle for an SM. Copies wait for the only buffer while it is read, if no other block has
   // work meanwhile. At the end some SMs have no block left.
@@ -132,7 +135,8 @@ double cost_of(const TensorProblem& problem, const TensorDevice& device, const T
 
 }  // namespace
 
-std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, std::string& reason) {
+std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, bool to_images,
+                                    std::string& reason) {
   if (device.major < 8) {
     reason = "expected compute capability 8.0 or later, got " + std::to_string(device.major) + ".x";
     return {};
@@ -161,7 +165,7 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
           tiling.block_planes = int(ceil_div(one.planes, blocks));
           const Tile tile = tile_of(problem, tiling);
           if (tile.buffers.bytes > device.shared_bytes) continue;
-          const double cost = cost_of(problem, device, tiling, tile);
+          const double cost = cost_of(problem, device, to_images, tiling, tile);
           if (best && least <= cost) continue;
           best = tiling;
           least = cost;
