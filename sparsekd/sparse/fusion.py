@@ -4,6 +4,7 @@
                                                         done to results while they are in the cache
     max-pool                                            MaxPool2d of modules/fused.py
     dropout and stochastic depth in eval mode, Identity gone
+    convolutions of a few input channels                computed by the sparse kernels, too: few_channels.py
     large activations                                   in the memory of those of the last forward: arena.py
 
 The model is traced by torch.fx, as a whole or, where control flow forbids it, child by child. A traced piece is used
@@ -31,6 +32,7 @@ from ..measure.timing import compare
 from . import ops
 from .arena import reuse_memory, reuses
 from .convert import Choices, choices, convert, keep_choices, to_dense
+from .few_channels import packed_whole
 from .modules import FusedConv2d, MaxPool2d, SparseConv2d, SparseModule
 from .surgery import call, copied
 
@@ -58,7 +60,8 @@ def optimize_for_inference(
     """A copy of the model for inference, with pruned layers sparse where that is faster and their neighbours fused.
 
     Batch-norm is folded into convolutions and linear layers; ReLU, ReLU6, SiLU, Hardswish and residual additions are
-    done by the sparse convolutions before them; max-pool goes by slices. What is fused is kept only if the network is
+    done by the sparse convolutions before them; max-pool goes by slices; the convolution of an image's few channels,
+    though dense, may go through the sparse kernels. What is fused is kept only if the network is
     faster so. Parts that torch.fx cannot trace stay as :func:`convert` makes them, which is said in a warning. Memory
     of activations of 1 MiB or more is kept from one forward to the next, as much as a forward takes at once.
 
@@ -380,6 +383,9 @@ def _fastest(converted: nn.Module, example_inputs: object) -> nn.Module:
         networks["channels_last"] = _fused(converted, True, False)
         if any(isinstance(module, SparseConv2d) for module in converted.modules()):
             networks["turned"] = _fused(converted, True, True)
+    if any(isinstance(module, SparseConv2d) for module in converted.modules()):
+        if (packed := packed_whole(converted)) is not None:
+            networks["packed"] = _fused(packed, False, False)
     if _on_tensor_cores(converted):
         networks["lanes"] = _fused(converted, False, False, lanes=True)
     with torch.no_grad():
