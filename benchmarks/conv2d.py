@@ -3,7 +3,8 @@
     python benchmarks/conv2d.py --suite resnet18 --sparsity 0.9 --batch 1
 
 Each layer's result is checked first. Then dense (NCHW, channels_last, and oneDNN with its weight packed beforehand, as
-inductor's freezing uses it) and sparse are visited in turn within one run, by process CPU time, minimum over rounds, on
+inductor's freezing uses it) and sparse, whose entries are brought into the kernel's order beforehand as
+optimize_for_inference does it, are visited in turn within one run, by process CPU time, minimum over rounds, on
 one thread unless --threads says otherwise. The ratio is to the best dense one. GF/s count the non-zeros' multiply-adds
 twice, and the share is of the FMA peak measured in the same run.
 """
@@ -96,6 +97,7 @@ def run(layer: Layer, args: argparse.Namespace) -> dict:
     last = pruned(layer, args.sparsity, args.vector)[0]
     last.load_state_dict(conv.state_dict())
     last = last.to(memory_format=torch.channels_last)
+    sparse.freeze()
     x = torch.randn(args.batch, layer.in_channels, layer.size, layer.size)
     x_last = x.contiguous(memory_format=torch.channels_last)
     expected, got = conv.double()(x.double()), sparse(x)
