@@ -114,7 +114,11 @@ def test_rewinding(rewind_step):
                 want = begin[name] * masks[name] if name in masks else begin[name]
                 assert torch.equal(value, want), (step, name)
             assert not optimizer.state
-    assert pruner.finished and pruner.sparsity() == pytest.approx(0.8, abs=0.002) and pruner._snapshot is None
+    assert (
+        pruner.finished
+        and pruner.sparsity() == pytest.approx(0.8, abs=0.002)
+        and pruner.state_dict()["snapshot"] is None
+    )
 
 
 @pytest.mark.parametrize("kind", ["rigl", "iterative"])

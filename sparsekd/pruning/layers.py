@@ -127,3 +127,16 @@ def check_count(what: str, got: object) -> None:
     """ValueError unless ``got`` is a whole number from 0 on."""
     if isinstance(got, bool) or not isinstance(got, int) or got < 0:
         raise ValueError(f"Expected {what} to be a whole number from 0 on, got {got!r}")
+
+
+def first_lost(model: nn.Module, owners: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> str | None:
+    """The first of these weights, by name, that its module, or the model, has no longer."""
+    for name, module in owners.items():
+        weight = weights[name]
+        lost = module._parameters.get("weight") is not weight
+        if not lost and module_at(model, name.rpartition(".")[0]) is not module:
+            # A layer may go on under another name, for instance when torch.compile wraps a block.
+            lost = not any(weight is parameter for parameter in model.parameters())
+        if lost:
+            return name
+    return None

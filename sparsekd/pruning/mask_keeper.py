@@ -66,6 +66,21 @@ class MaskKeeper:
                 for value in entries_of(optimizer, self.weights[name]):
                     value.masked_fill_(pruned.to(value.device), 0)
 
+    @torch.no_grad()
+    def hold_in(self, others: Mapping[str, Tensor]) -> None:
+        """Zero at each pruned weight of others, by name.
+
+        Raises:
+            ValueError: there is none of that name and shape; all are then left as they were.
+        """
+        for name, mask in self.masks.items():
+            got = tuple(others[name].shape) if name in others else "none"
+            if got != tuple(mask.shape):
+                raise ValueError(f"Expected a model with a parameter {name} of shape {tuple(mask.shape)}, got {got}")
+        for name, pruned in self.pruned.items():
+            weight = others[name]
+            local(weight).masked_fill_(part_like(pruned.to(local(weight).device), weight), 0)
+
     def all_moved(self) -> bool:
         """Whether known optimizers move every weight that is pruned, so that their steps hold the masks."""
         return self.pruned.keys() <= moved_by(self._optimizers, self.weights)

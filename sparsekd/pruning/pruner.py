@@ -19,15 +19,16 @@ from .budget import Budget, Caps, check_scores, check_sparsity, plain
 from .gatherers import GradientGatherer, InputGatherer
 from .importance import Importance, find_importance, score, statistic_of
 from .latency import LatencyBudget
-from .layers import Ignored, find_prunable, layers_left_dense, module_at, unwrap
+from .layers import Ignored, find_prunable, first_lost, layers_left_dense, unwrap
 from .mask_keeper import MaskKeeper
 from .optimizers import moved_by
 from .patterns import Layout, Units, find_pattern
 from .permutation import Permutation, choose_permutation
 from .regrowth import moved_masks
+from .rewind import Rewind
 from .saved_state import check_state
 from .schedule import IterativeSL, RigL, SparsitySchedule
-from .sharding import local, new_whole, part_like, whole
+from .sharding import new_whole, whole
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +123,6 @@ class Pruner:
         }
         self._permutations: dict[str, Permutation] = {}
         self._regrown = 0
-        self._snapshot: dict[str, Tensor] | None = None  # the model's state that IterativeSL rewinds to
         self._steps, self._finished, self._squashed = 0, False, False
         statistic = "|g|" if isinstance(schedule, RigL) else statistic_of(self._importance)
         if isinstance(schedule, RigL) and statistic_of(self._importance) not in (None, "|g|"):
@@ -134,9 +134,9 @@ class Pruner:
             self._gatherer = GradientGatherer(self._weights, statistic, scaler)
         if self._gatherer is not None:
             self._gatherer.attach()
-        if isinstance(schedule, IterativeSL) and schedule.rewind_step == 0:
-            self._keep_snapshot()
         self._keeper = MaskKeeper(self._weights, optimizer)
+        rewinds = isinstance(schedule, IterativeSL) and schedule.rewind_step is not None
+        self._rewind = Rewind(self._model, self._keeper, schedule.rewind_step) if rewinds else None
         if isinstance(ignored_layers, str) and ignored_layers == "first_last" and self.dense_layers:
             said = "stay dense, as the first convolution and the last linear layer: ignored_layers=() prunes all"
             _log.info("%s: %s", ", ".join(self.dense_layers), said)
@@ -215,8 +215,8 @@ class Pruner:
                 self._gatherer.detach()
         # Only now: after an error the next call is this step again.
         self._steps += 1
-        if isinstance(self._schedule, IterativeSL):
-            self._rewind(changed)
+        if self._rewind is not None:
+            self._rewind.after(self._steps, changed, self._finished)
         if changed:
             self._keeper.begin_anew()
         if changed or not self._keeper.all_moved():
@@ -295,26 +295,6 @@ class Pruner:
         self._regrown += regrown
         return True
 
-    def _keep_snapshot(self) -> None:
-        self._snapshot = {name: value.detach().clone() for name, value in self._model.state_dict().items()}
-
-    @torch.no_grad()
-    def _rewind(self, changed: bool) -> None:
-        """Keeps the state to go back to; goes back to it after a cut."""
-        if self._schedule.rewind_step is None:
-            return
-        if changed and self._snapshot is not None:
-            state = self._model.state_dict()
-            for name, value in self._snapshot.items():
-                state[name].copy_(value)
-            self._keeper.drop_state(self._model.parameters())
-            self._keeper.hold()
-        if self._steps == self._schedule.rewind_step:
-            self._keep_snapshot()
-        if self._finished:
-            self._snapshot = None
-
-    @torch.no_grad()
     def apply_masks(self, model: nn.Module | None = None) -> None:
         """Sets pruned weights to zero, here or, by name, in another model of the same architecture (an EMA copy).
 
@@ -329,14 +309,7 @@ class Pruner:
             return self._keeper.hold()
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
-        weights = dict(unwrap(model).named_parameters(remove_duplicate=False))
-        for name, mask in self._keeper.masks.items():
-            got = tuple(weights[name].shape) if name in weights else "none"
-            if got != tuple(mask.shape):
-                raise ValueError(f"Expected a model with a parameter {name} of shape {tuple(mask.shape)}, got {got}")
-        for name, pruned in self._keeper.pruned.items():
-            weight = weights[name]
-            local(weight).masked_fill_(part_like(pruned.to(local(weight).device), weight), 0)
+        self._keeper.hold_in(dict(unwrap(model).named_parameters(remove_duplicate=False)))
 
     def squash_mask(self) -> None:
         """Drops masks and hooks. The zeros stay in the weights, and nothing holds them any longer.
@@ -370,7 +343,7 @@ class Pruner:
             "layers": dict(self._budget.layers) if self._budget.spending and self._budget.layers else None,
             "permutations": {name: vars(made) | {"order": made.order} for name, made in self._permutations.items()},
             "regrown": self._regrown,
-            "snapshot": None if self._snapshot is None else dict(self._snapshot),
+            "snapshot": None if self._rewind is None else self._rewind.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping) -> None:
@@ -399,8 +372,8 @@ class Pruner:
         self._permutations = permutations
         if self._budget.spending is not None:
             self._budget.layers = None if state["layers"] is None else dict(state["layers"])
-        snapshot = state["snapshot"]
-        self._snapshot = None if snapshot is None else {name: value.clone() for name, value in snapshot.items()}
+        if self._rewind is not None:
+            self._rewind.load_state_dict(state["snapshot"])
         self._keeper.hold()
 
     def _check_in_use(self, method: str) -> None:
@@ -409,18 +382,13 @@ class Pruner:
 
     def _check_weights(self) -> None:
         # Masks of parameters that the model no longer uses would hold nothing, silently.
-        for name, module in self._owners.items():
-            weight = self._weights[name]
-            lost = module._parameters.get("weight") is not weight
-            if not lost and module_at(self._model, name.rpartition(".")[0]) is not module:
-                # A layer may go on under another name, for instance when torch.compile wraps a block.
-                lost = not any(weight is parameter for parameter in self._model.parameters())
-            if lost:
-                raise RuntimeError(
-                    f"Expected {name} to be the Parameter that the Pruner was made with, got another: make the Pruner "
-                    "(and the optimizer) after the model is sharded, reparametrised, given other layers or loaded with "
-                    "assign=True"
-                )
+        name = first_lost(self._model, self._owners, self._weights)
+        if name is not None:
+            raise RuntimeError(
+                f"Expected {name} to be the Parameter that the Pruner was made with, got another: make the Pruner (and "
+                "the optimizer) after the model is sharded, reparametrised, given other layers or loaded with "
+                "assign=True"
+            )
 
     def __reduce_ex__(self, protocol: int) -> object:
         raise TypeError("Expected a Pruner to be saved by state_dict(), got copy or pickle: it is bound to its model")
