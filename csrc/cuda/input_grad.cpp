@@ -82,7 +82,6 @@ at::Tensor conv2d_input_grad_cuda(const at::Tensor& grad_output, const at::Tenso
                     at::IntArrayRef(size), ", got ", grad_output.sizes());
   check_values(values, grad_output, "grad_output", col);
   checked_row_groups(crow, col, rows, grad_output, out_channels, groups, values.size(1));
-  const int64_t channels = shape.in_channels;
   const Pattern pattern = transposed(values, crow, col, rows, transpose, out_channels, shape.in_channels, shape.taps(),
                                      groups);
 
