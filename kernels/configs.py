@@ -156,6 +156,8 @@ def candidates_conv2d(problem: Problem, architecture: int, multiprocessor_count:
     """The small set that is timed, the first guess first: at most a dozen, each a step or two away from it."""
     first = default_conv2d(problem, multiprocessor_count)
     turned = problem.element_size <= 4 and problem.taps > 1 and problem.op != "conv2d_weight_grad"
+    # With 8 warps ptxas spills the weight gradient (8.6: 8 bytes of 128 registers), that another block fits beside.
+    more_warps = dict(num_warps=first.num_warps * 2) if problem.op != "conv2d_weight_grad" else {}
     steps = [
         dict(lanes=not first.lanes) if turned else {},
         dict(programs=4 * multiprocessor_count),  # persistent: as many as run at a time, about
@@ -166,8 +168,8 @@ def candidates_conv2d(problem: Problem, architecture: int, multiprocessor_count:
         dict(block_m=first.block_m * 2, num_warps=first.num_warps * 2),
         dict(block_m=first.block_m // 2),
         dict(block_m=first.block_m // 2, block_k=first.block_k * 2),
-        dict(num_warps=first.num_warps * 2),
-        dict(num_warps=first.num_warps * 2, num_stages=first.num_stages + 1),
+        more_warps,
+        more_warps | dict(num_stages=first.num_stages + 1),
     ]
     found = [first]
     kept = max(problem.columns * problem.density, 1)
