@@ -149,10 +149,11 @@ def _made(name: str, folder: Path) -> str:
     machines, dates = sorted({r["machine"] for r in known}), sorted({r["date"] for r in known})
     if not known:
         return ""
-    hours = sum(result["seconds"] for result in results) / 3600
+    minutes = sum(result["seconds"] for result in results) / 60
+    took = f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     part = f" (as {len(known)} of {len(results)} files say)" if len(known) < len(results) else ""
-    return f"Made {when} on {' and '.join(machines)}{part}, one thread each; {hours:.1f} hours of one core in all."
+    return f"Made {when} on {' and '.join(machines)}{part}, one thread each; {took} of one core in all."
 
 
 def section(name: str, folder: Path) -> list[str]:
@@ -222,9 +223,9 @@ def write(folder: Path) -> None:
         "",
         "Written by `python benchmarks/accuracy.py`, which says how each figure came about; one JSON file beside this "
         "one for each. Accuracy on test images in percent, mean ± standard deviation over 3 seeds; of fewer seeds, "
-        "their number is in brackets, and of one there is no deviation; the standard error of 3,000 test images is "
-        "half a point. What is not done yet has a dash, and the command goes on with it. The images of shapes are "
-        "synthetic.",
+        "their number is in brackets, and of one there is no deviation. The standard error of 3,000 test images "
+        "(shapes) is half a point, of 445 (digits) a third. What is not done yet has a dash, and the command goes on "
+        "with it. The images of shapes are synthetic.",
         "",
     ]
     for name in names:
