@@ -20,7 +20,7 @@ def kd_loss(
     label_smoothing: float = 0.0,
     distill_ignored: bool = False,
 ) -> Tensor:
-    """``(1 - alpha) * CE + alpha * T^2 * KL(teacher || student)`` from raw logits, in one pass over both.
+    """``(1 - alpha) * CE + alpha * T^2 * KL(teacher || student)`` from raw logits, row by row in the caches.
 
     The gradient is made in the forward. All is computed in double and rounded once. CE averages over the rows that are
     not ignored, KL sums over classes and averages over its rows: those not ignored, or all with ``distill_ignored``.
