@@ -216,7 +216,16 @@ def test_fakes_are_as_the_real_results(dims, to_lanes, on_the_cpu):
     input = torch.randn(8, 6, 7, 5).half()
     plan = ops.conv2d_plan(*conv._indices()[:2], vector=8, input_size=input.shape, out_channels=16, kernel_size=3)
     with torch.no_grad():
-        arguments = (ops.to_lanes(input) if dims == 5 else input, conv.values, *plan, None, None, None, None, "none")
+        arguments = (
+            ops.to_lanes(input) if dims == 5 else input,
+            conv.values,
+            *plan[:2],
+            None,
+            None,
+            None,
+            None,
+            "none",
+        )
         arguments = (*arguments, to_lanes, 16, (3, 3), (1, 1), (0, 0), (1, 1), 1)
         real = torch.ops.sparsekd.conv2d_planned(*arguments)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -133,6 +133,27 @@ class StripPacker {
     }
   }
 
+  // The end of a tensor, of which runs of `size` elements are read up to `need` elements past their ends.
+  struct Tail {
+    Tail(const Batch<const T>& batch, int64_t size, int64_t need)
+        : need(need), past(batch.image(batch.count)), all(past - batch.data), length(std::min(size + need, all)) {}
+    bool holds(const T* run) const { return past - run < length || length == all; }
+    // The run, or its copy.
+    const T* readable(const T* run) {
+      if (!holds(run)) return run;
+      if (copy.empty()) {
+        copy.assign(past - length, past);
+        copy.resize(length + need);
+      }
+      return copy.data() + length - (past - run);
+    }
+
+    int64_t need;
+    const T* past;
+    int64_t all, length;
+    std::vector<T> copy;
+  };
+
   // Where the runs of a part's lanes begin in channel c. `lower` are those of lines that the lowest strip doesn't have.
   struct Runs {
     std::vector<const T*> upper, lower;
@@ -143,15 +164,13 @@ class StripPacker {
     const int64_t images = std::min(grid.images, batch.count - first);
     const Buffer<T> apart(step > 1 ? images * drawn : 0);
     const std::vector<T> zeros(small ? 0 : grid.strip[0] * batch.size[1] + grid.strip[1] + kSlack, T(0));
-    std::vector<T> last;
-    // No channel follows the last image's last: nothing may be read past its end.
+    // Where a gather would read past the tensor's end it reads a copy of that.
+    const int64_t need = grid.strip[1] + kSlack;
+    Tail tail(batch, pixels, need);
     auto image_at = [&](int64_t i, int64_t c, const Part& part) -> const T* {
       if (step > 1) return apart.get() + i * drawn + part.place;
-      const T* image = batch.image(first + i) + c * pixels;
-      if (small || first + i + 1 < batch.count || c + 1 < batch.channels) return image;
-      last.assign(image, image + pixels);
-      last.resize(pixels + grid.strip[1] + kSlack);
-      return last.data();
+      const T* const image = batch.image(first + i) + c * pixels;
+      return small ? image : tail.readable(image);
     };
     std::vector<Runs> runs(small ? 0 : parts.size());
     for (int64_t c = begin; c < end; ++c) {
@@ -165,7 +184,7 @@ class StripPacker {
           kernels.select(image_at(0, c, part), part.size[0] * part.size[1], part.index.data(), plane(), to);
           continue;
         }
-        if (c == begin || (step == 1 && c + 1 == batch.channels)) {
+        if (c == begin || (step == 1 && tail.holds(batch.image(first + images - 1) + c * pixels))) {
           runs[p] = runs_of(part, images, [&](int64_t i) { return image_at(i, c, part); }, zeros.data());
         } else if (step == 1) {
           for (auto* lanes : {&runs[p].upper, &runs[p].lower}) {
@@ -239,10 +258,9 @@ class StripPacker {
   }
 
   void pack_last(int64_t first, int64_t begin, int64_t end, int64_t pitch, T* out) const {
-    // A pixel's channels are a run; of the last ones nothing may be read past the end.
-    std::vector<T> zeros(batch.channels + 16 / sizeof(T), T(0)), aside;
+    const std::vector<T> zeros(batch.channels + kSlack, T(0));
     std::vector<const T*> from(grid.lanes);
-    const T* const corner = batch.data + (batch.count * pixels - 1) * batch.channels;
+    Tail tail(batch, batch.channels, kSlack);  // a pixel's channels are a run
     for (size_t p = 0; p < planes.phases.size(); ++p) {
       const Plane& plane = planes.phases[p];
       for (int64_t y = 0; y < size()[0]; ++y) {
@@ -252,14 +270,8 @@ class StripPacker {
             const int64_t row = (down_of(lane) * grid.strip[0] + y) * plane.step[0] + plane.origin[0];
             const int64_t column = (across_of(lane) * grid.strip[1] + x) * plane.step[1] + plane.origin[1];
             const bool inside = n < batch.count && row >= 0 && row < batch.size[0] && column >= 0 && column < batch.size[1];
-            from[lane] = inside ? batch.image(n) + (row * batch.size[1] + column) * batch.channels : zeros.data();
-            if (from[lane] == corner) {
-              if (aside.empty()) {
-                aside.assign(corner, corner + batch.channels);
-                aside.resize(batch.channels + 16 / sizeof(T));
-              }
-              from[lane] = aside.data();
-            }
+            from[lane] = zeros.data();
+            if (inside) from[lane] = tail.readable(batch.image(n) + (row * batch.size[1] + column) * batch.channels);
           }
           kernels.gather_lanes(from.data(), begin, end - begin,
                                out + begin * pitch + ((p * size()[0] + y) * size()[1] + x) * grid.lanes, pitch);
