@@ -4,6 +4,7 @@
 
 #include "direct.h"
 #include "run_store.h"
+#include "strip_store.h"
 #include "strips.h"
 
 namespace sparsekd::cpu {
