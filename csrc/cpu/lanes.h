@@ -44,6 +44,7 @@ struct Grid {
   Pair halo{0, 0};    // positions that taps reach beyond a tile
   double loads = 1;   // that a position costs
   Pair tiles{1, 1};   // over a strip; they differ by at most one line or one position
+  int64_t blocks = 1;  // of channels
   int64_t begin(int d, int64_t tile) const { return strip[d] * tile / tiles[d]; }
   int64_t count(int d, int64_t tile) const { return begin(d, tile + 1) - begin(d, tile); }
   Pair tile() const { return {ceil_div(strip[0], tiles[0]), ceil_div(strip[1], tiles[1])}; }  // the largest
@@ -112,7 +113,7 @@ inline int64_t blocks_of(const Work& work, const Grid& grid) {
 // Cycles of a whole pass, roughly: its rows, and what each line and vector costs on its way in and out, more where it is
 // turned around.
 inline double cycles(const Work& work, const Grid& grid) {
-  const double row = row_cycles(work, grid, blocks_of(work, grid));
+  const double row = row_cycles(work, grid, grid.blocks);
   const auto lanes = static_cast<double>(grid.lanes), phases = static_cast<double>(work.planes->phases.size());
   const double wide = grid.strip[1] + grid.halo[1], lines_in = work.channels * phases * (grid.strip[0] + grid.halo[0]);
   const double results = work.rows * work.vector * grid.strip[0];
@@ -141,14 +142,11 @@ inline void choose_tiles(const Work& work, const TileShape& shape, Grid& grid) {
   Grid tried = grid;
   for (int64_t lines = 1; lines <= std::min<int64_t>(shape.lines, grid.strip[0]); ++lines) {
     const int64_t most = std::min<int64_t>(shape.positions / lines, grid.strip[1]);
-    // A width that only evens the tiles out is the same as a narrower one.
     for (int64_t width = 1; width <= most; ++width) {
       tried.tiles = {ceil_div(grid.strip[0], lines), ceil_div(grid.strip[1], width)};
-      const double cost = cycles(work, tried);
-      if (cost < grid.cost) {
-        grid.cost = cost;
-        grid.tiles = tried.tiles;
-      }
+      tried.blocks = blocks_of(work, tried);
+      tried.cost = cycles(work, tried);
+      if (tried.cost < grid.cost) grid = tried;
     }
   }
 }

@@ -82,6 +82,17 @@ Work work_of(const Rows<T>& rows, int64_t batch, const Pair& pixels, int64_t wid
           lanes * static_cast<int64_t>(sizeof(T))};
 }
 
+// Of the only pass the grid knows; of several it was chosen for the one with the most entries.
+template <class T>
+void choose_blocks(std::vector<Pass<T>>& passes, const Batch<const T>& source, const Pair& pixels, const Planes& planes,
+                   const Grid& grid) {
+  for (Pass<T>& pass : passes) {
+    pass.blocks = grid.blocks;
+    if (passes.size() == 1) continue;
+    pass.blocks = blocks_of(work_of(pass.rows, source.count, pixels, source.size[1], planes, grid.lanes), grid);
+  }
+}
+
 // Makes the pass's offsets. False if nothing but the tiling was asked for.
 template <class T>
 bool locate(Pass<T>& pass, int64_t pitch, const Layout& layout, int64_t step) {
@@ -122,8 +133,8 @@ void over_strips(const Grid& grid, const Batch<const T>& source, const Pair& pix
   const Planes planes = planes_for(grid.strip, &passes), whole = planes_for(grid.covered(), nullptr);
   const Layout layout = plain_layout(planes);
   const int64_t pitch = spread<T>(layout.channel() * grid.lanes), line = layout.pitch * grid.lanes;
+  choose_blocks(passes, source, pixels, planes, grid);
   for (Pass<T>& pass : passes) {
-    pass.blocks = blocks_of(work_of(pass.rows, source.count, pixels, source.size[1], planes, grid.lanes), grid);
     if (!locate(pass, pitch, layout, grid.lanes)) return;
   }
   const StripPacker<T> packer(source, planes, whole, grid);
@@ -173,8 +184,8 @@ void over_runs(const Grid& grid, const Batch<const T>& source, const Pair& pixel
   // The last vector may reach past the last pixel.
   const int64_t pitch = spread<T>(layout.channel() + planes.halo[1] + 2 * grid.lanes);
   const int64_t line = layout.pitch, widest = grid.largest() * grid.lanes;
+  choose_blocks(passes, source, pixels, planes, grid);
   for (Pass<T>& pass : passes) {
-    pass.blocks = blocks_of(work_of(pass.rows, source.count, pixels, source.size[1], planes, grid.lanes), grid);
     if (!locate(pass, pitch, layout, 1)) return;
   }
   auto band_begin = [&](int64_t band) { return pixels[0] * band / bands; };
@@ -287,7 +298,7 @@ void over_pixels(GridKey key, const Batch<const T>& source, const Pair& stride, 
   const Work work = work_for(lanes);
   const int64_t images = source.count / work.batch, all = images * count;  // of a grid
   const int64_t widest = grid.largest() * lanes;
-  pass.blocks = blocks_of(work, grid);
+  pass.blocks = grid.blocks;
   // What is packed is so in bands of whole tiles.
   const int64_t channel_bytes = std::max<int64_t>(source.channels, 1) * widest * static_cast<int64_t>(sizeof(T));
   const int64_t tiles_in_band = in_place ? grid.tiles[1] : std::clamp<int64_t>(kBandBudget / channel_bytes, 1, grid.tiles[1]);

@@ -65,7 +65,7 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
     // The last vector of a run may reach past the last pixel.
     side->pitch = spread<T>(side->layout.channel() * step + (runs ? of_image.halo[1] + 2 * lanes : 0));
   }
-  const int64_t blocks = blocks_of(work_for(lanes), grid);
+  const int64_t blocks = grid.blocks;
   const std::vector<int32_t> table = column_table(rows, tiling_of(in.pitch, blocks, in.planes.taps, in.layout, step));
 
   const int64_t bands_in_unit = runs ? bands : 1, units = ceil_div(shape.batch, images_per_unit) * bands_in_unit;
