@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "geometry.h"
+#include "resident.h"
 
 namespace sparsekd {
 
@@ -68,7 +69,8 @@ class PlannedConv2d : public torch::CustomClassHolder {
     const bool counts = !values.is_inference();
     const bool known = counts && source_.is_same(values) && version_ == values._version();
     if (!known) {
-      arranged_ = at::index_select(values, 0, *order_);
+      arranged_ = empty_resident(values.sizes(), values.options());
+      at::index_select_out(arranged_, values, 0, *order_);
       source_ = counts ? values : at::Tensor();
       version_ = counts ? values._version() : 0;
     }

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "../geometry.h"
+#include "../resident.h"
 #include "direct.h"
 
 namespace sparsekd::cpu {
@@ -137,7 +138,7 @@ at::Tensor conv2d_plan_cpu(const at::Tensor& crow_indices, const at::Tensor& col
   const Pattern pattern(crow_indices, col_indices, {}, out_channels, groups, vector);
   const PlanKind kind(tiling, shape);
   const int64_t row_groups = crow_indices.size(0) - 1;
-  at::Tensor plan = at::empty({kind.size(row_groups, pattern.n_vectors)}, crow_indices.options());
+  at::Tensor plan = empty_resident({kind.size(row_groups, pattern.n_vectors)}, crow_indices.options());
   int32_t* to = plan.mutable_data_ptr<int32_t>();
   to = std::copy_n(pattern.crow, row_groups + 1, to);
   to = std::copy_n(pattern.col, pattern.n_vectors, to);

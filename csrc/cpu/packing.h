@@ -1,10 +1,9 @@
 // Images on their way into the lanes of vectors (lanes.h) and back.
 #pragma once
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "lanes.h"
+#include "scratch.h"
 
 namespace sparsekd::cpu {
 
@@ -14,69 +13,6 @@ int64_t spread(int64_t elements) {
   constexpr int64_t kLine = 64 / sizeof(T);
   return (ceil_div(elements, kLine) | 1) * kLine;
 }
-
-// Memory that a thread keeps from one call to the next: fresh pages cost more than what is done in them.
-class Scratch {
- public:
-  static constexpr size_t kKept = size_t{32} << 20;  // bytes that a thread keeps at most
-
-  // A block of at least `bytes`, which become what it has.
-  void* take(size_t& bytes) {
-    size_t best = free.size();
-    for (size_t i = 0; i < free.size(); ++i) {
-      if (free[i].bytes >= bytes && (best == free.size() || free[i].bytes < free[best].bytes)) best = i;
-    }
-    if (best == free.size()) return ::operator new(bytes, kAlignment);
-    void* const data = free[best].data;
-    bytes = free[best].bytes;
-    kept -= bytes;
-    free.erase(free.begin() + best);
-    return data;
-  }
-  void give(void* data, size_t bytes) {
-    if (bytes > kKept) return ::operator delete(data, kAlignment);
-    while (!free.empty() && kept + bytes > kKept) drop();
-    free.push_back({data, bytes});
-    kept += bytes;
-  }
-  ~Scratch() {
-    while (!free.empty()) drop();
-  }
-  static Scratch& of_thread() {
-    thread_local Scratch scratch;
-    return scratch;
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Block {
-    void* data;
-    size_t bytes;
-  };
-  void drop() {  // the oldest
-    ::operator delete(free.front().data, kAlignment);
-    kept -= free.front().bytes;
-    free.erase(free.begin());
-  }
-  std::vector<Block> free;
-  size_t kept = 0;
-};
-
-// Uninitialised memory on a cache line's border.
-template <class T>
-struct Buffer {
-  explicit Buffer(int64_t elements) : bytes(std::max<int64_t>(elements, 1) * sizeof(T)) {
-    data = static_cast<T*>(Scratch::of_thread().take(bytes));
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { Scratch::of_thread().give(data, bytes); }
-  T* get() const { return data; }
-
- private:
-  size_t bytes;
-  T* data;
-};
 
 // Images as the passes read or write them.
 template <class T>
