@@ -8,7 +8,7 @@
 
 #include "arena.h"
 #include "check.h"
-#include "planned_conv2d.h"
+#include "planned_sequence.h"
 
 // abi3: the same file loads in every Python from 3.10 on. Importing it only runs the registrations below.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
@@ -107,6 +107,8 @@ TORCH_LIBRARY(sparsekd, m) {
   m.def("conv2d_24_fused(Tensor input, Tensor values, Tensor metadata, Tensor? scale, Tensor? shift, Tensor? residual, "
         "str activation, SymInt out_channels, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, "
         "SymInt[2] dilation, SymInt groups) -> Tensor");
+  // For inference; floats.
+  m.def("max_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding) -> Tensor");
   m.def("linear(Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? row_indices, "
         "Tensor? transpose, Tensor? bias, SymInt out_features) -> Tensor");
   m.def("linear_input_grad(Tensor grad_output, Tensor values, Tensor crow_indices, Tensor col_indices, "
@@ -139,6 +141,13 @@ TORCH_LIBRARY(sparsekd, m) {
                        std::vector<int64_t>, int64_t, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,
                        int64_t>())
       .def("run", &sparsekd::PlannedConv2d::run);
+  // Several of them, one after the other.
+  m.class_<sparsekd::PlannedSequence>("PlannedSequence")
+      .def(torch::init<int64_t>())
+      .def("conv2d", &sparsekd::PlannedSequence::conv2d)
+      .def("max_pool2d", &sparsekd::PlannedSequence::max_pool2d)
+      .def("output", &sparsekd::PlannedSequence::output)
+      .def("run", &sparsekd::PlannedSequence::run);
   // Memory of activations that is used again in the next forward.
   m.class_<sparsekd::Arena>("Arena")
       .def(torch::init<>())

@@ -390,5 +390,5 @@ def test_max_pool_by_slices_is_torchs(data):
 def test_errors_of_the_fused_modules():
     with pytest.raises(ValueError, match="Expected activation out of none, relu, .*, got 'gelu'"):
         FusedConv2d(conv(), "gelu")
-    with pytest.raises(RuntimeError, match="Expected an input of at least the kernel"):
+    with pytest.raises(ValueError, match="Expected an input of at least the kernel"):
         MaxPool2d((3, 3), (1, 1), (0, 0))(torch.zeros(1, 1, 2, 5))

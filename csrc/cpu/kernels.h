@@ -96,6 +96,12 @@ struct EpilogueLine {
   Activation activation;
 };
 
+// Windows of a plane; see max_pool2d.inc.
+struct MaxPool2d {
+  int64_t input[2], output[2], kernel[2], stride[2], padding[2];
+  int64_t pitch;  // elements of a padded line's columns of one phase, and what a vector may read past its last window
+};
+
 // Packed rows on one row of activations; see spmv.inc.
 template <class T>
 struct SpmvRows {
@@ -168,6 +174,7 @@ struct TypeKernels {
   // out[2 * i] = in[i], of `count` elements; what is between stays.
   void (*spread)(const T* in, int64_t count, T* out);
   void (*epilogue)(const EpilogueLine<T>&);
+  void (*max_pool2d)(const MaxPool2d&, const T* in, T* out, T* scratch);  // scratch: [2, stride, pitch]
   double (*kd_loss_row)(const KDLossRow<T>&);  // the row's share of the loss
 };
 

@@ -20,13 +20,15 @@ constexpr int kLanesBytes = SPARSEKD_VECTOR_BYTES;
 #include "spmv.inc"
 #include "kd_loss.inc"
 #include "epilogue.inc"
+#include "max_pool2d.inc"
 
 template <class T>
 constexpr LaneKernels<T> widths[] = {narrow::lane_kernels<T>};
 
 template <class T>
 constexpr TypeKernels<T> type_kernels(int count, const LaneKernels<T>* lanes) {
-  return {count, lanes, &spmv<T>, &narrow::transpose<T>, &narrow::split<T>, &narrow::spread<T>, &epilogue<T>, &kd_loss_row<T>};
+  return {count, lanes, &spmv<T>, &narrow::transpose<T>, &narrow::split<T>, &narrow::spread<T>, &epilogue<T>, &max_pool2d<T>,
+          &kd_loss_row<T>};
 }
 }  // namespace
 

@@ -34,6 +34,7 @@ from .arena import reuse_memory, reuses
 from .convert import Choices, choices, convert, keep_choices, to_dense
 from .few_channels import packed_whole
 from .modules import FusedConv2d, MaxPool2d, SparseConv2d, SparseModule
+from .sequence import run_in_sequence
 from .surgery import call, copied
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -388,6 +389,10 @@ def _fastest(converted: nn.Module, example_inputs: object) -> nn.Module:
             networks["packed"] = _fused(packed, False, False)
     if _on_tensor_cores(converted):
         networks["lanes"] = _fused(converted, False, False, lanes=True)
+    for network in networks.values():
+        for piece in network.modules():
+            if isinstance(piece, fx.GraphModule):
+                run_in_sequence(piece)
     with torch.no_grad():
         expected = call(converted, example_inputs)
         for network in networks.values():

@@ -13,11 +13,11 @@ from .. import ops
 from ..formats_24 import TwoOfFour
 from .convolution import SparseConv
 from .plain import check_plain
-from .plans import LayerPlans, Size
+from .plans import LayerPlans, Size, Watched
 from .two_of_four import Plan24, filled_mask, plan_24
 
 
-class SparseConv2d(SparseConv):
+class SparseConv2d(Watched, SparseConv):
     """2-d convolution with sparse weights and dense activations.
 
     Constructor, attributes and behaviour are those of :class:`torch.nn.Conv2d`. Usually made by :meth:`from_dense`; a
@@ -125,7 +125,7 @@ class SparseConv2d(SparseConv):
         super().__setattr__(name, value)
         # A remembered call may depend on it.
         if (plans := self.__dict__.get("_plans")) is not None:
-            plans.calls.clear()
+            plans.forget_calls()
 
     def __getstate__(self) -> dict:
         # A copy may wake up on another device, which wants plans of its own.

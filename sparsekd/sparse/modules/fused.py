@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .conv2d import SparseConv2d
+from .plans import Watched
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -18,7 +19,7 @@ ACTIVATIONS = {
 }
 
 
-class FusedConv2d(nn.Module):
+class FusedConv2d(Watched):
     """``activation(conv(input) + residual)``, by :func:`sparsekd.sparse.ops.conv2d_fused` where ``conv`` is sparse.
 
     Args:
@@ -119,11 +120,10 @@ def _lie(activations: Tensor | float | None, lanes: bool) -> Tensor | float | No
     return ops.from_lanes(activations) if dim == 5 and not lanes else activations
 
 
-class MaxPool2d(nn.Module):
-    """``nn.MaxPool2d`` by maxima of shifted slices, lines first.
+class MaxPool2d(Watched):
+    """``nn.MaxPool2d`` by :func:`sparsekd.sparse.ops.max_pool2d` for images that lie line by line on the CPU.
 
-    torch's own goes pixel by pixel over ``[N, C, H, W]`` on the CPU; slices are vectors, several times as fast. Other
-    layouts and devices are torch's.
+    Other layouts, dtypes and devices are torch's.
 
     Args:
         kernel_size, stride, padding: (height, width).
@@ -134,28 +134,10 @@ class MaxPool2d(nn.Module):
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (input.is_floating_point() and input.device.type == "cpu" and input.is_contiguous()):
+        ours = input.device.type == "cpu" and input.dtype in (torch.float32, torch.float64) and input.is_contiguous()
+        if not ours or (torch.is_grad_enabled() and input.requires_grad):
             return F.max_pool2d(input, self.kernel_size, self.stride, self.padding)
-        if any(self.padding):
-            vertical, horizontal = self.padding
-            input = F.pad(input, (horizontal, horizontal, vertical, vertical), value=-torch.inf)
-        for dim in (-2, -1):
-            kernel, step = self.kernel_size[dim], self.stride[dim]
-            reach = input.shape[dim] - kernel + 1
-            if reach < 1:
-                raise RuntimeError(
-                    f"Expected an input of at least the kernel {self.kernel_size}, got {tuple(input.shape[-2:])} padded"
-                )
-            # A slice that begins at i holds what the i-th line (or column) of the kernel sees.
-            slices = [_every(input, dim, i, i + reach, step) for i in range(kernel)]
-            input = slices[0]
-            for other in slices[1:]:
-                input = torch.maximum(input, other)
-        return input.contiguous()
+        return ops.max_pool2d(input, self.kernel_size, self.stride, self.padding)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
-
-
-def _every(input: Tensor, dim: int, begin: int, end: int, step: int) -> Tensor:
-    return input[..., begin:end:step, :] if dim == -2 else input[..., begin:end:step]

@@ -12,9 +12,33 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .. import ops
+
+changes = [0]  # of Watched layers
+
+
+class Watched(nn.Module):
+    """A layer that counts what is set on it or hooked to it, for those who remember what it does."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        changes[0] += 1
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        changes[0] += 1
+
+    def register_forward_hook(self, *args: object, **kwargs: object) -> RemovableHandle:
+        changes[0] += 1
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: object, **kwargs: object) -> RemovableHandle:
+        changes[0] += 1
+        return super().register_forward_pre_hook(*args, **kwargs)
+
 
 MOST_PLANS = 4  # of a layer, for as many sizes of its input
 
@@ -34,13 +58,14 @@ class LayerPlans:
         self.last: ops.Plan | None = None
         self.by_size: dict[Size, ops.Plan | None] = {}
         self.calls: dict[tuple[Size, str], Callable[..., Tensor | None]] = {}
+        self.bound: dict[tuple[Size, str], torch.ScriptObject] = {}  # whose methods the calls are
 
     def plan(self, size: Size, make: Callable[[], ops.Plan | None]) -> ops.Plan | None:
         """The plan of a size; None where the kernels gain nothing by one."""
         if size not in self.by_size:
             if len(self.by_size) >= MOST_PLANS:
                 del self.by_size[next(iter(self.by_size))]
-                self.calls.clear()  # they hold plans, too
+                self.forget_calls()  # they hold plans, too
             self.by_size[size] = make()
         self.last = self.by_size[size]
         return self.last
@@ -53,4 +78,9 @@ class LayerPlans:
         bound = torch.classes.sparsekd.PlannedConv2d(
             plan.indices, list(plan.tiling), plan.order, row_indices, activation, list(size), *geometry
         )
+        self.bound[size, activation] = bound
         self.calls[size, activation] = bound.run  # looked up once: that takes longer than a dictionary
+
+    def forget_calls(self) -> None:
+        self.calls.clear()
+        self.bound.clear()

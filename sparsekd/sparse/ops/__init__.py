@@ -14,6 +14,7 @@ from .conv2d_planned import LANES, Plan, conv2d_plan, for_tensor_cores, from_lan
 from .kd_loss import kd_loss
 from .linear import linear
 from .linear_kd_loss import linear_kd_loss
+from .max_pool2d import max_pool2d
 from .registered import cpu_isa, fallbacks, only_backend, strict_backends, tuning_tiles
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "kd_loss",
     "linear",
     "linear_kd_loss",
+    "max_pool2d",
     "only_backend",
     "same_padding",
     "strict_backends",

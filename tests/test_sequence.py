@@ -1,0 +1,230 @@
+"""Sequences of remembered layers: taken where they do what the network's own code does, and by nothing else."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_near
+from torch import nn
+from torch.func import functional_call
+from torch.overrides import BaseTorchFunctionMode
+
+import sparsekd
+from sparsekd.sparse import sequence
+from sparsekd.sparse.modules import FusedConv2d, MaxPool2d, SparseConv2d
+from sparsekd.sparse.sequence import Programs
+
+SIZE = (2, 3, 12, 11)
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.one, self.two = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.short, self.last = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 3, stride=2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = F.relu(self.two(F.relu(self.one(x))) + self.short(x))
+        return self.last(y).mean((2, 3)), y
+
+
+@pytest.fixture
+def network():
+    model = Network().eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data *= torch.rand_like(module.weight) < 0.3
+    mapping = {"*": {"kernel": "sparse"}}
+    found = sparsekd.optimize_for_inference(model, torch.randn(SIZE), mapping=mapping)
+    if not any(isinstance(module, FusedConv2d) for module in found.modules()):
+        pytest.fail("Expected a fused network")
+    return found
+
+
+@pytest.fixture
+def x():
+    return torch.randn(SIZE)
+
+
+@pytest.fixture
+def own_ways(monkeypatch):
+    """Forwards that went through the network's own code."""
+    seen, run = [], Programs.run
+
+    def counted(self, network, own, args):
+        return run(self, network, lambda *args: seen.append(args) or own(*args), args)
+
+    monkeypatch.setattr(Programs, "run", counted)
+    return seen
+
+
+def met(network, x):
+    with torch.no_grad():
+        for _ in range(3):
+            result = network(x)
+    return result
+
+
+def fresh(network, x):
+    """The result of the network's own code."""
+    with torch.no_grad(), BaseTorchFunctionMode():
+        return network(x)
+
+
+def same(got, want):
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+def first(network, kind):
+    return next(module for module in network.modules() if isinstance(module, kind))
+
+
+def test_the_third_forward_runs_in_sequence(network, x, own_ways):
+    met(network, x)
+    before = len(own_ways)
+    same(met(network, x), fresh(network, x))
+    same(met(network, x + 1), fresh(network, x + 1))
+    assert len(own_ways) == before
+
+
+@pytest.mark.parametrize("kind", [FusedConv2d, SparseConv2d, MaxPool2d])
+def test_hooks_are_called(network, x, kind):
+    met(network, x)
+    seen = []
+    module = network.last if kind is SparseConv2d else first(network, kind)
+    handles = [
+        module.register_forward_hook(lambda *_: seen.append("after")),
+        module.register_forward_pre_hook(lambda *_: seen.append("before")),
+    ]
+    with torch.no_grad():
+        network(x)
+    assert seen == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    met(network, x)
+    assert len(seen) == 2
+
+
+def test_hooks_of_all_modules_are_called(network, x):
+    met(network, x)
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1)), torch.no_grad():
+        network(x)
+    assert len(seen) > 5
+
+
+def test_a_standing_hook_makes_no_programs(network, x, monkeypatch):
+    first(network, FusedConv2d).register_forward_hook(lambda *_: None)
+    met(network, x)
+    monkeypatch.setattr(sequence.Program, "of", lambda *_: pytest.fail("Expected no program to be made again"))
+    met(network, x)
+
+
+def change_values(network):
+    first(network, SparseConv2d).values.mul_(2)
+
+
+def replace_values(network):
+    conv = first(network, SparseConv2d)
+    conv.values = nn.Parameter(conv.values * 2, requires_grad=False)
+
+
+def change_activation(network):
+    first(network, FusedConv2d).activation = "none"
+
+
+def replace_module(network):
+    network.two = nn.Conv2d(16, 16, 1).eval().requires_grad_(False)
+
+
+def replace_inside(network):
+    fused = first(network, FusedConv2d)
+    conv = fused.conv.to_dense()
+    fused.conv = SparseConv2d.from_dense(nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1)).eval()
+
+
+def change_pool(network):
+    first(network, MaxPool2d).kernel_size = (2, 2)
+
+
+def replace_forward(network):
+    fused = first(network, FusedConv2d)
+    fused.forward = lambda *args: type(fused).forward(fused, *args) * 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_values, replace_values, change_activation, replace_inside, change_pool, replace_forward],
+    ids=lambda change: change.__name__,
+)
+def test_changes_are_seen(network, x, change):
+    before = [result.clone() for result in met(network, x)]
+    with torch.no_grad():
+        change(network)
+        after = network(x)
+    assert not any(torch.equal(one, other) for one, other in zip(after, before, strict=True))
+    same(after, fresh(network, x))
+    same(met(network, x), after)
+
+
+def test_a_replaced_module_is_called(network, x):
+    met(network, x)
+    name = next(
+        name for name, module in network.named_modules() if isinstance(module, FusedConv2d) and name != "stem.0"
+    )
+    network.set_submodule(name, Constant())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="called"):
+        network(x)
+
+
+class Constant(nn.Module):
+    def forward(self, *_):
+        raise RuntimeError("called")
+
+
+def test_other_parameters_are_put_in(network, x):
+    before = met(network, x)
+    doubled = {name: parameter * 2 for name, parameter in network.named_parameters()}
+    with torch.no_grad():
+        got = functional_call(network, doubled, (x,))
+    assert not torch.equal(got[1], before[1])
+    same(met(network, x), before)
+
+
+def test_modes_go_the_long_way(network, x):
+    want = met(network, x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert (network(x)[1].float() - want[1]).abs().max() < 0.1 * want[1].abs().max()  # of bfloat16
+    given = x.clone().requires_grad_(True)
+    assert_near(network(given.detach())[1], want[1])
+    with torch.no_grad():
+        assert_near(network(x.double().float())[1], want[1])
+        other = torch.randn(1, 3, 9, 9)
+        same(met(network, other), fresh(network, other))
+
+
+def test_copies_have_their_own_weights(network, x, own_ways):
+    before = met(network, x)
+    other = copy.deepcopy(copy.deepcopy(network))
+    with torch.no_grad():
+        change_values(other)
+    got = met(other, x)
+    count = len(own_ways)
+    same(met(other, x), got)
+    assert len(own_ways) == count
+    same(met(network, x), before)
+    assert not torch.equal(got[0], before[0])
+
+
+def test_places_are_checked():
+    made = torch.classes.sparsekd.PlannedSequence(1)
+    with pytest.raises(ValueError, match=r"Expected a place in 0\.\.0, got 1"):
+        made.max_pool2d(1, [2, 2], [2, 2], [0, 0])
+    made.output([made.max_pool2d(0, [2, 2], [2, 2], [0, 0])])
+    (got,) = made.run([torch.arange(16.0).view(1, 1, 4, 4)])
+    assert got.flatten().tolist() == [5, 7, 13, 15]
+    with pytest.raises(ValueError, match="Expected 1 inputs, got 2"):
+        made.run([torch.zeros(1), torch.zeros(1)])
