@@ -10,7 +10,7 @@ from sparsekd.sparse import ops
 
 @pytest.mark.parametrize("size", [(2, 3, 9, 8), (3, 9, 8), (0, 3, 9, 8), (2, 0, 9, 8)])
 def test_registered(size):
-    check_op(torch.ops.sparsekd.max_pool2d, (torch.randn(size), (3, 2), (2, 3), (1, 0)))
+    check_op(torch.ops.sparsekd.max_pool2d, (torch.randn(size), (3, 2), (2, 3), (1, 0)), ())
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 5])
