@@ -96,6 +96,17 @@ struct EpilogueLine {
   Activation activation;
 };
 
+// to[line][left + i] = from[line][i * step] for i < count, zeros elsewhere up to `width`; see copy_lines.inc.
+template <class T>
+struct LineCopy {
+  const T* from;
+  int64_t from_pitch;
+  T* to;
+  int64_t to_pitch;
+  int64_t lines, count, step, left, width;
+  int64_t ahead;  // elements from here to what is fetched meanwhile, or 0
+};
+
 // Windows of a plane; see max_pool2d.inc.
 struct MaxPool2d {
   int64_t input[2], output[2], kernel[2], stride[2], padding[2];
@@ -173,6 +184,7 @@ struct TypeKernels {
   void (*split)(const T* in, int64_t count, T* even, T* odd);
   // out[2 * i] = in[i], of `count` elements; what is between stays.
   void (*spread)(const T* in, int64_t count, T* out);
+  void (*copy_lines)(const LineCopy<T>&);
   void (*epilogue)(const EpilogueLine<T>&);
   void (*max_pool2d)(const MaxPool2d&, const T* in, T* out, T* scratch);  // scratch: [2, stride, pitch]
   double (*kd_loss_row)(const KDLossRow<T>&);  // the row's share of the loss

@@ -17,6 +17,7 @@ namespace narrow {
 constexpr int kLanesBytes = SPARSEKD_VECTOR_BYTES;
 #include "lane_kernels.inc"
 }  // namespace narrow
+#include "copy_lines.inc"
 #include "spmv.inc"
 #include "kd_loss.inc"
 #include "epilogue.inc"
@@ -27,7 +28,7 @@ constexpr LaneKernels<T> widths[] = {narrow::lane_kernels<T>};
 
 template <class T>
 constexpr TypeKernels<T> type_kernels(int count, const LaneKernels<T>* lanes) {
-  return {count, lanes, &spmv<T>, &narrow::transpose<T>, &narrow::split<T>, &narrow::spread<T>, &epilogue<T>, &max_pool2d<T>,
+  return {count, lanes, &spmv<T>, &narrow::transpose<T>, &narrow::split<T>, &narrow::spread<T>, &copy_lines<T>, &epilogue<T>, &max_pool2d<T>,
           &kd_loss_row<T>};
 }
 }  // namespace

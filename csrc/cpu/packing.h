@@ -66,44 +66,88 @@ struct Epilogue {
 template <class T>
 void pack_flat(const Batch<const T>& batch, const Pair& stride, const Pair& pixels, int64_t first, int64_t count,
                int64_t begin, int64_t end, int64_t pitch, T* out) {
+  constexpr int64_t kAhead = 4;  // channels
   const bool every = stride[0] == 1 && stride[1] == 1;  // then the lines are one
   const int64_t width = every ? pixels[0] * pixels[1] : pixels[1];
   const int64_t lines = every ? 1 : pixels[0];
-  // A channel at a time: its lines follow each other in memory.
-  for (int64_t c = begin; c < end; c += batch.last ? end - begin : 1) {
-    for (int64_t done = 0; done < count;) {
-      const int64_t line = (first + done) / width, x = (first + done) % width;
-      const int64_t run = std::min(count - done, width - x);
-      const T* image = batch.image(line / lines);
-      const int64_t at = every ? x : line % lines * stride[0] * batch.size[1] + x * stride[1];
-      T* to = out + c * pitch + done;
-      if (batch.last) {
-        type_kernels<T>().transpose(image + at * batch.channels + begin, run, end - begin, stride[1] * batch.channels, to,
+  const int64_t plane = batch.size[0] * batch.size[1];
+  for (int64_t done = 0; done < count;) {
+    const int64_t line = (first + done) / width, x = (first + done) % width;
+    const int64_t run = std::min(count - done, width - x);
+    // Whole lines of one image go together.
+    const int64_t together = x == 0 && run == width ? std::min((count - done) / width, lines - line % lines) : 1;
+    const T* const image = batch.image(line / lines);
+    const int64_t at = every ? x : line % lines * stride[0] * batch.size[1] + x * stride[1];
+    if (batch.last) {
+      for (int64_t i = 0; i < together; ++i) {
+        const T* const from = image + (at + i * stride[0] * batch.size[1]) * batch.channels + begin;
+        type_kernels<T>().transpose(from, run, end - begin, stride[1] * batch.channels, out + begin * pitch + done + i * run,
                                     pitch);
-      } else {
-        const T* from = image + c * batch.size[0] * batch.size[1] + at;
-        if (c + 1 < end) fetch_line(from + batch.size[0] * batch.size[1], (run - 1) * stride[1] + 1);
-        if (stride[1] == 1) {
-          copy_line(from, run, to);
-        } else if (stride[1] == 2) {
-          copy_every_second(from, run, to);
-        } else {
-          for (int64_t i = 0; i < run; ++i) to[i] = from[i * stride[1]];
-        }
       }
-      done += run;
+    } else if (every) {
+      type_kernels<T>().copy_lines({image + begin * plane + at, plane, out + begin * pitch + done, pitch, end - begin, run,
+                                    1, 0, run, kAhead * plane});
+    } else {
+      for (int64_t c = begin; c < end; ++c) {
+        type_kernels<T>().copy_lines({image + c * plane + at, stride[0] * batch.size[1], out + c * pitch + done, run,
+                                      together, run, stride[1], 0, run, c + 1 < end ? plane : 0});
+      }
     }
+    done += run * together;
   }
   for (int64_t c = begin; count < pitch && c < end; ++c) std::fill(out + c * pitch + count, out + (c + 1) * pitch, T(0));
 }
+
+// Copies channels [H, W] of images of one size into their planes, for positions from line `first` on.
+template <class T>
+class PlaneCopy {
+ public:
+  PlaneCopy(const Pair& size, const Planes& planes, const Layout& layout, int64_t first)
+      : ahead(size[0] * size[1]), plane(layout.plane) {
+    for (size_t p = 0; p < planes.phases.size(); ++p) {
+      const Plane& phase = planes.phases[p];
+      const int64_t step = phase.step[1], left = phase.left(), right = phase.right(size[1]);
+      // The first line that has a source, and the first after those.
+      const int64_t above = first * phase.step[0] + phase.origin[0];
+      const int64_t top = std::clamp<int64_t>(ceil_div(-above, phase.step[0]), 0, phase.size[0]);
+      const int64_t below = std::clamp<int64_t>(ceil_div(size[0] - above, phase.step[0]), top, phase.size[0]);
+      parts.push_back({(above + top * phase.step[0]) * size[1] + phase.origin[1] + left * step,
+                       layout.margin + top * layout.pitch, layout.margin + below * layout.pitch,
+                       {nullptr, phase.step[0] * size[1], nullptr, layout.pitch, below - top, right - left, step,
+                        left - layout.left[p], layout.pitch, 0}});
+    }
+  }
+
+  // If `more` channels follow, the next is fetched meanwhile.
+  void operator()(const T* image, bool more, T* out) const {
+    for (const Part& part : parts) {
+      std::fill(out, out + part.first, T(0));
+      LineCopy<T> copy = part.copy;
+      copy.from = image + part.from;
+      copy.to = out + part.first;
+      copy.ahead = more && copy.step > 1 ? ahead : 0;
+      type_kernels<T>().copy_lines(copy);
+      std::fill(out + part.past, out + plane, T(0));
+      out += plane;
+    }
+  }
+
+ private:
+  struct Part {  // of one phase: where its lines lie in the source and the plane
+    int64_t from, first, past;
+    LineCopy<T> copy;
+  };
+  std::vector<Part> parts;
+  int64_t ahead, plane;
+};
 
 // Channels begin .. end - 1 of one image in planes, for positions from line `first` on, zeros from there to `pitch`.
 template <class T>
 void pack_planes(const Batch<const T>& batch, const Planes& planes, const Layout& layout, int64_t n, int64_t first,
                  int64_t begin, int64_t end, int64_t pitch, T* out) {
+  const PlaneCopy<T> copy(batch.size, planes, layout, first);
   for (int64_t c = begin; c < end; ++c) {
-    fill_planes<T>(batch.image(n) + c * batch.size[0] * batch.size[1], batch.size, planes, layout, first,
-                   c + 1 < end, out + c * pitch);
+    copy(batch.image(n) + c * batch.size[0] * batch.size[1], c + 1 < end, out + c * pitch);
     std::fill(out + c * pitch + layout.channel(), out + (c + 1) * pitch, T(0));
   }
 }

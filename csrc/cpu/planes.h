@@ -173,85 +173,10 @@ inline Planes input_grad_planes(const Conv2dShape& shape, const Pair& positions,
   return planes;
 }
 
-// Calls step(x) for x = 0, kStep, 2 * kStep ... of `count`, the last time where it ends with them; or single(x) for each
-// where there are fewer. For lines so short that a call would cost more.
-template <int64_t kStep, class Step, class Single>
-inline void in_steps(int64_t count, Step step, Single single) {
-  if (count < kStep) {
-    for (int64_t x = 0; x < count; ++x) single(x);
-    return;
-  }
-  int64_t x = 0;
-  for (; x + kStep <= count; x += kStep) step(x);
-  if (x < count) step(count - kStep);
-}
-
 // Lines are short and channels far apart, so that nothing foresees where the next channel's are.
 template <class T>
 inline void fetch_line(const T* from, int64_t count) {
   for (int64_t x = 0; x < count; x += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + x);
-}
-
-// Copies `count` elements.
-template <class T>
-inline void copy_line(const T* from, int64_t count, T* to) {
-  typedef T Vec __attribute__((vector_size(16), aligned(alignof(T)), may_alias));
-  in_steps<16 / sizeof(T)>(
-      count, [&](int64_t x) { *reinterpret_cast<Vec*>(to + x) = *reinterpret_cast<const Vec*>(from + x); },
-      [&](int64_t x) { to[x] = from[x]; });
-}
-
-// Copies every second of 2 * count - 1 elements.
-template <class T>
-inline void copy_every_second(const T* from, int64_t count, T* to) {
-  constexpr int64_t kStep = 16 / sizeof(T);
-  typedef T Vec __attribute__((vector_size(16), aligned(alignof(T)), may_alias));
-  in_steps<kStep>(
-      count,
-      [&](int64_t x) {
-        // The second half begins with the last element of the first, so that nothing is read past the end.
-        const Vec low = *reinterpret_cast<const Vec*>(from + 2 * x);
-        const Vec high = *reinterpret_cast<const Vec*>(from + 2 * x + kStep - 1);
-        if constexpr (kStep == 4) {
-          *reinterpret_cast<Vec*>(to + x) = __builtin_shufflevector(low, high, 0, 2, 5, 7);
-        } else {
-          *reinterpret_cast<Vec*>(to + x) = __builtin_shufflevector(low, high, 0, 3);
-        }
-      },
-      [&](int64_t x) { to[x] = from[2 * x]; });
-}
-
-// Copies one channel [H, W] of an image into its planes, for positions from line `first` on. If `more` follow, the next is
-// fetched meanwhile.
-template <class T>
-void fill_planes(const T* image, const Pair& size, const Planes& planes, const Layout& layout, int64_t first, bool more,
-                 T* out) {
-  for (size_t p = 0; p < planes.phases.size(); ++p, out += layout.plane) {
-    const Plane& plane = planes.phases[p];
-    const int64_t step = plane.step[1], left = plane.left(), right = plane.right(size[1]);
-    const int64_t zeros = left - layout.left[p], count = right - left;
-    std::fill(out, out + layout.margin, T(0));
-    T* to = out + layout.margin;
-    for (int64_t y = 0; y < plane.size[0]; ++y, to += layout.pitch) {
-      const int64_t row = (first + y) * plane.step[0] + plane.origin[0];
-      if (row < 0 || row >= size[0]) {
-        std::fill(to, to + layout.pitch, T(0));
-        continue;
-      }
-      const T* line = image + row * size[1] + plane.origin[1] + left * step;
-      if (more && step > 1 && left == 0) fetch_line(line + size[0] * size[1], count * step);
-      for (int64_t x = 0; x < zeros; ++x) to[x] = T(0);
-      if (step == 1) {
-        copy_line(line, count, to + zeros);
-      } else if (step == 2) {
-        copy_every_second(line, count, to + zeros);
-      } else {
-        for (int64_t x = 0; x < count; ++x) to[zeros + x] = line[x * step];
-      }
-      for (int64_t x = zeros + count; x < layout.pitch; ++x) to[x] = T(0);
-    }
-    std::fill(to, out + layout.plane, T(0));
-  }
 }
 
 }  // namespace sparsekd::cpu

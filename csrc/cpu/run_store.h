@@ -108,7 +108,7 @@ class RunStore {
         } else if (epilogue.any()) {
           epilogue.of_channel(result, from + run.source, out, row_of[r], run.count);
         } else {
-          copy_line(from + run.source, run.count, out);
+          type_kernels<T>().copy_lines({from + run.source, 0, out, 0, 1, run.count, 1, 0, run.count, 0});
         }
       }
     }

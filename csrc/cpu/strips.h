@@ -233,6 +233,7 @@ class StripPacker {
 
   void pack_padded(int64_t first, int64_t begin, int64_t end, int64_t pitch, T* out) const {
     const Layout layout = plain_layout(whole);
+    const PlaneCopy<T> copy(batch.size, whole, layout, 0);
     const int64_t image = layout.channel(), line = layout.pitch;
     Buffer<T> padded(grid.images * image + 16 / sizeof(T));
     std::vector<const T*> from(grid.lanes);
@@ -241,8 +242,7 @@ class StripPacker {
     }
     for (int64_t c = begin; c < end; ++c) {
       for (int64_t i = 0; i < std::min(grid.images, batch.count - first); ++i) {
-        fill_planes<T>(batch.image(first + i) + c * pixels, batch.size, whole, layout, 0, c + 1 < end,
-                       padded.get() + i * image);
+        copy(batch.image(first + i) + c * pixels, c + 1 < end, padded.get() + i * image);
       }
       T* to = out + c * pitch;
       for (size_t p = 0; p < planes.phases.size(); ++p) {
