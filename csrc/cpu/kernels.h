@@ -96,6 +96,22 @@ struct EpilogueLine {
   Activation activation;
 };
 
+// Finished results of some rows: of each vector at from[position] the lanes that are kept, side by side at out[place].
+template <class T>
+struct SqueezedRows {
+  const T* from;
+  int64_t from_pitch;
+  T* out;
+  int64_t out_pitch;
+  const T* residual;     // as out, or null
+  int64_t rows;
+  int positions;
+  const int32_t* places;
+  const uint32_t* kept;  // bits
+  bool clamped;
+  T low, high;
+};
+
 // to[line][left + i] = from[line][i * step] for i < count, zeros elsewhere up to `width`; see copy_lines.inc.
 template <class T>
 struct LineCopy {
@@ -171,6 +187,7 @@ struct LaneKernels {
   void (*scatter_lanes)(const T* in, int64_t pitch, int64_t count, T* const* out, const int64_t* stride, int64_t times);
   void (*move_lanes)(T* plane, const LaneMove* moves, int64_t count, const LaneIndex<T>* sources);
   void (*select)(const T* in, int64_t size, const int32_t* index, int64_t count, T* out);
+  void (*squeeze)(const SqueezedRows<T>&);  // null where there is no fast way to leave lanes out
 };
 
 template <class T>

@@ -204,7 +204,7 @@ void over_runs(const Grid& grid, const Batch<const T>& source, const Pair& pixel
         const int64_t positions = (target.size[0] - 1) * line + target.size[1];
         const int64_t limit = target.origin[0] * result.size[1] + target.size[0] * result.size[1];
         const bool spills = target.step[0] == 1 && target.size[1] == result.size[1];
-        RunStore<T> store(rows, result, epilogue, target.step[1]);
+        RunStore<T> store(rows, result, epilogue, target.step[1], type_kernels<T>().lanes[grid.width]);
         std::vector<int32_t> cursor;
         Buffer<T> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * widest);
         for_chunks(rows, widest, from, to, [&](int64_t group, int64_t begin, int64_t end) {
@@ -317,7 +317,7 @@ void over_pixels(GridKey key, const Batch<const T>& source, const Pair& stride, 
         const int64_t n = unit / bands, band = unit % bands;
         const bool every = step[0] == 1 && step[1] == 1;  // then an image's lines are one
         const int64_t width = every ? count : pixels[1];
-        RunStore<T> store(rows, result, epilogue, step[1]);
+        RunStore<T> store(rows, result, epilogue, step[1], type_kernels<T>().lanes[grid.width]);
         std::vector<int32_t> cursor;
         Buffer<T> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * widest);
         for_chunks(rows, widest, from, to, [&](int64_t group, int64_t begin, int64_t end) {

@@ -51,8 +51,9 @@ void finish_rows(const Rows<T>& rows, const int64_t* row_of, int64_t made, const
 template <class T>
 class RunStore {
  public:
-  RunStore(const Rows<T>& rows, const Batch<T>& result, const Epilogue<T>& epilogue, int64_t step)
-      : rows(rows), result(result), epilogue(epilogue), step(step) {}
+  RunStore(const Rows<T>& rows, const Batch<T>& result, const Epilogue<T>& epilogue, int64_t step,
+           const LaneKernels<T>& kernels)
+      : rows(rows), result(result), epilogue(epilogue), step(step), kernels(kernels) {}
 
   // The pixels of the next tile, which replace those of the last: `count` elements from `source` in the tile on become
   // every `step`-th pixel of image n from `pixel` on.
@@ -69,29 +70,27 @@ class RunStore {
     tile.output = scratch;
     tile.output_pitch = vectors * lanes;
     tile.places = nullptr;
-    direct = !result.last && step == 1 && rows.in_order && row_of[(end - begin) * rows.vector - 1] >= 0 &&
-             place(vectors, lanes, limit, spills);
+    const bool plain = !result.last && step == 1 && rows.in_order;
+    direct = plain && row_of[(end - begin) * rows.vector - 1] >= 0 && place(vectors, lanes, limit, spills);
+    squeezed = !direct && plain && kernels.squeeze && place_kept(vectors, lanes);
     if (!direct) return;
     const T* base = result.image(runs[0].n) + row_of[0] * result.size[0] * result.size[1];
     tile.output = const_cast<T*>(base);
     tile.output_pitch = result.size[0] * result.size[1];
     tile.places = places.data();
     tile.tail = tail;
-    if (!epilogue.clamps()) return;
-    tile.residual = epilogue.residual ? epilogue.residual + (base - result.data) : nullptr;
-    tile.clamped = epilogue.activation != Activation::none;
-    tile.low = T(0);
-    tile.high = epilogue.activation == Activation::relu6 ? T(6) : std::numeric_limits<T>::infinity();
+    if (epilogue.clamps()) clamp(tile, base);
   }
 
   // After the tile: what is not where it belongs yet, and not finished.
   void store(const SpmmTile<T>& tile, int64_t begin, int64_t end) const {
     const int64_t* row_of = rows.row_of + begin * rows.vector;
     const int64_t made = (end - begin) * rows.vector, plane = result.size[0] * result.size[1];
-    if (direct || result.last) {
-      if (direct && (epilogue.clamps() || !epilogue.any())) return;
+    if (squeezed) squeeze(tile, row_of, made);
+    if (direct || squeezed || result.last) {
+      if (!result.last && (epilogue.clamps() || !epilogue.any())) return;
       for (const Run& run : runs) {
-        if (!direct) {
+        if (result.last) {
           store_pixels(rows, tile.output + run.source, tile.output_pitch, row_of, made, result, run.n, run.pixel, run.count);
         }
         if (epilogue.any()) finish_rows(rows, row_of, made, epilogue, result, run.n, run.pixel, run.count);
@@ -119,6 +118,50 @@ class RunStore {
     int64_t source, n, pixel, count;
   };
 
+  // What is done to finished results of the channel at `base` and those after it, in the same pass.
+  template <class To>
+  void clamp(To& to, const T* base) const {
+    to.residual = epilogue.residual ? epilogue.residual + (base - result.data) : nullptr;
+    to.clamped = epilogue.activation != Activation::none;
+    to.low = T(0);
+    to.high = epilogue.activation == Activation::relu6 ? T(6) : std::numeric_limits<T>::infinity();
+  }
+
+  void squeeze(const SpmmTile<T>& tile, const int64_t* row_of, int64_t made) const {
+    while (made > 0 && row_of[made - 1] < 0) --made;  // padding ends a convolution group
+    if (made == 0) return;
+    SqueezedRows<T> to{};
+    to.from = tile.output;
+    to.from_pitch = tile.output_pitch;
+    to.out = result.image(runs[0].n) + row_of[0] * result.size[0] * result.size[1];
+    to.out_pitch = result.size[0] * result.size[1];
+    to.rows = made;
+    to.positions = static_cast<int>(kept.size());
+    to.places = places.data();
+    to.kept = kept.data();
+    if (epilogue.clamps()) clamp(to, to.out);
+    kernels.squeeze(to);
+  }
+
+  // Which lanes of each vector lie in runs, if what is kept of each follows on in the result.
+  bool place_kept(int64_t vectors, int64_t lanes) {
+    places.assign(vectors, 0);
+    kept.assign(vectors, 0);
+    for (size_t i = 0; i < runs.size(); ++i) {
+      const Run& run = runs[i];
+      if (run.n != runs[0].n) return false;
+      for (int64_t at = run.source, end = run.source + run.count; at < end;) {
+        const int64_t vector = at / lanes, lane = at % lanes, count = std::min(end - at, lanes - lane);
+        const int64_t pixel = run.pixel + at - run.source, before = __builtin_popcount(kept[vector]);
+        if (before == 0) places[vector] = static_cast<int32_t>(pixel);
+        if (pixel != places[vector] + before) return false;
+        kept[vector] |= ((1u << count) - 1) << lane;
+        at += count;
+      }
+    }
+    return true;
+  }
+
   bool place(int64_t vectors, int64_t lanes, int64_t limit, bool spills) {
     places.clear();
     size_t at = 0;
@@ -141,10 +184,12 @@ class RunStore {
   const Batch<T>& result;
   const Epilogue<T>& epilogue;
   int64_t step;
+  const LaneKernels<T>& kernels;
   std::vector<Run> runs;
   std::vector<int32_t> places;
+  std::vector<uint32_t> kept;
   int tail = 0;
-  bool direct = false;
+  bool direct = false, squeezed = false;
 };
 
 }  // namespace sparsekd::cpu
