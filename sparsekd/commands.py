@@ -69,14 +69,15 @@ def _images(args, train):
 
 def _fit(args, model, teacher, train, test, pruned: bool = False) -> dict:
     """Trains by the one loop, prunes on the way when asked, saves, says the accuracy."""
-    from .compress import find_target
+    from .compress import find_target, penalty_of_pattern
     from .distillation import Distiller, KDLoss
     from .latency import latency_budget
     from .pruning import CubicSL, Pruner
 
     optimizer = _sgd(args, model)
-    pruner = None
+    pruner, penalty = None, args.penalty
     if pruned:
+        penalty = penalty_of_pattern(penalty, args.pattern)
         sparsity, timed = find_target(*_asked(args), args.budget)
         budget = args.budget or "global"
         if timed is not None:
@@ -90,7 +91,7 @@ def _fit(args, model, teacher, train, test, pruned: bool = False) -> dict:
             importance_steps=min(32, len(train)),
         )  # fmt: skip
         print(f"dense: {', '.join(pruner.dense_layers) or 'no layer'}")
-    settings = {"penalty": args.penalty, "penalty_weight": args.penalty_weight} if args.penalty else {}
+    settings = {"penalty": penalty, "penalty_weight": args.penalty_weight} if penalty else {}
     if teacher is not None:
         settings["loss"] = KDLoss(args.temperature, args.alpha)
     checkpoint = _checkpoint(args)

@@ -138,9 +138,7 @@ class GradientGatherer:
         missing = [name for name, count in seen.items() if count == 0]
         if missing:
             left_out = f" ({self.skipped} batches with non-finite gradients were left out)" if self.skipped else ""
-            raise RuntimeError(
-                f"Expected {self.gathered} to be pruned, got none for {', '.join(missing)}{left_out}"
-            )
+            raise RuntimeError(f"Expected {self.gathered} to be pruned, got none for {', '.join(missing)}{left_out}")
         means = {name: sums[name].to(local(weight).device) / batches for name, weight in self.weights.items()}
         if not self.of_parts:
             return means

@@ -95,6 +95,8 @@ class Pruner:
             raise TypeError(
                 f"Expected schedule to be CubicSL, LinearSL, IterativeSL, RigL or None, got {type(schedule).__name__}"
             )
+        if isinstance(schedule, RigL) and self._pattern.sparsity is not None:
+            raise ValueError(f"Expected a pattern other than N:M and V:N:M with RigL, got {self._pattern.name!r}")
         own = isinstance(budget, (Mapping, LatencyBudget))  # which do without `sparsity`
         if schedule is not None and not own and schedule.init_sparsity > sparsity:
             raise ValueError(f"Expected init_sparsity of at most sparsity={sparsity}, got {schedule.init_sparsity}")
