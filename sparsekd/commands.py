@@ -70,7 +70,7 @@ def _images(args, train):
 def _fit(args, model, teacher, train, test, pruned: bool = False) -> dict:
     """Trains by the one loop, prunes on the way when asked, saves, says the accuracy."""
     from .compress import find_target, penalty_of_pattern
-    from .distillation import Distiller, KDLoss
+    from .distillation import Distiller
     from .latency import latency_budget
     from .pruning import CubicSL, Pruner
 
@@ -93,7 +93,7 @@ def _fit(args, model, teacher, train, test, pruned: bool = False) -> dict:
         print(f"dense: {', '.join(pruner.dense_layers) or 'no layer'}")
     settings = {"penalty": penalty, "penalty_weight": args.penalty_weight} if penalty else {}
     if teacher is not None:
-        settings["loss"] = KDLoss(args.temperature, args.alpha)
+        settings["loss"] = _loss(args)
     checkpoint = _checkpoint(args)
     Distiller(model, teacher, **settings).fit(
         train, args.epochs, optimizer, pruner=pruner, val_loader=test, checkpoint=checkpoint, progress=True
@@ -101,6 +101,15 @@ def _fit(args, model, teacher, train, test, pruned: bool = False) -> dict:
     if pruner is not None:
         pruner.squash_mask()
     return _saved(args, model, test, checkpoint)
+
+
+def _loss(args):
+    """That of --loss, at --temperature where it has one."""
+    from .distillation import DistillationLoss, KDLoss
+
+    if args.loss == "kd":
+        return KDLoss(args.temperature, args.alpha)
+    return DistillationLoss(args.loss, args.alpha, **({} if args.loss == "mse" else {"temperature": args.temperature}))
 
 
 def _asked(args) -> tuple[float | None, str | None]:
@@ -128,7 +137,6 @@ def prune(args) -> dict:
 
 def compress(args) -> dict:
     from .compress import compress as whole_recipe
-    from .distillation import KDLoss
 
     loaded, training, test = _data(args)
     teacher = _model(args, args.teacher_model, args.teacher, loaded.classes) if args.teacher else None
@@ -145,7 +153,7 @@ def compress(args) -> dict:
         target=target,
         importance=args.importance,
         budget=args.budget,
-        loss=KDLoss(args.temperature, args.alpha),
+        loss=_loss(args),
         penalty=args.penalty,
         penalty_weight=args.penalty_weight if args.penalty else 0.0,
         optimizer=_sgd(args, model),

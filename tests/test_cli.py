@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from sparsekd import SparseConv2d, SparseLinear, data, dense_state_dict, evaluate, load, would_it_be_faster
-from sparsekd.cli import main, parser
-from sparsekd.distillation import Distiller
+from sparsekd.cli import LOSSES, main, parser
+from sparsekd.commands import _loss
+from sparsekd.distillation import LOGIT_LOSSES, Distiller
 from sparsekd.measure import engines
 from sparsekd.model_names import model_of
 from sparsekd.reference_models import ReferenceNet
@@ -104,8 +105,19 @@ def test_distill_listens_to_the_teacher(trained):
     words = ("distill", *TINY, "--teacher", trained, "--teacher-model", "test_cli:tiny", "--epochs", 1)
     assert run(*words, "--alpha", 0.9, "--out", "distilled.safetensors") == 0
     assert run(*words, "--alpha", 0, "--out", "deaf.safetensors") == 0
-    one, other = load(tiny(), "distilled.safetensors"), load(tiny(), "deaf.safetensors")
-    assert not torch.equal(one.fc2.weight, other.fc2.weight)
+    assert run(*words, "--alpha", 0.9, "--loss", "dkd", "--out", "decoupled.safetensors") == 0
+    names = ("distilled", "deaf", "decoupled")
+    weights = [load(tiny(), f"{name}.safetensors").fc2.weight for name in names]
+    assert not any(torch.equal(weights[i], weights[i - 1]) for i in range(3))
+
+
+def test_losses_have_the_names_that_python_knows():
+    """They are written out, so that --help need not import torch."""
+    assert {*LOSSES, "kl"} == {"kd", *LOGIT_LOSSES}  # kd is kl, fused
+    for name in LOSSES:
+        words = ["distill", "--teacher", "a", "--out", "b", "--loss", name, "--temperature", "3", "--alpha", "0.25"]
+        loss = _loss(parser().parse_args(words))
+        assert loss.alpha == 0.25 and (name == "mse" or getattr(loss, "settings", vars(loss))["temperature"] == 3)
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,8 @@ class Distiller:
     Args:
         student: trained in place.
         teacher: runs in eval mode without gradients and is not changed (nor are its batch statistics); its modes are
-            restored afterwards. None trains the student alone, by cross entropy with labels -100 left out, and
-            ``loss`` is not used.
+            restored afterwards. A copy of the student makes self-distillation. None trains the student alone, by cross
+            entropy with labels -100 left out, and ``loss`` is not used.
         loss: ``(student_logits, teacher_logits, target) -> scalar``, a :class:`KDLoss` or like it.
         features: ``{student path: teacher path}`` of modules whose outputs are drawn together
             (:class:`FeatureHints`) by ``feature_loss``, "fitnet", "at", "rkd", "sp" or a callable, added with

@@ -47,7 +47,7 @@ class Pruner:
             "fisher", "wanda", or a callable ``(name, weight, gradient) -> scores``, see
             :mod:`sparsekd.pruning.importance`.
         pattern: "unstructured", "4x1", "4x1-permuted", "2:4", ..., see :mod:`sparsekd.pruning.patterns`. N:M and V:N:M
-            fix the sparsity; ``sparsity`` has to be 1 - N/M then.
+            fix each layer's sparsity, whatever the budget; ``sparsity`` has to be 1 - N/M then.
         budget: "global", "uniform", "erk", a dict from name globs to sparsities, or what
             :func:`sparsekd.latency_budget` makes, see :mod:`sparsekd.pruning.budget`.
         schedule: :class:`CubicSL`, :class:`LinearSL`, :class:`IterativeSL`, :class:`RigL` or None.
