@@ -37,7 +37,8 @@ class Pruner:
     """Prunes a model while it trains; call :meth:`step` once after each ``optimizer.step()``.
 
     Without a schedule, importance is gathered over the first ``importance_steps`` calls, then the model is pruned once.
-    With one, importance is gathered between the schedule's updates. What is pruned stays pruned.
+    With one, importance is gathered between the schedule's updates ("movement": from the start on). What is pruned
+    stays pruned.
 
     Args:
         model: the weights of its convolutions and linear layers are pruned, a shared one once. Wrappers
@@ -260,7 +261,7 @@ class Pruner:
                     stacklevel=3,
                 )
             self._keeper.take(masks)
-        if self._gatherer is not None:
+        if self._gatherer is not None and not getattr(self._importance, "cumulative", False):
             self._gatherer.forget()
         return changed
 
