@@ -125,6 +125,10 @@ def parser() -> argparse.ArgumentParser:
     pruned.add_argument(
         "--budget", choices=("global", "uniform", "erk", "latency"), help="default: latency for a time, else global"
     )
+    pruned.add_argument(
+        "--ignored-layers", nargs="*", metavar="GLOB",
+        help="layers that stay dense, none where no name follows (default: the first convolution, the last linear)",
+    )  # fmt: skip
     pruned.add_argument("--batch", type=int, default=1, help="images at once, of a target of time")
     top = argparse.ArgumentParser(
         prog="sparsekd",

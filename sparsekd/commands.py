@@ -81,14 +81,14 @@ def _fit(args, model, teacher, train, test, pruned: bool = False) -> dict:
         sparsity, timed = find_target(*_asked(args), args.budget)
         budget = args.budget or "global"
         if timed is not None:
-            budget = latency_budget(model, _images(args, train), timed, args.pattern)
+            budget = latency_budget(model, _images(args, train), timed, args.pattern, _ignored(args))
         steps = len(train) * args.epochs
         schedule = None
         if args.gradual:
             schedule = CubicSL(start=0, end=max(steps // 2, 1), update_frequency=max(steps // 40, 1))
         pruner = Pruner(
             model, sparsity, args.importance, args.pattern, budget, schedule=schedule, optimizer=optimizer,
-            importance_steps=min(32, len(train)),
+            ignored_layers=_ignored(args), importance_steps=min(32, len(train)),
         )  # fmt: skip
         print(f"dense: {', '.join(pruner.dense_layers) or 'no layer'}")
     settings = {"penalty": penalty, "penalty_weight": args.penalty_weight} if penalty else {}
@@ -101,6 +101,10 @@ def _fit(args, model, teacher, train, test, pruned: bool = False) -> dict:
     if pruner is not None:
         pruner.squash_mask()
     return _saved(args, model, test, checkpoint)
+
+
+def _ignored(args) -> str | list[str]:
+    return "first_last" if args.ignored_layers is None else args.ignored_layers
 
 
 def _loss(args):
@@ -153,6 +157,7 @@ def compress(args) -> dict:
         target=target,
         importance=args.importance,
         budget=args.budget,
+        ignored_layers=_ignored(args),
         loss=_loss(args),
         penalty=args.penalty,
         penalty_weight=args.penalty_weight if args.penalty else 0.0,

@@ -146,6 +146,15 @@ def test_prune(trained, options, capsys):
         assert [int((w == 0).sum()) for w in weights] == [round(0.8 * w.numel()) for w in weights]
 
 
+def test_prune_every_layer(trained, capsys):
+    words = ("prune", *TINY, "--weights", trained, "--epochs", 1, "--importance", "magnitude", "--budget", "uniform")
+    assert run(*words, "--ignored-layers", "--out", "pruned.safetensors") == 0
+    assert "dense: no layer\n" in capsys.readouterr().out
+    model = load(tiny(), "pruned.safetensors")
+    for layer in (model.conv1, model.conv2, model.fc1, model.fc2):
+        assert int((layer.weight == 0).sum()) == round(0.9 * layer.weight.numel())
+
+
 def test_a_recipe_is_its_options_and_the_command_line_wins(trained):
     pytest.importorskip("yaml", reason="PyYAML is not installed")
     Path("recipe.yaml").write_text("sparsity: 0.8\npattern: 4x1\nbudget: uniform\ngradual: true\nepochs: 6\n")
@@ -178,13 +187,16 @@ def test_compress_is_the_one_call(trained, few_images, monkeypatch):
     """--target in the place of --sparsity; from a YAML recipe; what is saved loads and is as sparse as asked for."""
     pytest.importorskip("yaml", reason="PyYAML is not installed")
     monkeypatch.setenv("SPARSEKD_TUNE", "off")
-    Path("recipe.yaml").write_text("target: 0.8\nbudget: uniform\nimportance: magnitude\nepochs: 4\nlr: 0.05\n")
+    Path("recipe.yaml").write_text(
+        'target: 0.8\nbudget: uniform\nimportance: magnitude\nepochs: 4\nlr: 0.05\nignored-layers: [conv1, "fc1*"]\n'
+    )
     words = ("compress", *TINY, "--weights", trained, "--teacher", trained, "--teacher-model", "test_cli:tiny")
     assert run(*words, "--recipe", "recipe.yaml", "--out", "small.safetensors", "--json", "found.json") == 0
     model, found = load(tiny(), "small.safetensors"), json.loads(Path("found.json").read_text())
     weights = dense_state_dict(model)
-    for name in ("conv2.weight", "fc1.weight"):
+    for name in ("conv2.weight", "fc2.weight"):
         assert int((weights[name] == 0).sum()) == round(0.8 * weights[name].numel())
+    assert weights["conv1.weight"].all() and weights["fc1.weight"].all()
     assert found["accuracy"] == evaluate(model, data.loaders(few_images)[1])
     assert sorted(file.name for file in Path().glob("small*")) == ["small.safetensors"]
 
