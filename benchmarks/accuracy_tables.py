@@ -93,6 +93,22 @@ def comparisons(name: str) -> list[tuple[str, list[tuple[Cell, Cell]]]]:
         for pattern in ("unstructured", "4x1", "4x1-permuted"):
             label = f"90% {pattern}, less dense; {'distilled' if taught else 'labels alone'}"
             ask(label, (Cell(pattern, distilled=taught), dense(taught)))
+    for pattern, sparsity in (("unstructured", 0.8), ("4x1-permuted", 0.8), *FIXED):
+        cell = Cell(pattern, sparsity)
+        ask(f"{sparsity:.0%} {pattern}, less dense; distilled", (cell, dense(True)))
+    for pattern, sparsity in FIXED[1:]:
+        ask(f"{sparsity:.0%} {pattern} less 4x1; distilled", (Cell(pattern, sparsity), Cell("4x1", sparsity)))
+    for importance in ("gradient", "taylor", "movement"):
+        for pattern in GRID[::2]:
+            label = f"90% {pattern}, by {importance} less by magnitude; distilled"
+            ask(label, (Cell(pattern, importance=importance), Cell(pattern)))
+    for importance in IMPORTANCES:
+        for pattern in GRID[:2]:
+            cell = Cell(pattern, importance=importance)
+            ask(
+                f"90% {pattern} by {importance}, gradually less at once; distilled",
+                (cell, replace(cell, schedule="once")),
+            )
     for pattern, vector in (("4x1", 4), ("16x1", 16)):
         with_penalty = Cell(pattern, lasso=vector), Cell(pattern)
         ask(f"90% {pattern}, with a group penalty less without; distilled", with_penalty)

@@ -19,6 +19,7 @@ AGAINST = (
     "onnxruntime",
     "openvino",
 )  # of measure/engines.py
+LOSSES = ("kd", "dkd", "jsd", "reverse_kl", "dist", "logit_standardisation", "mse")  # of distillation/logit_losses.py
 SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -113,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--recipe", metavar="FILE", help="YAML of these options by name; the command line wins")
     taught = argparse.ArgumentParser(add_help=False)
     taught.add_argument("--teacher-model", default="reference_teacher")
+    taught.add_argument("--loss", choices=LOSSES, default="kd", help="the teacher's term (default: kd)")
     taught.add_argument("--temperature", type=float, default=4.0)
     taught.add_argument("--alpha", type=float, default=0.5, help="weight of the teacher's term")
     pruned = argparse.ArgumentParser(add_help=False)
@@ -123,6 +125,10 @@ def parser() -> argparse.ArgumentParser:
     pruned.add_argument(
         "--budget", choices=("global", "uniform", "erk", "latency"), help="default: latency for a time, else global"
     )
+    pruned.add_argument(
+        "--ignored-layers", nargs="*", metavar="GLOB",
+        help="layers that stay dense, none where no name follows (default: the first convolution, the last linear)",
+    )  # fmt: skip
     pruned.add_argument("--batch", type=int, default=1, help="images at once, of a target of time")
     top = argparse.ArgumentParser(
         prog="sparsekd",

@@ -69,30 +69,31 @@ def _images(args, train):
 
 def _fit(args, model, teacher, train, test, pruned: bool = False) -> dict:
     """Trains by the one loop, prunes on the way when asked, saves, says the accuracy."""
-    from .compress import find_target
-    from .distillation import Distiller, KDLoss
+    from .compress import find_target, penalty_of_pattern
+    from .distillation import Distiller
     from .latency import latency_budget
     from .pruning import CubicSL, Pruner
 
     optimizer = _sgd(args, model)
-    pruner = None
+    pruner, penalty = None, args.penalty
     if pruned:
+        penalty = penalty_of_pattern(penalty, args.pattern)
         sparsity, timed = find_target(*_asked(args), args.budget)
         budget = args.budget or "global"
         if timed is not None:
-            budget = latency_budget(model, _images(args, train), timed, args.pattern)
+            budget = latency_budget(model, _images(args, train), timed, args.pattern, _ignored(args))
         steps = len(train) * args.epochs
         schedule = None
         if args.gradual:
             schedule = CubicSL(start=0, end=max(steps // 2, 1), update_frequency=max(steps // 40, 1))
         pruner = Pruner(
             model, sparsity, args.importance, args.pattern, budget, schedule=schedule, optimizer=optimizer,
-            importance_steps=min(32, len(train)),
+            ignored_layers=_ignored(args), importance_steps=min(32, len(train)),
         )  # fmt: skip
         print(f"dense: {', '.join(pruner.dense_layers) or 'no layer'}")
-    settings = {"penalty": args.penalty, "penalty_weight": args.penalty_weight} if args.penalty else {}
+    settings = {"penalty": penalty, "penalty_weight": args.penalty_weight} if penalty else {}
     if teacher is not None:
-        settings["loss"] = KDLoss(args.temperature, args.alpha)
+        settings["loss"] = _loss(args)
     checkpoint = _checkpoint(args)
     Distiller(model, teacher, **settings).fit(
         train, args.epochs, optimizer, pruner=pruner, val_loader=test, checkpoint=checkpoint, progress=True
@@ -100,6 +101,19 @@ def _fit(args, model, teacher, train, test, pruned: bool = False) -> dict:
     if pruner is not None:
         pruner.squash_mask()
     return _saved(args, model, test, checkpoint)
+
+
+def _ignored(args) -> str | list[str]:
+    return "first_last" if args.ignored_layers is None else args.ignored_layers
+
+
+def _loss(args):
+    """That of --loss, at --temperature where it has one."""
+    from .distillation import DistillationLoss, KDLoss
+
+    if args.loss == "kd":
+        return KDLoss(args.temperature, args.alpha)
+    return DistillationLoss(args.loss, args.alpha, **({} if args.loss == "mse" else {"temperature": args.temperature}))
 
 
 def _asked(args) -> tuple[float | None, str | None]:
@@ -127,7 +141,6 @@ def prune(args) -> dict:
 
 def compress(args) -> dict:
     from .compress import compress as whole_recipe
-    from .distillation import KDLoss
 
     loaded, training, test = _data(args)
     teacher = _model(args, args.teacher_model, args.teacher, loaded.classes) if args.teacher else None
@@ -144,7 +157,8 @@ def compress(args) -> dict:
         target=target,
         importance=args.importance,
         budget=args.budget,
-        loss=KDLoss(args.temperature, args.alpha),
+        ignored_layers=_ignored(args),
+        loss=_loss(args),
         penalty=args.penalty,
         penalty_weight=args.penalty_weight if args.penalty else 0.0,
         optimizer=_sgd(args, model),

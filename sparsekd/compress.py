@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from .distillation import Distiller
+from .distillation.losses import group_lasso
 from .latency import latency_budget, parse_target
 from .measure import tuned
 from .pruning import CubicSL, LatencyBudget, Pruner
+from .pruning.patterns import find_pattern
 from .reporting import compare_networks
 from .sparse.convert import convert
 
@@ -52,7 +54,8 @@ def compress(
         budget: as in :class:`sparsekd.Pruner`, or "latency"; by default "latency" where the target is one of time,
             else "global".
         loss: a :class:`sparsekd.KDLoss` or a callable like it; by default its defaults.
-        penalty, penalty_weight: R(W) and lambda, as in :class:`sparsekd.Distiller`.
+        penalty, penalty_weight: R(W) and lambda, as in :class:`sparsekd.Distiller`; "group_lasso" has the pattern's V,
+            where it has one.
         optimizer: of the student's parameters; by default SGD, lr 0.01, momentum 0.9.
         example_inputs: for :func:`sparsekd.convert` and a target of time; by default the first batch's inputs.
         checkpoint: resumes from this file when it exists.
@@ -78,6 +81,7 @@ def compress(
     if example_inputs is None and timed is not None:
         example_inputs = _first_inputs(student, train_loader)
     settings = {} if teacher is None or loss is None else {"loss": loss}
+    penalty = penalty_of_pattern(penalty, pattern)
     distiller = Distiller(student, teacher, penalty=penalty, penalty_weight=penalty_weight, **settings)
     parameters = list(student.parameters())
     if not parameters:
@@ -111,6 +115,12 @@ def compress(
     if timed is not None and tuned.mode() != "off":
         _check_time(student, fast, example_inputs, timed)
     return fast
+
+
+def penalty_of_pattern(penalty: str | Callable | None, pattern: str) -> str | Callable | None:
+    """The penalty; a group lasso over the vectors that the pattern prunes as one, consecutive ones if permuted."""
+    vector = find_pattern(pattern).vector
+    return group_lasso(vector) if penalty == "group_lasso" and vector > 1 else penalty
 
 
 def find_target(

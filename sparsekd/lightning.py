@@ -25,20 +25,23 @@ class PruningCallback(Callback):
         sparsity, settings: of :class:`sparsekd.Pruner`; the optimizer is the Trainer's first. The Pruner's step is that
             of the optimizer, so schedules count ``trainer.global_step``.
         squash: drop masks and hooks at the end of the fit; the zeros stay. Else ``callback.pruner`` goes on holding.
+        module: path of what is pruned within the LightningModule, all of it by default. One that holds a teacher beside
+            the student names the student here: whatever it holds is pruned, frozen or not.
 
     Raises:
-        TypeError, ValueError: as the Pruner does, when the fit begins.
+        TypeError, ValueError, AttributeError: as the Pruner does, or for a path that is none, when the fit begins.
     """
 
-    def __init__(self, sparsity: float, squash: bool = True, **settings: object) -> None:
-        self.sparsity, self.squash, self.settings = sparsity, squash, settings
+    def __init__(self, sparsity: float, squash: bool = True, module: str = "", **settings: object) -> None:
+        self.sparsity, self.squash, self.module, self.settings = sparsity, squash, module, settings
         self.pruner: Pruner | None = None
         self._saved: dict | None = None
         self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here the weights and the optimizer's state of a checkpoint are in place.
-        self.pruner = Pruner(pl_module, self.sparsity, optimizer=trainer.optimizers[0], **self.settings)
+        pruned = pl_module.get_submodule(self.module)
+        self.pruner = Pruner(pruned, self.sparsity, optimizer=trainer.optimizers[0], **self.settings)
         if self._saved is not None:
             self.pruner.load_state_dict(self._saved)
             self._saved = None

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,18 @@ def test_a_mean_of_differences_is_of_seeds_that_have_them_all(scripts, tmp_path)
     label = "90% 4x1, permuted less consecutive; mean of magnitude and gradient, distilled and not"
     assert f"| {label} | +2.00 ± 0.71 (2) |" in text
     assert "Made 2026-01-02 on a machine, one thread each; 11.0 hours of one core in all." in text
+
+
+@pytest.mark.parametrize("name", ["shapes", "digits"])
+def test_what_is_committed(scripts, name):
+    """The tables are those of the cells beside them; these come from one teacher and lost what their names say."""
+    accuracy, cells, tables = scripts
+    assert "\n".join(tables.section(name, accuracy.RESULTS)) in (accuracy.RESULTS / "README.md").read_text()
+    accuracy.check_done(SimpleNamespace(name=name, settings=cells.SETTINGS[name], results=accuracy.RESULTS / name))
+    for cell, seed in cells.ordered(name, range(3)):
+        file = accuracy.RESULTS / name / f"{cell.name}-{seed}.json"
+        result = json.loads(file.read_text()) if file.exists() else {}
+        assert result.get("sparsity", cell.sparsity) == pytest.approx(cell.sparsity, abs=0.002), file
 
 
 @pytest.mark.slow

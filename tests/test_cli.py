@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from sparsekd import SparseConv2d, SparseLinear, data, dense_state_dict, evaluate, load, would_it_be_faster
-from sparsekd.cli import main, parser
-from sparsekd.distillation import Distiller
+from sparsekd.cli import LOSSES, main, parser
+from sparsekd.commands import _loss
+from sparsekd.distillation import LOGIT_LOSSES, Distiller
 from sparsekd.measure import engines
 from sparsekd.model_names import model_of
 from sparsekd.reference_models import ReferenceNet
@@ -104,8 +105,19 @@ def test_distill_listens_to_the_teacher(trained):
     words = ("distill", *TINY, "--teacher", trained, "--teacher-model", "test_cli:tiny", "--epochs", 1)
     assert run(*words, "--alpha", 0.9, "--out", "distilled.safetensors") == 0
     assert run(*words, "--alpha", 0, "--out", "deaf.safetensors") == 0
-    one, other = load(tiny(), "distilled.safetensors"), load(tiny(), "deaf.safetensors")
-    assert not torch.equal(one.fc2.weight, other.fc2.weight)
+    assert run(*words, "--alpha", 0.9, "--loss", "dkd", "--out", "decoupled.safetensors") == 0
+    names = ("distilled", "deaf", "decoupled")
+    weights = [load(tiny(), f"{name}.safetensors").fc2.weight for name in names]
+    assert not any(torch.equal(weights[i], weights[i - 1]) for i in range(3))
+
+
+def test_losses_have_the_names_that_python_knows():
+    """They are written out, so that --help need not import torch."""
+    assert {*LOSSES, "kl"} == {"kd", *LOGIT_LOSSES}  # kd is kl, fused
+    for name in LOSSES:
+        words = ["distill", "--teacher", "a", "--out", "b", "--loss", name, "--temperature", "3", "--alpha", "0.25"]
+        loss = _loss(parser().parse_args(words))
+        assert loss.alpha == 0.25 and (name == "mse" or getattr(loss, "settings", vars(loss))["temperature"] == 3)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +144,15 @@ def test_prune(trained, options, capsys):
     assert model.conv1.weight.all() and model.fc2.weight.all()
     if "uniform" in options:
         assert [int((w == 0).sum()) for w in weights] == [round(0.8 * w.numel()) for w in weights]
+
+
+def test_prune_every_layer(trained, capsys):
+    words = ("prune", *TINY, "--weights", trained, "--epochs", 1, "--importance", "magnitude", "--budget", "uniform")
+    assert run(*words, "--ignored-layers", "--out", "pruned.safetensors") == 0
+    assert "dense: no layer\n" in capsys.readouterr().out
+    model = load(tiny(), "pruned.safetensors")
+    for layer in (model.conv1, model.conv2, model.fc1, model.fc2):
+        assert int((layer.weight == 0).sum()) == round(0.9 * layer.weight.numel())
 
 
 def test_a_recipe_is_its_options_and_the_command_line_wins(trained):
@@ -166,13 +187,16 @@ def test_compress_is_the_one_call(trained, few_images, monkeypatch):
     """--target in the place of --sparsity; from a YAML recipe; what is saved loads and is as sparse as asked for."""
     pytest.importorskip("yaml", reason="PyYAML is not installed")
     monkeypatch.setenv("SPARSEKD_TUNE", "off")
-    Path("recipe.yaml").write_text("target: 0.8\nbudget: uniform\nimportance: magnitude\nepochs: 4\nlr: 0.05\n")
+    Path("recipe.yaml").write_text(
+        'target: 0.8\nbudget: uniform\nimportance: magnitude\nepochs: 4\nlr: 0.05\nignored-layers: [conv1, "fc1*"]\n'
+    )
     words = ("compress", *TINY, "--weights", trained, "--teacher", trained, "--teacher-model", "test_cli:tiny")
     assert run(*words, "--recipe", "recipe.yaml", "--out", "small.safetensors", "--json", "found.json") == 0
     model, found = load(tiny(), "small.safetensors"), json.loads(Path("found.json").read_text())
     weights = dense_state_dict(model)
-    for name in ("conv2.weight", "fc1.weight"):
+    for name in ("conv2.weight", "fc2.weight"):
         assert int((weights[name] == 0).sum()) == round(0.8 * weights[name].numel())
+    assert weights["conv1.weight"].all() and weights["fc1.weight"].all()
     assert found["accuracy"] == evaluate(model, data.loaders(few_images)[1])
     assert sorted(file.name for file in Path().glob("small*")) == ["small.safetensors"]
 

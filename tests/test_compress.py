@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import sparsekd
 from sparsekd import KDLoss, SparseLinear
 from sparsekd.distillation import Distiller
+from sparsekd.distillation.losses import group_lasso
 
 CLASSES = 3
 
@@ -354,3 +355,12 @@ def test_an_error_on_the_way_leaves_the_optimizer_free():
             sparsekd.compress(student, None, loader(), 0.5, epochs=4, optimizer=optimizer)
     assert not optimizer._optimizer_step_post_hooks
     assert not any(parameter._post_accumulate_grad_hooks for parameter in student.parameters())
+
+
+def test_a_group_penalty_is_over_the_vectors_of_the_pattern(unmeasured, monkeypatch):
+    seen = []
+    made = lambda vector: seen.append(vector) or group_lasso(vector)  # noqa: E731
+    monkeypatch.setattr(sys.modules["sparsekd.compress"], "group_lasso", made)
+    for pattern in ("8x1", "2x1-permuted", "unstructured"):  # the last one keeps the default's 4
+        sparsekd.compress(network(), None, loader(), 0.5, pattern, 4, penalty="group_lasso", penalty_weight=1e-3)
+    assert seen == [8, 2]

@@ -1,11 +1,13 @@
 """Feature hints: the loss by hand and by formula, adapters, pooling, and that the hooks go."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsekd.distillation import Distiller, FeatureHints, KDLoss
+from sparsekd.distillation import FEATURE_LOSSES, Distiller, FeatureHints, KDLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,6 +142,66 @@ def test_features_that_do_not_fit():
         with FeatureHints(student, teacher, {"0": "3"}) as hints:
             student(x)
             hints.loss()
-    with pytest.raises(TypeError, match="Expected '0' of the student to give a tensor, got tuple"):
-        recurrent = nn.Sequential(nn.LSTM(4, 3))
-        Distiller(recurrent, teacher, features={"0": "3"}).fit(batches(4), 1, sgd(recurrent))
+    with pytest.raises(TypeError, match="Expected '0' of the student to give a tensor, or a tuple .*, got tuple"):
+        with FeatureHints(nn.Sequential(Giving(lambda x: (None, x))), teacher, {"0": "3"}) as hints:
+            hints._modules[0][0](x)
+    with pytest.raises(ValueError, match="Expected a feature loss out of fitnet, at, rkd, sp or a callable, got 'crd'"):
+        Distiller(student, teacher, features={"0": "0"}, feature_loss="crd")
+    with pytest.raises(TypeError, match="Expected a feature loss as a name or a callable, got int"):
+        Distiller(student, teacher, features={"0": "0"}, feature_loss=3)
+    with pytest.raises(ValueError, match="Expected features for feature_loss='at', got none"):
+        Distiller(student, teacher, feature_loss="at")
+
+
+class Giving(nn.Module):
+    """A linear layer whose output is wrapped."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.inner, self.wrap = nn.Linear(4, 3), wrap
+
+    def forward(self, x):
+        return self.wrap(self.inner(x))
+
+
+OUTPUTS = {
+    "tuple": lambda x: (x, "state"),
+    "list": lambda x: [x],
+    "dict": lambda x: {"logits": x},
+    "hidden before logits": lambda x: {"logits": x + 9, "last_hidden_state": x},
+    "object": lambda x: SimpleNamespace(logits=x),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_taps_of_what_is_no_tensor(kind):
+    """KD_Lib#128: outputs of Hugging Face's modules. An LSTM, an attention and a block give tuples."""
+    student, teacher, x = Giving(OUTPUTS[kind]), nn.Linear(4, 3), torch.randn(5, 4)
+    outer = nn.ModuleDict({"block": student})
+    with FeatureHints(outer, teacher, {"block": ""}) as hints:
+        student(x), teacher(x)
+        got = hints.loss()
+    assert got.item() == pytest.approx(F.mse_loss(student.inner(x), teacher(x)).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["at", "rkd", "sp", "own"])
+def test_other_losses_of_features(name):
+    """Of other widths, without adapters; attention maps of other sizes are pooled down."""
+    of = FEATURE_LOSSES.get(name, lambda own, taught: (own.mean() - taught.mean()).abs())
+    student, teacher, x = Convolutional(3, 2), Convolutional(5, 1 if name == "at" else 2), torch.randn(5, 1, 8, 8)
+    own, taught = student.stem(x), teacher.eval().stem(x).detach()
+    y, want = torch.zeros(5, dtype=torch.int64), of(own, F.adaptive_avg_pool2d(taught, 4) if name == "at" else taught)
+    want = KDLoss()(student(x), teacher(x).detach(), y) + 0.5 * want
+    chosen = of if name == "own" else name
+    distiller = Distiller(student, teacher, features={"stem": "stem"}, feature_weight=0.5, feature_loss=chosen)
+    (record,) = distiller.fit([(x, y)], 1, sgd(student))
+    assert record.loss == pytest.approx(want.item(), rel=1e-5) and len(distiller.hints.adapters) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_under_autocast_adapters_are_trained_in_float32(dtype):
+    """A GradScaler refuses gradients in float16, and steps of bfloat16 weights are lost in rounding."""
+    student = Convolutional(3)
+    distiller = Distiller(student, Convolutional(5), features={"stem": "stem"})
+    distiller.fit(batches(1, 8, 8), 1, sgd(student), amp=dtype, clip_norm=1.0)
+    assert distiller.hints.adapters["0"].weight.dtype == torch.float32

@@ -34,12 +34,7 @@ def loader():
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, F.relu(x).argmax(1) % 3), batch_size=4)
 
 
-def fit(folder, epochs, callback=None, resume=None, **options):
-    from sparsekd.lightning import PruningCallback
-
-    callback = callback or PruningCallback(
-        0.75, schedule=CubicSL(2, 20, update_frequency=2), budget="uniform", ignored_layers=["net.4", "teacher"]
-    )
+def fit(folder, epochs, callback, resume=None, **options):
     trainer = lightning.Trainer(
         max_epochs=epochs, callbacks=[callback], logger=False, accelerator="cpu", enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder, enable_checkpointing=False, **options,
@@ -49,8 +44,15 @@ def fit(folder, epochs, callback=None, resume=None, **options):
     return model, trainer, callback
 
 
-def test_prunes_and_holds(tmp_path):
-    model, trainer, callback = fit(tmp_path, 4)
+@pytest.mark.parametrize("module", ["", "net"])
+def test_prunes_and_holds(tmp_path, module):
+    """All but what is named, or the student's layers alone, beside a teacher in the same module."""
+    from sparsekd.lightning import PruningCallback
+
+    named = {"ignored_layers": ["4"], "module": "net"} if module else {"ignored_layers": ["net.4", "teacher"]}
+    schedule = CubicSL(2, 20, update_frequency=2)
+    callback = PruningCallback(0.75, schedule=schedule, budget="uniform", **named)
+    model, trainer, callback = fit(tmp_path, 4, callback)
     for layer in (model.net[0], model.net[2]):
         assert (layer.weight == 0).float().mean() == 0.75
     assert model.net[4].weight.all() and model.teacher.weight.all()

@@ -173,9 +173,52 @@ def test_with_labels():
     assert DistillationLoss(part)(student, teacher, target).isfinite()
 
 
+def test_positions_are_rows():
+    """Segmentation: [N, C, H, W] is the same as its pixels one by one, unlabelled ones left out."""
+    student, teacher = torch.randn(2, C, 3, 2), torch.randn(2, C, 3, 2)
+    target = torch.randint(C, (2, 3, 2))
+    target[0, 1] = -100
+    rows = [logits.permute(0, 2, 3, 1).reshape(-1, C) for logits in (student, teacher)]
+    for term in LOGIT_LOSSES:
+        loss = DistillationLoss(term, 0.4)
+        assert float(loss(student, teacher, target)) == pytest.approx(float(loss(*rows, target.flatten())), rel=1e-6)
+
+
+def test_without_labels():
+    student, teacher = torch.randn(N, C), torch.randn(N, C)
+    loss = DistillationLoss("jsd", 1.0)
+    assert torch.equal(loss(student, teacher), jsd_loss(student, teacher))
+    maps = [logits.t()[None] for logits in (student, teacher)]  # [1, C, N]
+    assert float(loss(*maps)) == pytest.approx(float(loss(student, teacher)))
+    none = torch.full((N,), -100)
+    for made in (DistillationLoss("dkd"), KDLoss()):
+        assert made(student, teacher, none).isnan(), "as torch's cross entropy"
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
+        (
+            lambda: DistillationLoss("kl")(torch.ones(2, 3), torch.ones(2, 3)),
+            ValueError,
+            "Expected a target unless alpha is 1 and the term needs no labels, got None",
+        ),
+        (
+            lambda: DistillationLoss("dkd", 1.0)(torch.ones(2, 3), torch.ones(2, 3)),
+            ValueError,
+            "Expected a target unless alpha is 1",
+        ),
+        (
+            lambda: DistillationLoss("kl")(torch.ones(2, 3, 4), torch.ones(2, 3, 4), torch.ones(2).long()),
+            ValueError,
+            r"Expected student_logits .* got \(2, 3, 4\), \(2, 3, 4\) and \(2,\)",
+        ),
+        (
+            lambda: DistillationLoss("dist", temprature=2.0),
+            TypeError,
+            "Expected settings of 'dist' out of temperature, beta, gamma, got temprature",
+        ),
+        (lambda: DistillationLoss("mse", beta=2.0), TypeError, "Expected settings of 'mse' out of none, got beta"),
         (lambda: kl_loss(torch.ones(2, 3), torch.ones(2, 4)), ValueError, "Expected student_logits and teacher_logits"),
         (lambda: kl_loss(torch.ones(2, 3).long(), torch.ones(2, 3)), TypeError, "Expected floating student_logits"),
         (lambda: kl_loss(torch.ones(2, 3), None), TypeError, "Expected floating teacher_logits, got NoneType"),
@@ -250,6 +293,9 @@ def test_feature_formula(kind):
     student = torch.randn(4, 3, 3, 2, dtype=torch.float64)
     teacher = torch.randn(4, channels, 3, 2, dtype=torch.float64)
     assert float(loss(student, teacher)) == pytest.approx(float(formula(student, teacher)), rel=0, abs=1e-10)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = loss(student.float(), teacher.float())
+    assert float(narrow) == pytest.approx(float(loss(student.float(), teacher.float())), rel=1e-6)
     assert gradcheck(lambda x: loss(x, teacher), (student.requires_grad_(),))
     half = torch.full((4, 3, 3, 2), 200.0, dtype=torch.float16, requires_grad=True)  # all rows alike
     loss(half, torch.randn(4, channels, 3, 2).half()).backward()

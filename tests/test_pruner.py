@@ -161,6 +161,21 @@ def test_gathering_begins_anew_at_each_update():
         assert pruner.masks["weight"][0].tolist() == want
 
 
+def test_movement_is_of_the_whole_way():
+    """w dL/dw of (9, 8, -1, 0) at first, (0, 1, 2, 1) then: since the last update the third moves most towards zero,
+    in all it is the second."""
+    model = nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    schedule = LinearSL(1, 3, init_sparsity=0.25, update_frequency=2)
+    pruner = Pruner(model, 0.5, "movement", schedule=schedule, ignored_layers=())
+    for x in ([9.0, 8.0, -1.0, 0.0], [0.0, 1.0, 2.0, 1.0], [0.0, 1.0, 2.0, 1.0]):
+        model.zero_grad()
+        model(torch.tensor([x])).sum().backward()
+        pruner.step()
+    assert pruner.masks["weight"].tolist() == [[False, False, True, True]]
+
+
 @pytest.mark.parametrize("kind", ["frozen", "NaN"])
 def test_an_error_at_a_later_update_leaves_the_masks_of_the_earlier(kind):
     model = Network()

@@ -167,6 +167,11 @@ def test_resumed_bit_for_bit(kind):
             ValueError,
             "Expected an importance of |g| or of the weights alone with RigL, got 'taylor'".replace("|", r"\|"),
         ),
+        (
+            lambda: Pruner(nn.Linear(4, 4), 0.5, "random", "2:4", schedule=RigL(1, 9), ignored_layers=()),
+            ValueError,
+            "Expected a pattern other than N:M and V:N:M with RigL, got '2:4'",
+        ),
     ],
 )
 def test_what_makes_no_schedule(make, error, message):

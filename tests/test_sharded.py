@@ -29,6 +29,7 @@ KINDS = {
     "taylor": {"importance": "taylor", "pattern": "4x1"},
     "magnitude": {"importance": "magnitude", "pattern": "2x1-permuted"},
     "regrowth": {"importance": "magnitude", "schedule": RigL(1, 6, 2), "budget": "erk"},
+    "wanda": {"importance": "wanda", "schedule": CubicSL(1, 6, update_frequency=2)},
 }
 
 

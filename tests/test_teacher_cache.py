@@ -1,5 +1,7 @@
 """The teacher's kept answers: the teacher's own, asked for once, forgotten when it changes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -74,6 +76,30 @@ def test_memory_is_bounded():
     assert all(kept.untyped_storage().nbytes() == 20 for kept in cache._kept.values()), "no whole batch is held"
 
 
+class Answering(nn.Module):
+    """A linear teacher whose answer is wrapped."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.inner, self.wrap = nn.Linear(3, 2), wrap
+
+    def forward(self, x):
+        return self.wrap(self.inner(x))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda z: SimpleNamespace(logits=z), lambda z: {"logits": z}, lambda z: (z, None)],
+    ids=["hf", "dict", "tuple"],
+)
+def test_logits_of_a_teacher_that_gives_more(wrap):
+    teacher, x = Answering(wrap), torch.randn(4, 3)
+    cache = TeacherCache(teacher).eval()
+    for _ in range(2):
+        assert torch.allclose(cache(x), teacher.inner(x))
+    assert cache.hits == cache.misses == 4
+
+
 def test_a_student_learns_the_same_from_kept_answers():
     x, y = torch.randn(32, 4), torch.randint(5, (32,))
     loader = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 32, 8)]
@@ -99,9 +125,9 @@ def test_a_student_learns_the_same_from_kept_answers():
             r"Expected 2 rows from the teacher, got a shape of \(6,\)",
         ),
         (
-            lambda: TeacherCache(nn.LSTM(3, 2)).eval()(torch.ones(2, 3)),
+            lambda: TeacherCache(Answering(lambda logits: None)).eval()(torch.ones(2, 3)),
             TypeError,
-            "Expected the teacher to give one tensor, got tuple",
+            "Expected the teacher to give logits .* got NoneType",
         ),
     ],
 )

@@ -233,7 +233,7 @@ def test_content_is_of_plain_types(whole):
     assert state["student"].keys() == network().state_dict().keys()
     assert {"0.weight", "0.bias"} == state["adapters"].keys()
     kinds = {"optimizer": "SGD", "scheduler": "StepLR", "pruner": "FakePruner"}
-    assert state["kinds"] == kinds | {"features": {"0": "0"}, "scaler": None, "average": None}
+    assert state["kinds"] == kinds | {"features": {"0": "0"}, "feature_loss": "fitnet", "scaler": None, "average": None}
 
 
 # --- files and parts that do not fit ---------------------------------------------------------------------------------

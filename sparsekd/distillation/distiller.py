@@ -95,11 +95,12 @@ class Distiller:
     Args:
         student: trained in place.
         teacher: runs in eval mode without gradients and is not changed (nor are its batch statistics); its modes are
-            restored afterwards. None trains the student alone, by cross entropy with labels -100 left out, and
-            ``loss`` is not used.
+            restored afterwards. A copy of the student makes self-distillation. None trains the student alone, by cross
+            entropy with labels -100 left out, and ``loss`` is not used.
         loss: ``(student_logits, teacher_logits, target) -> scalar``, a :class:`KDLoss` or like it.
         features: ``{student path: teacher path}`` of modules whose outputs are drawn together
-            (:class:`FeatureHints`), added with ``feature_weight``.
+            (:class:`FeatureHints`) by ``feature_loss``, "fitnet", "at", "rkd", "sp" or a callable, added with
+            ``feature_weight``.
         penalty: R(W): "l1", "l2" or a callable from the student to a scalar, added with ``penalty_weight``.
 
     Both networks may give logits, an object with ``.logits`` (Hugging Face) or a tuple that starts with logits.
@@ -119,6 +120,7 @@ class Distiller:
         penalty: str | Callable[[nn.Module], Tensor] | None = None,
         penalty_weight: float = 0.0,
         feature_weight: float = 1.0,
+        feature_loss: str | Callable[[Tensor, Tensor], Tensor] = "fitnet",
     ) -> None:
         if not isinstance(student, nn.Module):
             raise TypeError(f"Expected student to be a torch.nn.Module, got {type(student).__name__}")
@@ -128,6 +130,8 @@ class Distiller:
             raise ValueError("Expected teacher and student to be two modules, got the same one twice")
         if teacher is None and features:
             raise ValueError("Expected a teacher to take features from, got none")
+        if feature_loss != "fitnet" and not features:
+            raise ValueError(f"Expected features for feature_loss={feature_loss!r}, got none")
         if loss is not None and not callable(loss):
             raise TypeError(f"Expected loss to be callable, got {type(loss).__name__}")
         for name, weight in (("penalty_weight", penalty_weight), ("feature_weight", feature_weight)):
@@ -137,7 +141,7 @@ class Distiller:
             raise ValueError(f"Expected a penalty for penalty_weight={penalty_weight}, got none")
         self.student, self.teacher = student, teacher
         self.loss = KDLoss() if loss is None or loss is _DEFAULT_LOSS else loss
-        self.hints = FeatureHints(student, teacher, features) if features else None
+        self.hints = FeatureHints(student, teacher, features, feature_loss) if features else None
         self.penalty = None if penalty is None else penalty_of(penalty)
         self.penalty_weight, self.feature_weight = penalty_weight, feature_weight
         self.average: nn.Module | None = None

@@ -1,7 +1,7 @@
 """Losses between inner features, each a pure function named as in its paper.
 
 ``student, teacher``: ``[N, C, H, W]`` or ``[N, D]``; the teacher's take no gradient. Half types are taken
-in float32.
+in float32, and products of matrices are float32 under autocast too.
 
 ============ ============================================================================== ===========================
 ``fitnet``   mean (student - teacher)^2, of one shape                                       mdistiller: the same
@@ -75,14 +75,16 @@ def rkd_loss(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, an
     """Relations of the rows of a batch; memory grows with N^3."""
     student, teacher = (part.flatten(1) for part in _features(student, teacher))
     distance = F.smooth_l1_loss(_distances(student), _distances(teacher))
-    angle = F.smooth_l1_loss(_angles(student), _angles(teacher))
+    with torch.autocast(student.device.type, enabled=False):
+        angle = F.smooth_l1_loss(_angles(student), _angles(teacher))
     return distance_weight * distance + angle_weight * angle
 
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Which samples of a batch look alike."""
     student, teacher = (part.flatten(1) for part in _features(student, teacher))
-    own, taught = (F.normalize(part @ part.t(), dim=1) for part in (student, teacher))
+    with torch.autocast(student.device.type, enabled=False):
+        own, taught = (F.normalize(part @ part.t(), dim=1) for part in (student, teacher))
     return (own - taught).square().mean()
 
 

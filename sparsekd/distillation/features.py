@@ -1,6 +1,7 @@
 """Feature hints: inner outputs of the student drawn towards those of the teacher.
 
-    loss = mean over pairs of  mean (adapter(student feature) - teacher feature)^2
+    loss = mean over pairs of  mean (adapter(student feature) - teacher feature)^2      ("fitnet")
+                               or another of ``feature_losses.py``, without an adapter
 
     student feature [N, C_s, H_s, W_s] -> pool to the smaller H, W -> adapter C_s -> C_t --+
     teacher feature [N, C_t, H_t, W_t] -> pool to the smaller H, W -----------------------+-> mean squared error
@@ -10,11 +11,15 @@ After Romero et al., "FitNets: hints for thin deep nets", ICLR 2015.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
+
+from .feature_losses import FEATURE_LOSSES
+from .outputs import feature_of
 
 
 class FeatureHints:
@@ -22,25 +27,41 @@ class FeatureHints:
 
     Args:
         student, teacher: the networks.
-        pairs: ``{student path: teacher path}``, dotted paths as in ``named_modules()``. Outputs are tensors of one
-            shape, or ``[N, C, H, W]`` or ``[N, C]`` of differing channels and sizes. A module that runs several times
-            in a forward gives its last output.
+        pairs: ``{student path: teacher path}``, dotted paths as in ``named_modules()``. Outputs are tensors, tuples
+            that start with one, or dicts or objects with ``last_hidden_state`` or ``logits``. A module that runs
+            several times in a forward gives its last output.
+        loss: of a pair, one of :data:`FEATURE_LOSSES` or a callable ``(student feature, teacher feature) -> scalar``.
+            Both features are float32 at least, under autocast too; the teacher's takes no gradient.
 
-    Where channels differ an adapter (1 x 1 convolution or linear layer, with bias) is made when the first batch shows
-    them; ``adapters`` holds those, to be trained with the student and thrown away afterwards.
+    For "fitnet" features are of one shape, or ``[N, C, H, W]`` or ``[N, C]`` of differing channels and sizes: the
+    larger map is pooled to the smaller, and where channels differ an adapter (1 x 1 convolution or linear layer, with
+    bias) is made when the first batch shows them; ``adapters`` holds those, to be trained with the student and thrown
+    away afterwards. "at" pools too. Other losses take features as they are.
 
     Raises:
-        ValueError: no pairs, or a path that names no module.
+        ValueError: no pairs, a path that names no module, or an unknown loss. TypeError: arguments of another kind.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, pairs: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        pairs: Mapping[str, str],
+        loss: str | Callable[[Tensor, Tensor], Tensor] = "fitnet",
+    ) -> None:
         if not isinstance(pairs, Mapping):
             raise TypeError(
                 f"Expected features as a dict from student paths to teacher paths, got {type(pairs).__name__}"
             )
         if not pairs:
             raise ValueError("Expected features to name at least one pair of modules, got none")
-        self.pairs = dict(pairs)
+        if isinstance(loss, str) and loss not in FEATURE_LOSSES:
+            raise ValueError(f"Expected a feature loss out of {', '.join(FEATURE_LOSSES)} or a callable, got {loss!r}")
+        if not isinstance(loss, str) and not callable(loss):
+            raise TypeError(f"Expected a feature loss as a name or a callable, got {type(loss).__name__}")
+        self.pairs, self._named = dict(pairs), loss if isinstance(loss, str) else None
+        self._of = FEATURE_LOSSES[loss] if isinstance(loss, str) else loss
+        self.name = self._named or getattr(loss, "__name__", type(loss).__name__)
         self.adapters = nn.ModuleDict()  # by the number of the pair: paths hold dots, which keys may not
         self._student = student
         self._modules = [
@@ -64,10 +85,14 @@ class FeatureHints:
 
     def _keeper(self, whose: str, index: int, path: str):
         def keep(module: nn.Module, args: object, output: object) -> None:
-            if not isinstance(output, Tensor):
-                raise TypeError(f"Expected {path!r} of the {whose} to give a tensor, got {type(output).__name__}")
+            feature = feature_of(output)
+            if feature is None:
+                raise TypeError(
+                    f"Expected {path!r} of the {whose} to give a tensor, or a tuple or dict with one, "
+                    f"got {type(output).__name__}"
+                )
             # A copy: what follows may change the output in place, as ReLU(inplace=True) does.
-            self._seen[whose, index] = output.clone()
+            self._seen[whose, index] = feature.clone()
 
         return keep
 
@@ -83,9 +108,12 @@ class FeatureHints:
                 if (whose, index) not in self._seen:
                     raise RuntimeError(f"Expected {path!r} of the {whose} to run in its forward, got no output of it")
             own, taught = self._seen["student", index], self._seen["teacher", index].detach()
-            if own.shape != taught.shape:
+            # Not in the half type of an autocast forward: adapters are trained in this one.
+            own = own.to(torch.float64 if own.dtype == torch.float64 else torch.float32)
+            taught = taught.to(own.dtype)
+            if own.shape != taught.shape and self._named in ("fitnet", "at"):
                 own, taught = self._matched(str(index), own, taught, f"{own_path!r} and {taught_path!r}")
-            terms.append(F.mse_loss(own, taught.to(own.dtype)))
+            terms.append(self._of(own, taught))
         self._seen.clear()
         return sum(terms[1:], start=terms[0]) / len(terms)
 
@@ -99,7 +127,7 @@ class FeatureHints:
             # To the smaller of both, never up: pooling up would only repeat values.
             size = [min(a, b) for a, b in zip(own.shape[2:], taught.shape[2:], strict=True)]
             own, taught = F.adaptive_avg_pool2d(own, size), F.adaptive_avg_pool2d(taught, size)
-        if own.shape[1] != taught.shape[1]:
+        if own.shape[1] != taught.shape[1] and self._named == "fitnet":
             if key not in self.adapters:
                 channels, like = (own.shape[1], taught.shape[1]), {"device": own.device, "dtype": own.dtype}
                 self.adapters[key] = nn.Linear(*channels, **like) if own.dim() == 2 else nn.Conv2d(*channels, 1, **like)

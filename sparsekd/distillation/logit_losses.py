@@ -22,6 +22,7 @@ name                            formula                                         
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -182,7 +183,12 @@ class DistillationLoss(nn.Module):
         settings: of the term (temperature, beta, ...), handed on. "dkd" has an ``alpha`` of its own: give it as
             ``functools.partial(dkd_loss, alpha=...)`` where it is not 1.
 
-    Rows of target -100 are out of both terms.
+    Call it with logits ``[N, C]`` or ``[N, C, d1, ...]``, whose positions are rows to the term, and an int64 target
+    ``[N]`` or ``[N, d1, ...]``; None needs alpha = 1 and another term than "dkd". Rows of target -100 are out of both
+    terms; where all are, the result is NaN, as in :class:`KDLoss`.
+
+    Raises:
+        ValueError, TypeError: settings out of their range, logits or targets that don't fit.
     """
 
     ignore_index = -100
@@ -196,12 +202,37 @@ class DistillationLoss(nn.Module):
         if not 0 <= alpha <= 1:
             raise ValueError(f"Expected alpha in [0, 1], got {alpha}")
         self.term = LOGIT_LOSSES[term] if isinstance(term, str) else term
+        if isinstance(term, str):
+            own = [name for name in inspect.signature(self.term).parameters if name in ("temperature", "beta", "gamma")]
+            unknown = [name for name in settings if name not in own]
+            if unknown:
+                said = ", ".join(own) or "none"
+                raise TypeError(f"Expected settings of {term!r} out of {said}, got {', '.join(unknown)}")
         self.labelled = self.term is dkd_loss or getattr(self.term, "func", None) is dkd_loss
         self.alpha, self.settings = alpha, settings
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        known = target != self.ignore_index
-        student, teacher, target = student_logits[known], teacher_logits[known], target[known]
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
+        if target is None and (self.alpha < 1 or self.labelled):
+            raise ValueError("Expected a target unless alpha is 1 and the term needs no labels, got None")
+        shape = student_logits.shape
+        fits = len(shape) > 1 and teacher_logits.shape == shape
+        if not fits or (target is not None and target.shape != shape[:1] + shape[2:]):
+            got = "None" if target is None else tuple(target.shape)
+            raise ValueError(
+                "Expected student_logits and teacher_logits of one shape [N, C, ...] and a target [N, ...], got "
+                f"{tuple(shape)}, {tuple(teacher_logits.shape)} and {got}"
+            )
+        student, teacher = (logits.movedim(1, -1).flatten(0, -2) for logits in (student_logits, teacher_logits))
+        if target is None:
+            return self.term(student, teacher, **self.settings)
+        known = target.flatten() != self.ignore_index
+        student, teacher, target = student[known], teacher[known], target.flatten()[known]  # [rows, C], [rows]
         ce = F.cross_entropy(student.float() if student.dtype != torch.float64 else student, target)
+        if target.numel() == 0:
+            return ce
         extra = (target,) if self.labelled else ()
         return (1 - self.alpha) * ce + self.alpha * self.term(student, teacher, *extra, **self.settings)
+
+    def extra_repr(self) -> str:
+        name = next((name for name, term in LOGIT_LOSSES.items() if term is self.term), repr(self.term))
+        return ", ".join([name, f"alpha={self.alpha}", *(f"{key}={value}" for key, value in self.settings.items())])

@@ -1,4 +1,4 @@
-"""What models answer with."""
+"""What models, and modules within them, answer with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def logits_of(output: object, whose: str = "model") -> Tensor:
-    """The logits in a model's output: a tensor, its ``.logits``, or the first element of a tuple or list."""
+    """The logits in a model's output: a tensor, its ``.logits``, a dict's, or the first element of a tuple or list."""
     found = output
     if not isinstance(found, Tensor):
         found = getattr(output, "logits", None)
@@ -18,7 +18,20 @@ def logits_of(output: object, whose: str = "model") -> Tensor:
         found = output.get("logits")
     if not isinstance(found, Tensor):
         raise TypeError(
-            f"Expected the {whose} to give logits (a tensor, an object with .logits or a tuple that starts with them), "
-            f"got {type(output).__name__}"
+            f"Expected the {whose} to give logits (a tensor, an object or dict with logits or a tuple that starts with "
+            f"them), got {type(output).__name__}"
         )
     return found
+
+
+def feature_of(output: object) -> Tensor | None:
+    """The tensor in what an inner module gives: itself, the first of a tuple or list, or the ``last_hidden_state`` or
+    ``logits`` of a dict or object. None where there is none."""
+    found = [output]
+    if isinstance(output, Mapping):
+        found = [output.get(name) for name in ("last_hidden_state", "logits")]
+    elif isinstance(output, (tuple, list)):
+        found = output[:1]
+    elif not isinstance(output, Tensor):
+        found = [getattr(output, name, None) for name in ("last_hidden_state", "logits")]
+    return next((one for one in found if isinstance(one, Tensor)), None)

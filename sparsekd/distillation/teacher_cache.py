@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .answer_store import AnswerStore, teacher_hash
+from .outputs import logits_of
 
 
 class TeacherCache(nn.Module):
@@ -40,9 +41,10 @@ class TeacherCache(nn.Module):
     time (dropout, batch statistics), and nothing is kept.
 
     Args:
-        teacher: takes one tensor ``[N, ...]``; its output is a tensor ``[N, ...]`` that depends on each row alone. As
-            convolutions of other batch sizes round otherwise, answers may differ in the last digits from those of the
-            batch at hand.
+        teacher: takes one tensor ``[N, ...]``; its output is a tensor ``[N, ...]`` that depends on each row alone, or a
+            tuple that starts with one, or an object or dict with ``logits``, of which the logits alone are kept and
+            given. As convolutions of other batch sizes round otherwise, answers may differ in the last digits from
+            those of the batch at hand.
         max_bytes: of answers in memory (on the teacher's device) or in the folder; what would go beyond it is computed
             each time.
         folder: keep the answers here instead, as float32 for the student but in ``dtype`` on disk, for the next run and
@@ -57,9 +59,10 @@ class TeacherCache(nn.Module):
     ``hits`` and ``misses`` count rows.
 
     Raises:
-        TypeError: a teacher that is no module; input or output that is no tensor. ValueError: a negative ``max_bytes``;
-            an output of another number of rows than its input, or beyond the range of ``dtype``; a folder with answers
-            of another teacher or in another form. RuntimeError: a teacher with a folder has changed.
+        TypeError: a teacher that is no module; input that is no tensor, output without one. ValueError: a negative
+            ``max_bytes``; an output of another number of rows than its input, or beyond the range of ``dtype``; a
+            folder with answers of another teacher or in another form. RuntimeError: a teacher with a folder has
+            changed.
     """
 
     def __init__(
@@ -109,9 +112,7 @@ class TeacherCache(nn.Module):
         self.hits, self.misses = self.hits + len(keys) - len(new), self.misses + len(new)
         if new:
             with torch.no_grad():
-                answers = self.teacher(x if len(new) == len(keys) else x[new])
-            if not isinstance(answers, Tensor):
-                raise TypeError(f"Expected the teacher to give one tensor, got {type(answers).__name__}")
+                answers = logits_of(self.teacher(x if len(new) == len(keys) else x[new]), "teacher")
             if answers.dim() == 0 or answers.shape[0] != len(new):
                 raise ValueError(f"Expected {len(new)} rows from the teacher, got a shape of {tuple(answers.shape)}")
             if self._store is not None:

@@ -156,7 +156,9 @@ class TrainingState:
         named = {"optimizer": self.optimizer, "scheduler": self.scheduler, "pruner": self.pruner}
         named |= {"scaler": self.scaler, "average": self.average}
         kinds = {name: None if part is None else type(part).__name__ for name, part in named.items()}
-        return kinds | {"features": None if self.hints is None else self.hints.pairs}
+        kinds["features"] = None if self.hints is None else self.hints.pairs
+        kinds["feature_loss"] = None if self.hints is None else self.hints.name
+        return kinds
 
     def take(self, history: list[EpochRecord]) -> dict:
         """The state after the epochs of ``history``; its tensors are those in use, not copies."""

@@ -40,6 +40,9 @@ class GradientGatherer:
         RuntimeError: a parameter is frozen, so that it will never have a gradient.
     """
 
+    gathered = "a gradient of each weight"
+    of_parts = True  # of a sharded weight this rank's part is gathered, else the whole
+
     def __init__(self, weights: Mapping[str, nn.Parameter], statistic: str = "|g|", scaler: object = None) -> None:
         frozen = [name for name, weight in weights.items() if not weight.requires_grad]
         if frozen:
@@ -135,11 +138,15 @@ class GradientGatherer:
         missing = [name for name, count in seen.items() if count == 0]
         if missing:
             left_out = f" ({self.skipped} batches with non-finite gradients were left out)" if self.skipped else ""
-            raise RuntimeError(
-                f"Expected a gradient of each weight to be pruned, got none for {', '.join(missing)}{left_out}"
-            )
+            raise RuntimeError(f"Expected {self.gathered} to be pruned, got none for {', '.join(missing)}{left_out}")
         means = {name: sums[name].to(local(weight).device) / batches for name, weight in self.weights.items()}
+        if not self.of_parts:
+            return means
         return {name: whole_of_part(mean, self.weights[name]) for name, mean in means.items()}
+
+    def _like(self, weight: Tensor) -> Tensor:
+        """Of the shape of what is gathered for a weight."""
+        return local(weight) if self.of_parts else weight
 
     def _all_reduced(self) -> tuple[dict[str, Tensor], dict[str, int], int]:
         device = local(next(iter(self.weights.values()))).device
@@ -150,11 +157,11 @@ class GradientGatherer:
         for name, weight in self.weights.items():
             # A rank without a gradient takes part all the same: the others wait for it.
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            own, part = self.sums.get(name), local(weight)
-            sums[name] = torch.zeros(part.shape, dtype=dtype, device=part.device)
+            own = self.sums.get(name)
+            sums[name] = torch.zeros(self._like(weight).shape, dtype=dtype, device=local(weight).device)
             if own is not None:
                 sums[name].copy_(own)
-            if is_sharded(weight):
+            if self.of_parts and is_sharded(weight):
                 # FSDP has averaged this gradient over the ranks; each has its own part of it.
                 sums[name] *= dist.get_world_size()
             else:
@@ -180,7 +187,7 @@ class GradientGatherer:
             got = {**dict.fromkeys(self.weights), **got} if isinstance(got, Mapping) else got
             check_keys(f"gathered {part}", got, self.weights)
             for name, value in state[part].items():
-                check_like(f"the gathered {part} of {name}", value, local(self.weights[name]), FLOATS)
+                check_like(f"the gathered {part} of {name}", value, self._like(self.weights[name]), FLOATS)
         for name, count in {"batches": state["batches"], "skipped": state["skipped"], **state["seen"]}.items():
             check_count(f"gathered {name}", count)
         for name, count in state["seen"].items():
@@ -215,6 +222,9 @@ class InputGatherer(GradientGatherer):
     Args:
         owners: parameter name to the layer that owns it.
     """
+
+    gathered = "inputs of each layer"
+    of_parts = False  # each rank has inputs of its own, to all of a sharded weight
 
     def __init__(self, owners: Mapping[str, nn.Module]) -> None:
         self._owners = dict(owners)

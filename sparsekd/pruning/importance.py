@@ -6,8 +6,9 @@ An importance is a name of :data:`IMPORTANCES` or a callable::
 
 ``name`` is the parameter's name, ``weight`` the detached weight, ``gradient`` the mean over batches of |dL/dw|, both of
 the weight's shape, as the scores must be. A callable that does without gradients sets ``needs_gradient = False`` on
-itself and is given None; one that wants another mean sets ``statistic`` to a name of :data:`STATISTICS`. When what is
-asked for is missing, that is an error, never another criterion.
+itself and is given None; one that wants another mean sets ``statistic`` to a name of :data:`STATISTICS`. Under a
+schedule the mean is over the batches since the last update; one that wants those before it too sets ``cumulative =
+True``. When what is asked for is missing, that is an error, never another criterion.
 
 A batch's gradient is that of its loss, so a mean over its samples where the loss is one. The loss may be any, that of
 distillation too.
@@ -74,10 +75,13 @@ class SNIPImportance:
 class MovementImportance:
     """-(mean over batches of w dL/dw): high where training moves a weight away from zero, negative where towards it.
 
+    Under a schedule the mean is over all batches so far: over the few between two updates it is mostly noise.
+
     Source: Sanh, Wolf, Rush, "Movement pruning: adaptive sparsity by fine-tuning", NeurIPS 2020.
     """
 
     statistic = "w g"
+    cumulative = True
 
     def __call__(self, name: str, weight: Tensor, statistic: Tensor) -> Tensor:
         return -statistic

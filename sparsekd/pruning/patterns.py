@@ -188,6 +188,13 @@ def _units(scores: Tensor, index: Tensor) -> Units:
     return Units(means, sizes, index)
 
 
+def _ranks(scores: Tensor) -> Tensor:
+    """Places in ascending order, among equal scores as they come; -inf stays."""
+    places = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
+    places[scores.argsort(stable=True)] = torch.arange(scores.numel(), dtype=torch.float64, device=scores.device)
+    return places.masked_fill(scores == -torch.inf, -torch.inf)
+
+
 class NMPattern(Pattern):
     """N of each M consecutive input channels remain; with V > 1 out of 2N that V output channels share."""
 
@@ -218,17 +225,36 @@ class NMPattern(Pattern):
         ranked = torch.argsort(key, dim=-1, descending=True, stable=True)
         best = torch.zeros_like(stays).scatter_(-1, ranked[..., : self.n], True).flip(-1)
         loses = ~(best & stays) & real
-        loses = layout.weight(loses.view(out, taps, whole)[..., :inputs].movedim(1, 2), scores.shape).flatten()
-        position = loses.nonzero().flatten()
+
+        def flat(chosen: Tensor) -> Tensor:  # [numel], in the order of the weight
+            return layout.weight(chosen.view(out, taps, whole)[..., :inputs].movedim(1, 2), scores.shape).flatten()
+
         index = torch.full((scores.numel(),), -1, dtype=torch.int64, device=scores.device)
-        index[position] = torch.arange(position.numel(), device=scores.device)
-        return Units(scores.flatten()[position], None, index)
+        if self.vector == 1:
+            position = flat(loses).nonzero().flatten()
+            index[position] = torch.arange(position.numel(), device=scores.device)
+            return Units(scores.flatten()[position], None, index)
+        # Columns that are not chosen go first, whole, then single weights within the others: a column that is chosen
+        # later has lost nothing, so that no more than is asked for goes where scores change on the way.
+        within, outside = flat(loses & stays), flat(loses & ~stays)
+        row = self._row_groups(out, layout, scores.device)
+        vectors = (row[:, None] * taps + torch.arange(taps, device=row.device))[..., None] * whole
+        vectors = flat((vectors + torch.arange(whole, device=row.device)).contiguous())  # [numel], which V x 1 vector
+        _, index[outside] = vectors[outside].unique(return_inverse=True)
+        columns = _units(scores.flatten()[outside], index[outside])
+        first, single = len(columns.scores), scores.flatten()[within]
+        index[within] = first + torch.arange(single.numel(), device=scores.device)
+        ranks = torch.cat([_ranks(columns.scores), _ranks(single) + first])
+        return Units(ranks, torch.cat([columns.sizes, torch.ones_like(index[within])]), index)
+
+    def _row_groups(self, out: int, layout: Layout, device: torch.device) -> Tensor:
+        """Which V output channels each belongs to, ``[K]``; they begin anew with each convolution group."""
+        place, per_group = torch.arange(out, device=device), out // layout.groups
+        return place // per_group * -(-per_group // self.vector) + place % per_group // self.vector
 
     def _shared_columns(self, groups: Tensor, real: Tensor, layout: Layout) -> Tensor:
         """The 2N columns of each group of M that hold most, for V output channels together: bool like ``groups``."""
-        out, per_group = groups.shape[0], groups.shape[0] // layout.groups
-        place = torch.arange(out, device=groups.device)
-        row = place // per_group * -(-per_group // self.vector) + place % per_group // self.vector  # [K]
+        row = self._row_groups(groups.shape[0], layout, groups.device)
         worth = torch.where(groups == -torch.inf, 0.0, groups)
         sums = worth.new_zeros(int(row[-1]) + 1, *groups.shape[1:]).index_add_(0, row, worth)
         # What is pruned already in all V channels goes before what is not, and the filling before both.

@@ -37,7 +37,8 @@ class Pruner:
     """Prunes a model while it trains; call :meth:`step` once after each ``optimizer.step()``.
 
     Without a schedule, importance is gathered over the first ``importance_steps`` calls, then the model is pruned once.
-    With one, importance is gathered between the schedule's updates. What is pruned stays pruned.
+    With one, importance is gathered between the schedule's updates ("movement": from the start on). What is pruned
+    stays pruned.
 
     Args:
         model: the weights of its convolutions and linear layers are pruned, a shared one once. Wrappers
@@ -47,7 +48,7 @@ class Pruner:
             "fisher", "wanda", or a callable ``(name, weight, gradient) -> scores``, see
             :mod:`sparsekd.pruning.importance`.
         pattern: "unstructured", "4x1", "4x1-permuted", "2:4", ..., see :mod:`sparsekd.pruning.patterns`. N:M and V:N:M
-            fix the sparsity; ``sparsity`` has to be 1 - N/M then.
+            fix each layer's sparsity, whatever the budget; ``sparsity`` has to be 1 - N/M then.
         budget: "global", "uniform", "erk", a dict from name globs to sparsities, or what
             :func:`sparsekd.latency_budget` makes, see :mod:`sparsekd.pruning.budget`.
         schedule: :class:`CubicSL`, :class:`LinearSL`, :class:`IterativeSL`, :class:`RigL` or None.
@@ -95,6 +96,8 @@ class Pruner:
             raise TypeError(
                 f"Expected schedule to be CubicSL, LinearSL, IterativeSL, RigL or None, got {type(schedule).__name__}"
             )
+        if isinstance(schedule, RigL) and self._pattern.sparsity is not None:
+            raise ValueError(f"Expected a pattern other than N:M and V:N:M with RigL, got {self._pattern.name!r}")
         own = isinstance(budget, (Mapping, LatencyBudget))  # which do without `sparsity`
         if schedule is not None and not own and schedule.init_sparsity > sparsity:
             raise ValueError(f"Expected init_sparsity of at most sparsity={sparsity}, got {schedule.init_sparsity}")
@@ -258,7 +261,7 @@ class Pruner:
                     stacklevel=3,
                 )
             self._keeper.take(masks)
-        if self._gatherer is not None:
+        if self._gatherer is not None and not getattr(self._importance, "cumulative", False):
             self._gatherer.forget()
         return changed
 
