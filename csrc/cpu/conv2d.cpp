@@ -53,10 +53,11 @@ struct PlanKind {
     TORCH_CHECK_VALUE(tiling[1] >= 1 && tiling[1] <= std::max<int64_t>(channels, 1), "Expected a tiling with 1 to ",
                       channels, " blocks of channels, got ", tiling[1]);
   }
-  // Numbers in a plan [crow_indices | col_indices | starts | offsets | order], the last three as in OffsetPlan.
+  // Numbers in a plan [crow_indices | col_indices | starts | offsets | 0 | order], the last ones as in OffsetPlan; the
+  // kernel reads one offset ahead.
   int64_t starts(int64_t row_groups) const { return ordered ? tiling[1] * row_groups + 1 : (tiling[1] + 1) * row_groups; }
   int64_t size(int64_t row_groups, int64_t vectors) const {
-    return row_groups + 1 + (ordered ? 3 : 2) * vectors + starts(row_groups);
+    return row_groups + 1 + (ordered ? 3 : 2) * vectors + starts(row_groups) + 1;
   }
 
   bool ordered;
@@ -143,7 +144,9 @@ at::Tensor conv2d_plan_cpu(const at::Tensor& crow_indices, const at::Tensor& col
   to = std::copy_n(pattern.crow, row_groups + 1, to);
   to = std::copy_n(pattern.col, pattern.n_vectors, to);
   int32_t* const offsets = to + kind.starts(row_groups);
-  plan_offsets(shape, pattern, kind.tiling, to, offsets, kind.ordered ? offsets + pattern.n_vectors : nullptr);
+  int32_t* const after = offsets + pattern.n_vectors;
+  *after = 0;
+  plan_offsets(shape, pattern, kind.tiling, to, offsets, kind.ordered ? after + 1 : nullptr);
   return plan;
 }
 
@@ -166,7 +169,7 @@ at::Tensor conv2d_planned_cpu(const at::Tensor& input, const at::Tensor& values,
                     plan.size(0));
   const int32_t* const starts = plan.const_data_ptr<int32_t>() + rows + 1 + count;
   const int32_t* const after = starts + kind.starts(rows);
-  const OffsetPlan offsets{kind.tiling, starts, after, kind.ordered ? after + count : nullptr};
+  const OffsetPlan offsets{kind.tiling, starts, after, kind.ordered ? after + count + 1 : nullptr};
   return run_conv2d(input, values, entries(plan, 0, rows + 1), entries(plan, rows + 1, count), row_indices, scale, shift,
                     "shift", residual, activation_of(activation), out_channels,
                     {kernel_size, stride, padding, dilation, groups}, &offsets);

@@ -150,7 +150,7 @@ Offsets offsets_of(const Rows<T>& rows, const Tiling& tiling, const OffsetPlan* 
     offsets.starts = plan->starts;
     offsets.next = plan->order ? 1 : rows.packed();
   } else {
-    offsets.own.resize(rows.crow[rows.packed()]);
+    offsets.own.resize(rows.crow[rows.packed()] + 1);  // the kernel reads one ahead
     stretch(rows, tiling, offsets.own.data());
     offsets.offset = offsets.own.data();
   }
