@@ -19,10 +19,13 @@ struct Problem {
   int64_t channels_per_group() const { return in_channels / groups; }
 };
 
+// See Conv2dParams and RecordsParams.
 struct Choice {
   Conv2dVariant variant;
   Lanes lanes;
-  int tile_h, tile_w, tile_rows, tile_columns, plane;
+  int tile_h = 1, tile_w = 1, tiles_h, tiles_w, tile_rows, tile_columns;
+  int step, run_length;
+  int row_pitch, phase_pitch[2], plane;
   int64_t block_channels;
   double cost;
 };
@@ -41,7 +44,8 @@ struct Records {
   at::Tensor records, starts, order;
 };
 
-Choice checked_choice(const Problem& problem);
+// For results that are stored to `output`, if defined; else of rectangles.
+Choice checked_choice(const Problem& problem, int64_t n_vectors, const at::Tensor& output = {});
 
 // How the output lies in the same lanes, strips and units, without a halo.
 Lanes lanes_of_output(const Choice& choice, const Problem& problem);

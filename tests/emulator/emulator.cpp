@@ -235,6 +235,12 @@ void access(const void* address, unsigned bytes, bool write, const void* pc) {
   count({pc, &region == regions.back().get(), write, bytes}, fiber->warp, fiber->lane, address);
 }
 
+void stand_by(const void* near, unsigned bytes, const void* pc) {
+  const Region& memory = *regions.back();
+  const auto* byte = static_cast<const unsigned char*>(near);
+  count({pc, byte >= memory.begin && byte < memory.begin + memory.bytes, true, bytes}, self()->warp, self()->lane, nullptr);
+}
+
 void copy_async(void* to, const void* from, unsigned bytes, bool valid, const void* pc) {
   auto count_at = [&](bool shared, const void* address) {
     count({pc, shared, shared, 16}, self()->warp, self()->lane, address);
