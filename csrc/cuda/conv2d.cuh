@@ -12,11 +12,10 @@
 //
 // A tile is a rectangle of 32 positions (kRun = 1), or a run of 32 * kRun positions of the plane as it lies in memory,
 // row after row in a pitch in which the zeros to the right of a row are those to the left of the next. A run has less of
-// a halo, as many images less in its lanes, and results that lie side by side; what it computes between rows is lost.
+// a halo, fewer images in its lanes, and results that lie side by side; what it computes between rows is lost.
 //
-// Method: Park et al., "Faster CNNs with direct sparse
-// convolutions and guided pruning", ICLR 2017; Chen, "Escoin", 2018; rows sorted by length: Gale et al., "Sparse GPU
-// kernels for deep learning", SC 2020.
+// Method: Park et al., "Faster CNNs with direct sparse convolutions and guided pruning", ICLR 2017; Chen, "Escoin", 2018;
+// rows sorted by length: Gale et al., "Sparse GPU kernels for deep learning", SC 2020.
 #pragma once
 #include "conv2d_finish.cuh"
 #include "conv2d_records.cuh"
