@@ -47,15 +47,10 @@ int64_t shared_zeros(const TapAxis& axis, int phases, int64_t columns) {
   return std::clamp<int64_t>(columns - real, 0, std::min<int64_t>(before, axis.most / axis.stride));
 }
 
-// How results are stored to images: the sectors of 32 bytes that each of so many elements side by side takes, where as many
-// or `apart` lie between the first ones. What does not begin where a sector does takes up to one more.
+// How results are stored to images.
 struct Stores {
   int64_t element_size;
   bool joined;  // each row begins where the one before ends
-  double sectors_of_each(int64_t elements, int64_t apart) const {
-    const int64_t bytes = elements * element_size, border = std::gcd(std::gcd(bytes, apart * element_size), int64_t{32});
-    return static_cast<double>(bytes + 32 - border) / static_cast<double>(elements) / 32;
-  }
 };
 
 // Positions in rectangles of 32 or in runs, images or strips in lanes: the way that takes least of reads of shared memory
@@ -112,7 +107,8 @@ std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const st
       choice.phase_pitch[0] = phases[1] * choice.run_length;
       choice.phase_pitch[1] = choice.run_length;
       const int64_t stored = whole ? tile_rows * ax.positions : std::max<int64_t>(run * ax.positions / pitch, 1);
-      consider(phases[0] * phases[1] * int64_t(choice.run_length), tiles, stores->sectors_of_each(stored, whole ? stored : 1));
+      consider(phases[0] * phases[1] * int64_t(choice.run_length), tiles,
+               sectors_of_each(stores->element_size, stored, whole ? stored : 1));
       continue;
     }
     for (const auto& [tile_h, tile_w] : {std::pair{4, 8}, std::pair{2, 16}, std::pair{1, 32}, std::pair{32, 1}}) {
@@ -130,7 +126,7 @@ std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const st
       const bool joined = stores && stores->joined && ax.positions <= tile_w;
       const int64_t piece = joined ? std::min<int64_t>(tile_h, strip_rows) * ax.positions
                                    : std::min<int64_t>(tile_w, ax.positions);
-      const double stored = stores ? stores->sectors_of_each(piece, joined ? piece : ax.positions) : 0.0;
+      const double stored = stores ? sectors_of_each(stores->element_size, piece, joined ? piece : ax.positions) : 0.0;
       consider(int64_t(phases[0]) * choice.phase_pitch[0], int64_t(choice.tiles_h) * choice.tiles_w, stored);
     }
   }

@@ -10,6 +10,27 @@ __device__ __forceinline__ int slice_of(const TensorConv2dParams& p, int rank) {
   return min(max(p.plan.order[rank], 0), p.all_slices - 1);
 }
 
+// What a row of results needs.
+struct TensorRowEnd {
+  int channel = -1;  // of the output, or none
+  float scale = 1.0f, shift = 0.0f;
+
+  // The slice of a rank, the row in it of `slice_rows`.
+  __device__ __forceinline__ TensorRowEnd(const TensorConv2dParams& p, int group, int rank, int row_in_slice,
+                                          int slice_rows) {
+    if (rank >= p.slices_per_group) return;
+    const int local = slice_of(p, group * p.slices_per_group + rank) - group * p.slices_per_group;
+    const int in_vector = local % p.slices * slice_rows + row_in_slice;
+    const int row = local / p.slices * p.vector + in_vector;
+    if (local < 0 || in_vector >= p.vector || row >= p.rows_per_group) return;
+    channel = group * p.rows_per_group + row;
+    if (p.row_indices) channel = p.row_indices[channel];
+    if (channel >= p.out_channels) channel = -1;
+    if (channel >= 0 && p.scale) scale = load_value(p.scale, p.dtype, channel);
+    if (channel >= 0 && p.shift) shift = load_value(p.shift, p.dtype, channel);
+  }
+};
+
 // Eight rows of some positions at a time go through shared memory, each warp's to itself, from where a lane takes the 8
 // lanes of a row and position. The pitch of rows is such that what is written lies in different banks.
 template <class T, int kRows, int kGroups, int kPositions>
@@ -27,12 +48,14 @@ struct Finisher {
   // From position `place` of the tile on.
   __device__ __forceinline__ void turn_to(const TilePlace& tile, int place) {
     place += threadIdx.x % kTogether;
-    const int row_in_strip = tile.y + place / p.tile_w, column = tile.x + place % p.tile_w;
+    const int row_in_tile = place / p.place_pitch, column_in_tile = place % p.place_pitch;
+    const int row_in_strip = tile.y + row_in_tile, column = tile.x + column_in_tile;
+    const bool in_tile = row_in_tile < p.tile_h && column_in_tile < p.tile_w;
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
       const int64_t slot = tile.unit * kLanes + i, image = p.to_lanes ? tile.unit : slot / p.strips;
       const int64_t row = p.to_lanes ? row_in_strip : (slot - image * p.strips) * p.strip_rows + row_in_strip;
-      const bool inside = row_in_strip < p.strip_rows && column < p.positions[1] && row < p.positions[0];
+      const bool inside = in_tile && row_in_strip < p.strip_rows && column < p.positions[1] && row < p.positions[0];
       at[i] = inside && (p.to_lanes || image < p.batch) ? image * p.out_n + row * p.out_h + column * p.out_w : -1;
     }
   }
@@ -41,27 +64,13 @@ struct Finisher {
   __device__ __forceinline__ void store(int k, int first_row) const {
     const int lane = threadIdx.x % 32;
     const int own = lane % kTogether, upper = own / 4 % 2;  // which half is read first, for the banks' sake
-    int channel_of = -1;  // of row lane % 8
-    float scale_of = 1.0f, shift_of = 0.0f;
-    const int rank = first_rank + k;
-    if (rank < p.slices_per_group) {
-      const int local = slice_of(p, group * p.slices_per_group + rank) - group * p.slices_per_group;
-      const int in_vector = local % p.slices * kRows + first_row + lane % 8;
-      const int row = local / p.slices * p.vector + in_vector;
-      if (local >= 0 && in_vector < p.vector && row < p.rows_per_group) {
-        channel_of = group * p.rows_per_group + row;
-        if (p.row_indices) channel_of = p.row_indices[channel_of];
-        if (channel_of >= p.out_channels) channel_of = -1;
-      }
-    }
-    if (channel_of >= 0 && p.scale) scale_of = load_value(p.scale, p.dtype, channel_of);
-    if (channel_of >= 0 && p.shift) shift_of = load_value(p.shift, p.dtype, channel_of);
+    const TensorRowEnd end(p, group, first_rank + k, first_row + lane % 8, kRows);  // of row lane % 8
     __syncwarp();  // results
 #pragma unroll 1
     for (int i = 0; i < 8; i += kAtOnce) {
       const int r = i + lane / kTogether;
-      const int channel = __shfl_sync(0xffffffffu, channel_of, r);
-      const float scale = __shfl_sync(0xffffffffu, scale_of, r), shift = __shfl_sync(0xffffffffu, shift_of, r);
+      const int channel = __shfl_sync(0xffffffffu, end.channel, r);
+      const float scale = __shfl_sync(0xffffffffu, end.scale, r), shift = __shfl_sync(0xffffffffu, end.shift, r);
       if (channel < 0) continue;
       const auto* from = reinterpret_cast<const float4*>(results + r * kPitch + own * 8);
       const float4 first = load_vector(from + upper), second = load_vector(from + 1 - upper);

@@ -26,12 +26,16 @@ TensorDevice tensor_device(Call& call, const at::Tensor& on);
 struct Tiling {
   TensorVariant variant;
   int row_warps, position_warps, tile_h, tile_w, block_planes;
+  // A tile's positions are those of whole rows, with the zeros between them, rather than a rectangle.
+  bool whole_rows = false;
+  int positions() const { return position_warps * variant.positions; }
   std::vector<int64_t> numbers() const;
 };
 
 // What follows from a tiling.
 struct Tile {
   int phases[2], tile_rows, tile_columns, plane, pitch, zeros, block_fours;
+  int last_place;  // of a tile's positions in a staged plane
   int64_t slices, all_slices, slices_per_group, planes, blocks, block_slices, row_blocks, n_octets;
   Buffers buffers;
   int64_t resident(const Tiling& tiling, const TensorDevice& device) const;  // blocks of threads on a multiprocessor

@@ -2,6 +2,7 @@
 // and linear's three. Its kernels are in conv2d.cuh, its host side in conv2d.cpp.
 #pragma once
 #include <algorithm>
+#include <numeric>
 #include <optional>
 
 #include "../geometry.h"
@@ -11,6 +12,13 @@
 namespace sparsekd::cuda {
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+// Of images, the sectors of 32 bytes that each of so many stored elements side by side takes, where as many or `apart` lie
+// between the first ones. What does not begin where a sector does takes up to one more.
+inline double sectors_of_each(int64_t element_size, int64_t elements, int64_t apart) {
+  const int64_t bytes = elements * element_size, border = std::gcd(std::gcd(bytes, apart * element_size), int64_t{32});
+  return static_cast<double>(bytes + 32 - border) / static_cast<double>(elements) / 32;
+}
 
 // What one launch of the convolution computes.
 struct Problem {
