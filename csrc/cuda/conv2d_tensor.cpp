@@ -169,7 +169,7 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.place_pitch = tiling.whole_rows ? tile.tile_columns : tiling.tile_w;
   p.lane_pitch = joined_lane_pitch(tiling.positions());
   p.row_pitch = joined_row_pitch(tiling.positions());
-  p.joined = tiling.whole_rows && !to_lanes && output.is_contiguous() && tiling.tile_w == problem.axes[1].positions;
+  p.joined = !to_lanes && output.is_contiguous() && tiling.tile_w == problem.axes[1].positions;
   p.scale = pointer(operands.scale);
   p.shift = pointer(operands.shift);
   p.residual = pointer(operands.residual);
@@ -200,7 +200,8 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
 bool run_on_tensor_cores(Call& call, const TensorProblem& problem, const at::Tensor& crow, const at::Tensor& col,
                          TensorOperands operands) {
   std::string reason;
-  const std::optional<Tiling> tiling = choose_tiling(problem, tensor_device(call, operands.input), true, reason);
+  const Results results = operands.output.is_contiguous() ? Results::joined : Results::images;
+  const std::optional<Tiling> tiling = choose_tiling(problem, tensor_device(call, operands.input), results, reason);
   if (!tiling) return not_taken(reason);
   operands.plan = make_plan(call, problem, *tiling, crow, col);
   run_planned(call, problem, *tiling, operands);

@@ -44,8 +44,9 @@ struct Tile {
 };
 Tile tile_of(const TensorProblem& problem, const Tiling& tiling);
 
+enum class Results { lanes, images, joined };  // joined: images in which each row begins where the one before ends
 // None, with the reason, where tensor cores can't take the convolution.
-std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, bool to_images,
+std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, Results results,
                                     std::string& reason);
 // Numbers from outside.
 Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, const TensorDevice& device);

@@ -1,5 +1,6 @@
 // The end of the convolution on tensor cores (conv2d_tensor.cuh) where a tile holds whole rows and goes to images: of each
-// image its results are one run of memory, which is stored by whole sectors.
+// image, or strip of one, its results are one run of memory, which is stored by whole sectors. Strips that a tile takes
+// whole lie one behind the other, too.
 #pragma once
 #include "conv2d_tensor_finish.cuh"
 
@@ -64,7 +65,7 @@ struct JoinedFinisher {
     const bool there = row_warp < p.row_warps;
     const TensorRowEnd end(p, group, there ? (row_block * p.row_warps + row_warp) * kGroups + k : p.slices_per_group,
                            first_row + own % kTogether, kRows);
-    const int width = p.tile_w;
+    const int width = p.tile_w, strip = p.strip_rows * width;
 #pragma unroll 1
     for (int pair = begin; pair < begin + each; ++pair) {
       const int row = pair / kLanes;
@@ -72,16 +73,24 @@ struct JoinedFinisher {
       const float scale = __shfl_sync(0xffffffffu, end.scale, row - first);
       const float shift = __shfl_sync(0xffffffffu, end.shift, row - first);
       const int64_t slot = tile.unit * kLanes + pair % kLanes, image = slot / p.strips;
-      const int first_y = static_cast<int>(slot - image * p.strips) * p.strip_rows + tile.y;  // of the image
-      const int rows = min(min(p.tile_h, p.strip_rows - tile.y), p.positions[0] - first_y);
+      const int strip_of_image = static_cast<int>(slot - image * p.strips), lane_of_unit = pair % kLanes;
+      const int first_y = strip_of_image * p.strip_rows + tile.y;  // of the image
+      int together = 1;
+      if (p.tiles_h == 1 && p.strips > 1) {
+        if (strip_of_image > 0 && lane_of_unit > 0) continue;  // stored with the one before
+        together = min(p.strips - strip_of_image, kLanes - lane_of_unit);
+      }
+      const int rows = min(together > 1 ? together * p.strip_rows : min(p.tile_h, p.strip_rows - tile.y),
+                           p.positions[0] - first_y);
       if (channel < 0 || image >= p.batch || rows <= 0) continue;
       const int64_t at = image * p.out_n + channel * p.out_c + int64_t(first_y) * width;
-      const float* from = results + row * p.row_pitch + pair % kLanes * p.lane_pitch;
+      const float* from = results + row * p.row_pitch + lane_of_unit * p.lane_pitch;
       const int count = rows * width;
       // What the warp stores at once begins where a sector of 32 bytes does.
       for (int base = -static_cast<int>(at % 16); base < count; base += 32) {
         const int place = base + lane, near = min(max(place, 0), count - 1);
-        float result = from[near] * scale + shift;
+        const int in_lanes = together > 1 ? near / strip * p.lane_pitch + near % strip : near;
+        float result = from[in_lanes] * scale + shift;
         if (p.residual && place == near) result += to_float(static_cast<const T*>(p.residual)[at + place]);
         store_vector(static_cast<T*>(p.output) + at + place, from_float<T>(activate(result, p.activation)), place == near);
       }

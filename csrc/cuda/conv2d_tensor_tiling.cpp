@@ -117,7 +117,7 @@ Tiling of_whole_rows(const TensorProblem& problem, const TensorVariant& variant,
 
 // By cycles of an SM, counted as at the head of conv2d_tensor.cuh: what shared memory delivers (128 bytes a cycle) to
 // the operands and takes from the copies, or what the tensor cores multiply (1024 a cycle), whichever is more.
-double cost_of(const TensorProblem& problem, const TensorDevice& device, bool to_images, const Tiling& tiling,
+double cost_of(const TensorProblem& problem, const TensorDevice& device, Results results, const Tiling& tiling,
                const Tile& tile) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
   const double rows = tiling.variant.rows, positions = tiling.positions();
@@ -140,8 +140,14 @@ double cost_of(const TensorProblem& problem, const TensorDevice& device, bool to
 
   // Results go through shared memory, there and back, and out as 16 bits: 80 bytes of 8 lanes. To images each lane of a
   // tile's row stores for itself, or of whole rows several warps together, a sector of 32 bytes a cycle.
-  const int64_t piece = tiling.whole_rows ? int64_t(tiling.tile_h) * tiling.tile_w : std::min(tiling.tile_w, 16);
-  const double stored = to_images ? 8 * sectors_of_each(2, piece, tiling.whole_rows ? piece : ax.positions) : 16.0 / 128;
+  const bool joined = results == Results::joined && tiling.tile_w == ax.positions;
+  int64_t piece = std::min({tiling.tile_w, tiling.variant.positions, 16, ax.positions});
+  if (joined) {
+    const int64_t whole_strips = tiling.tile_h >= strip_rows ? std::min<int64_t>(strips, kLanes) : 1;
+    piece = whole_strips * std::min<int64_t>(tiling.tile_h, strip_rows) * ax.positions;
+  }
+  const double sectors = sectors_of_each(2, piece, joined ? piece : ax.positions);
+  const double stored = results == Results::lanes ? 16.0 / 128 : 8 * sectors;
   const double finished = slices * rows * positions * (64.0 / 128 + stored);
   const double worked = std::max(gathered + copied + weights, multiplied) + finished;
   // L2 has about 47 bytes a cycle for an SM. Copies wait for the only buffer while it is read, if no other block has
@@ -156,7 +162,7 @@ double cost_of(const TensorProblem& problem, const TensorDevice& device, bool to
 
 }  // namespace
 
-std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, bool to_images,
+std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, Results results,
                                     std::string& reason) {
   if (device.major < 8) {
     reason = "expected compute capability 8.0 or later, got " + std::to_string(device.major) + ".x";
@@ -177,7 +183,7 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
       for (int tile_w = variant.run; tile_w <= (variant.run == variant.positions ? 32 : variant.run); tile_w *= 2) {
         if (tile_w <= positions) shapes.push_back({variant, int(row_warps), position_warps, positions / tile_w, tile_w, 1});
       }
-      if (to_images) shapes.push_back(of_whole_rows(problem, variant, int(row_warps), position_warps));
+      if (results == Results::joined) shapes.push_back(of_whole_rows(problem, variant, int(row_warps), position_warps));
       for (Tiling& tiling : shapes) {
         if (tiling.tile_h < 1) continue;
         const Tile one = tile_of(problem, tiling);
@@ -189,7 +195,7 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
           tiling.block_planes = int(ceil_div(one.planes, blocks));
           const Tile tile = tile_of(problem, tiling);
           if (tile.buffers.bytes > device.shared_bytes) continue;
-          const double cost = cost_of(problem, device, to_images, tiling, tile);
+          const double cost = cost_of(problem, device, results, tiling, tile);
           if (best && least <= cost) continue;
           best = tiling;
           least = cost;
