@@ -167,8 +167,8 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.most_distance = tile.zeros + tiling.block_planes * tile.pitch - 1 - tile.last_place;
   p.run_pitch = tiling.whole_rows ? tiling.variant.run : tile.tile_columns;
   p.place_pitch = tiling.whole_rows ? tile.tile_columns : tiling.tile_w;
-  p.lane_pitch = joined_lane_pitch(tiling.positions());
-  p.row_pitch = joined_row_pitch(tiling.positions());
+  p.lane_pitch = joined_lane_pitch(tiling.tile_h * tiling.tile_w, tiling.variant.rows);
+  p.row_pitch = joined_row_pitch(p.lane_pitch, tiling.variant.rows);
   p.joined = !to_lanes && output.is_contiguous() && tiling.tile_w == problem.axes[1].positions;
   p.scale = pointer(operands.scale);
   p.shift = pointer(operands.shift);

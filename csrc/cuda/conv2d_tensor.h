@@ -108,11 +108,15 @@ constexpr int64_t zero_vectors(int64_t last_place) { return (8 + last_place + 7)
 // the results of whole tiles, 8 rows of up to 16 positions or 4 of 32, in such a pitch.
 constexpr int kResultPositions = 16;
 constexpr int joined_rows(int positions) { return positions <= kResultPositions ? 8 : 4; }
-constexpr int joined_lane_pitch(int places) { return places + 4; }
-constexpr int joined_row_pitch(int places) { return kLanes * joined_lane_pitch(places) + 1; }
+// At once are written, of one result, 8 rows and lanes 2 * t (V >= 16), or rows 2 * t and 8 lanes: the pitches are 4 modulo
+// 8 and 1 more, or 1 modulo 8 and 4 more, for it to be 32 banks.
+constexpr int joined_lane_pitch(int results, int rows) {
+  return rows == 8 ? (results + 6) / 8 * 8 + 1 : (results + 3) / 8 * 8 + 4;
+}
+constexpr int joined_row_pitch(int lane_pitch, int rows) { return kLanes * lane_pitch + (rows == 8 ? 4 : 1); }
 constexpr int64_t result_bytes(int positions) {
   const int64_t alone = int64_t(256) * ((positions < kResultPositions ? positions : kResultPositions) + 1);
-  const int64_t joined = (joined_rows(positions) * joined_row_pitch(positions) * 4 + 15) / 16 * 16;
+  const int64_t joined = (joined_rows(positions) * (kLanes * (positions + 4) + 4) * 4 + 15) / 16 * 16;
   return alone < joined ? joined : alone;
 }
 // While a block of planes is read, the next is copied: two buffers, whose planes give way to results at the end of a
