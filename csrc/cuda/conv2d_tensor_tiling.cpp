@@ -148,7 +148,7 @@ double cost_of(const TensorProblem& problem, const TensorDevice& device, Results
   }
   const double sectors = sectors_of_each(2, piece, joined ? piece : ax.positions);
   const double stored = results == Results::lanes ? 16.0 / 128 : 8 * sectors;
-  const double finished = slices * rows * positions * (64.0 / 128 + stored);
+  const double finished = slices * rows * (joined ? tiling.tile_h * tiling.tile_w : positions) * (64.0 / 128 + stored);
   const double worked = std::max(gathered + copied + weights, multiplied) + finished;
   // L2 has about 47 bytes a cycle for an SM. Copies wait for the only buffer while it is read, if no other block has
   // work meanwhile. At the end some SMs have no block left.
