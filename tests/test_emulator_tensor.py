@@ -79,10 +79,10 @@ BUGS = {
         "",
         "no barrier between",
     ),
-    "zeros between rows taken for results": (
-        "row < p.tile_h && column < p.tile_w ?",
-        "row < p.tile_h && column <= p.tile_w ?",
-        "race|no barrier between|out of bounds",
+    "rows of results one too narrow": (
+        "row * p.tile_w + column : -1",
+        "row * (p.tile_w - 1) + column : -1",
+        "before it was written",
     ),
     "one result of a tile too many": (
         "count = rows * width;",
