@@ -117,8 +117,8 @@ def test_convolutions_waste_no_bandwidth(layer):
 @pytest.mark.parametrize("dtype, batch, size, vector", STORED, ids=str)
 def test_images_are_stored_by_whole_sectors(dtype, batch, size, vector):
     filters = 128 if vector == 64 else 64 if vector >= 16 else 16
-    values, crow, col, rows = packed(32, filters, vector, dtype, 0.1)
-    input = torch.randn(batch, 32, size, size).to(dtype)
+    values, crow, col, rows = packed(16, filters, vector, dtype, 0.1)
+    input = torch.randn(batch, 16, size, size).to(dtype)
     # One multiprocessor is never short of tiles; for many, tiles get smaller.
     with emulated.counting(), device(8, LARGE, 1):
         output = emulated.emulator().ops.conv2d(
