@@ -3,6 +3,8 @@
 #pragma once
 #include "conv2d_tensor_stage.cuh"
 
+#include <utility>
+
 namespace sparsekd::cuda {
 
 // A slice in the order of the plan, which may come from anywhere.
@@ -108,37 +110,42 @@ struct Finisher {
     __syncwarp();  // before the next results
   }
 
+  // Eight rows of slice k, of kTogether positions from `kFirst` on.
+  template <int kStep>
+  __device__ __forceinline__ void write(const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
+    constexpr int kEights = kRows / 8, kEight = kStep % kEights, k = kStep / kEights % kGroups;
+    constexpr int kFirst = kStep / kEights / kGroups * kTogether;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    if constexpr (kRows == 8) {  // rows 2 * t + {0, 1}, lane g, of two positions
+#pragma unroll
+      for (int i = 0; i < kTogether / 2; ++i) {
+        const float* four = sums[k][0][kFirst / 2 + i];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) results[(2 * t + e % 2) * kPitch + (2 * i + e / 2) * 8 + g] = four[e];
+      }
+    } else {  // rows g and g + 8, lanes 2 * t + {0, 1}
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const float* two = &sums[k][kEight / 2][kFirst + i][kEight % 2 * 2];
+        store_vector(reinterpret_cast<float2*>(results + g * kPitch + i * 8 + 2 * t), float2{two[0], two[1]});
+      }
+    }
+  }
+
+  template <int... kStep>
+  __device__ __forceinline__ void write_step(std::integer_sequence<int, kStep...>, int step,
+                                             const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
+    ((step == kStep ? write<kStep>(sums) : void()), ...);
+  }
+
   __device__ __forceinline__ void run(const TilePlace& tile, int place,
                                       const float (&sums)[kGroups][kMatrices][kPlaces][4]) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int first = 0; first < kPositions; first += kTogether) {
-      turn_to(tile, place + first);
-#pragma unroll
-      for (int k = 0; k < kGroups; ++k) {
-        if constexpr (kRows == 8) {  // rows 2 * t + {0, 1}, lane g, of two positions
-#pragma unroll
-          for (int i = 0; i < kTogether / 2; ++i) {
-            const float* four = sums[k][0][first / 2 + i];
-#pragma unroll
-            for (int e = 0; e < 4; ++e) results[(2 * t + e % 2) * kPitch + (2 * i + e / 2) * 8 + g] = four[e];
-          }
-          store(k, 0);
-        } else {  // rows g and g + 8, lanes 2 * t + {0, 1}
-#pragma unroll
-          for (int m = 0; m < kMatrices; ++m) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-#pragma unroll
-              for (int i = 0; i < kTogether; ++i) {
-                const float* two = &sums[k][m][first + i][2 * half];
-                store_vector(reinterpret_cast<float2*>(results + g * kPitch + i * 8 + 2 * t), float2{two[0], two[1]});
-              }
-              store(k, 16 * m + 8 * half);
-            }
-          }
-        }
-      }
+    constexpr int kOfPlaces = kGroups * (kRows / 8), kSteps = kOfPlaces * (kPositions / kTogether);
+#pragma unroll 1
+    for (int step = 0; step < kSteps; ++step) {  // one copy of what stores, for the sake of the code's size
+      if (step % kOfPlaces == 0) turn_to(tile, place + step / kOfPlaces * kTogether);
+      write_step(std::make_integer_sequence<int, kSteps>{}, step, sums);
+      store(step / (kRows / 8) % kGroups, step % (kRows / 8) * 8);
     }
   }
 };
