@@ -112,7 +112,7 @@ def output_of(*command) -> str:
 
 
 def demangled(names: list[str]) -> list[str]:
-    """`conv2d_kernel<1, 4, 4, 64>`: without namespaces and parameters."""
+    """`conv2d_kernel<1, 4, 4, 64, 1>`: without namespaces and parameters."""
     if not names:
         return []
     filt = shutil.which("c++filt") or shutil.which("cu++filt")

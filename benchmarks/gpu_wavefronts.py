@@ -88,7 +88,7 @@ def measure(conv: torch.nn.Conv2d, mask: torch.Tensor, vector: int) -> dict:
     tiling = ops.conv2d_tiling(col, vector, many, *geometry)  # the one for many tiles
     plan = ops.conv2d_plan(crow, col, tiling, vector, many, *geometry)
     with emulated.counting():
-        output = ops.conv2d_planned(input, values, plan, tiling, *[None] * 4, "none", False, *geometry)
+        output = ops.conv2d_planned(input, values, plan, tiling, *[None] * 4, "none", True, *geometry)
         counted = requests()
     copies = {p for p, space, kind, size, *_ in counted if (space, kind, size) == ("shared", "write", 16)}
     gathers = [r for r in counted if r[1:4] == ("shared", "read", 16)]
@@ -105,7 +105,7 @@ def measure(conv: torch.nn.Conv2d, mask: torch.Tensor, vector: int) -> dict:
     gathered, least = (sum(r[i] for r in gathers) - 4 * results for i in (5, 6))
     copied, copied_least = sum(r[5] for r in written), sum(r[6] for r in written)
     tensor = (sum(r[4] for r in gathers) - results) * vector / 4  # cycles of what an ldmatrix feeds
-    useful = values.numel() * output[0, 0].numel() * 8 / 1024
+    useful = values.numel() * output[0, 0].numel() / 1024
     return {
         "columns_per_row": round(len(col) / (len(crow) - 1), 1),
         "gather_factor": round(gathered / least, 3),

@@ -146,17 +146,21 @@ def strips(layer: Layer, batch: int, slots: int) -> tuple[int, int]:
 
 def cuda_cores(device: Device, layer: Layer, batch: int, vector: int, density: float, static) -> float:
     """Seconds of conv2d_kernel in fp32."""
-    slots = 16 if vector < 8 else 8
-    name = f"conv2d_kernel<{vector}, {slots // 4},"
+    most = 16 if vector < 8 else 8  # images or strips, fewer of them where a lane has a run of positions
+    name = f"conv2d_kernel<{vector}, "
     bound = max(row["bound"] for (kernel, arch), row in static.items() if arch == device.arch and name in kernel)
-    units, rows = strips(layer, batch, slots)
-    tile_h, tile_w = min(
-        ((4, 8), (2, 16), (1, 32)), key=lambda t: math.ceil(rows / t[0]) * math.ceil(layer.size / t[1])
-    )
-    tiles = units * math.ceil(rows / tile_h) * math.ceil(layer.size / tile_w)
+    tiles = math.inf
+    for slots in (most, most // 2, 4):
+        units, rows = strips(layer, batch, slots)
+        if slots == most:
+            shapes = ((4, 8), (2, 16), (1, 32))
+            of_unit = min(math.ceil(rows / h) * math.ceil(layer.size / w) for h, w in shapes)
+        else:  # of rows that share the zeros between them
+            of_unit = math.ceil(rows * (layer.size + layer.kernel // 2) / (32 * most // slots))
+        tiles = min(tiles, units * of_unit)
     block_rows = min(layer.out_channels, 8 * max(4, vector))
     blocks = tiles * math.ceil(layer.out_channels / block_rows)
-    macs = layer.in_channels * layer.kernel**2 * density * block_rows * 32 * slots
+    macs = layer.in_channels * layer.kernel**2 * density * block_rows * 32 * most
     # What a block of threads does at best, two of which share an SM.
     cycles = macs / (device.lanes * bound * ASSUMPTIONS["latency"])
     arithmetic = device.seconds(cycles * max(math.ceil(blocks / device.multiprocessors), 1))

@@ -90,6 +90,36 @@ def test_against_the_oracle(seed):
     assert got.is_contiguous(memory_format=suggest_memory_format(input))
 
 
+def draw_wide(seed):
+    """What is computed by runs of positions rather than by rectangles, most of the time."""
+    r = random.Random(seed)
+    size = r.choice([5, 6, 7, 9, 14, 23]), r.choice([7, 14, 17, 28, 29, 41])
+    batch, vector = r.choice([1, 2, 3, 4, 4, 4, 5, 8]), r.choice([1, 1, 2, 2, 4, 4, 8])
+    kernel, dilation = r.choice([(1, 1), (3, 3), (3, 3), (3, 3), (1, 3), (2, 2)]), r.choice([(1, 1), (1, 1), (2, 1)])
+    case = dataclasses.replace(draw(seed), size=size, batch=batch, vector=vector, kernel=kernel, dilation=dilation)
+    channels, stride = min(case.channels, 5), r.choice([(1, 1), (1, 1), (1, 1), (2, 1), (2, 2)])
+    return dataclasses.replace(
+        case, channels=channels, stride=stride, padding=r.choice([(0, 0), (1, 1), (1, 1), (0, 2)])
+    )
+
+
+@pytest.mark.parametrize("seed", sampled(range(500, 660), 50))
+def test_runs_against_the_oracle(seed):
+    case = dataclasses.replace(draw_wide(seed), channels_last=False)
+    input, values, crow, col, rows, geometry, generator = operands(case)
+    scale, shift = (torch.randn(geometry[0], generator=generator).to(case.dtype) for _ in range(2))
+    plain = reference.conv2d_reference(input.double(), values.double(), crow, col, rows, None, *geometry)
+    residual = torch.randn(plain.shape, generator=generator).to(case.dtype) if seed % 2 else None
+    got = emulated.in_two_orders(
+        "conv2d_fused", input, values, crow, col, rows, scale, shift, residual, "relu", *geometry
+    )
+    added = residual.double() if seed % 2 else None
+    want = reference.conv2d_fused_reference(
+        input.double(), values.double(), crow, col, rows, scale.double(), shift.double(), added, "relu", *geometry
+    )
+    assert_near(got, want, case.dtype, str(case))
+
+
 @pytest.mark.parametrize("seed", range(100, 110))
 def test_fused_against_the_oracle(seed):
     case = draw(seed)

@@ -96,7 +96,8 @@ def test_errors():
     plan, tiling = plan_of(crow, col, 8, input.shape, geometry)
     op = emulated.emulator().ops.conv2d_planned
     finish = (None, None, None, None, "none", False)
-    for bad in ([], tiling[:-1], [*tiling[:-1], 0], [*tiling[:-1], 1000], [7, *tiling[1:]], [*tiling[:6], 64, 64, 1]):
+    wrong = [], tiling[:-1], [7, *tiling[1:]], [*tiling[:6], 64, 64, 1, 1], [*tiling[:6], 64, 64, 1, 2]
+    for bad in (*wrong, *([*tiling[:8], n, 1] for n in (0, 1000)), *([*tiling[:9], n] for n in (0, 3))):
         with pytest.raises(ValueError, match="Expected a tiling"):
             op(input, values, plan, bad, *finish, *geometry)
     with pytest.raises(ValueError, match="Expected plan .*tiling's plan"):
@@ -109,6 +110,22 @@ def test_errors():
         op(input, values, plan, tiling, *finish, *geometry)
     with device(7):
         assert emulated.emulator().ops.conv2d_tiling(col, 8, input.shape, *geometry) == []
+
+
+@pytest.mark.parametrize("to_lanes", [False, True])
+@pytest.mark.parametrize("width", [14, 9, 30])
+def test_tiles_of_whole_rows_fit_any_size(width, to_lanes):
+    """Made for 14 columns: of others a tile takes what it can."""
+    values, crow, col, _, geometry = layer(16)
+    tiling = (16, 1, 32, 16, 2, 4, 8, 14, 16, 2)  # 8 rows of 14 and 2 zeros at 4 * 32 positions
+    plan = emulated.in_two_orders("conv2d_plan", crow, col, tiling, 16, (8, 16, 14, 14), *geometry)
+    input = torch.randn(8, 16, 11, width, dtype=torch.float16)
+    finish = (None, None, None, None, "none", to_lanes)
+    got = emulated.in_two_orders("conv2d_planned", input, values, plan, tiling, *finish, *geometry)
+    if to_lanes:
+        got = got.permute(0, 4, 1, 2, 3).flatten(0, 1)
+    want = reference.conv2d_reference(input.double(), values.double(), crow, col, None, None, *geometry)
+    assert_near(got, want, torch.float16)
 
 
 def test_results_in_lanes_are_stored_by_whole_sectors():

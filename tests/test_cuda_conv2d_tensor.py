@@ -75,6 +75,35 @@ def test_against_the_oracle(seed):
     assert_near(got, want, case.dtype, str(case))
 
 
+@pytest.mark.parametrize(
+    "seed", [*range(200, 216), *(pytest.param(s, marks=pytest.mark.slow) for s in range(216, 280))]
+)
+def test_whole_rows_against_the_oracle(seed):
+    """Images whose rows lie one behind the other, wide enough that a tile of them does not compute more than others."""
+    r = random.Random(seed)
+    size = r.choice([6, 7, 9, 14, 23]), r.choice([6, 7, 13, 14, 14, 28, 29])
+    case = dataclasses.replace(draw(seed), size=size, batch=r.choice([1, 3, 8, 8, 9, 16]), channels_last=False)
+    padding, stride, dilation = (
+        r.choice([(0, 0), (1, 1)]),
+        r.choice([(1, 1), (1, 1), (2, 2)]),
+        r.choice([(1, 1), (2, 1)]),
+    )
+    case = dataclasses.replace(
+        case, padding=padding, stride=stride, dilation=dilation, kernel=r.choice([(1, 1), (3, 3)])
+    )
+    case = dataclasses.replace(case, channels=min(case.channels, 17), density=min(case.density, 0.3))
+    input, values, crow, col, rows, geometry, generator = operands(case)
+    scale, shift = (torch.randn(geometry[0], generator=generator).to(case.dtype) for _ in range(2))
+    plain = reference.conv2d_reference(input.double(), values.double(), crow, col, rows, None, *geometry)
+    residual = torch.randn(plain.shape, generator=generator).to(case.dtype)
+    finish = (scale, shift, residual if seed % 2 else None, ACTIVATIONS[seed % len(ACTIVATIONS)])
+    with device(8, SMALL if seed % 3 == 0 else LARGE, 1 if seed % 4 < 3 else 108):
+        got = emulated.in_two_orders("conv2d_fused", input, values, crow, col, rows, *finish, *geometry)
+    wide = [None if t is None else t.double() for t in (input, values, *finish[:3])]
+    want = reference.conv2d_fused_reference(wide[0], wide[1], crow, col, rows, *wide[2:], finish[3], *geometry)
+    assert_near(got, want, case.dtype, str(case))
+
+
 @pytest.mark.parametrize("vector", [8, 16, 32, 64])
 def test_fused_against_the_oracle(vector):
     case = dataclasses.replace(draw(vector), vector=vector, filters=vector + 3, density=0.3, size=(9, 11), groups=2)

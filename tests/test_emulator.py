@@ -28,7 +28,7 @@ BUGS = {
         "conv2d.cuh",
         "    __syncthreads();  // what other threads copied\n",
         "    if (warp == 0) __syncthreads();\n",
-        "deadlock|__syncthreads|no barrier between",
+        "deadlock|__syncthreads|no barrier between|before it was written",
     ),
     "staged plane shifted by one vector": (
         "conv2d.cuh",
@@ -55,40 +55,70 @@ BUGS = {
         "no barrier between|before it was written",
     ),
     "column bound off by one": (
-        "conv2d.cuh",
+        "conv2d_finish.cuh",
         "column < p.axes[1].positions;",
         "column <= p.axes[1].positions;",
         "written by another block|out of bounds|no barrier between",
     ),
     "row bound off by one": (
-        "conv2d.cuh",
+        "conv2d_finish.cuh",
         "row_in_strip < p.lanes.strip_rows &&",
         "row_in_strip <= p.lanes.strip_rows &&",
         "written by another block|out of bounds|no barrier between",
     ),
     "last column never written": (
-        "conv2d.cuh",
+        "conv2d_finish.cuh",
         "column < p.axes[1].positions;",
         "column + 1 < p.axes[1].positions;",
         "never written",
     ),
     "counters without __syncwarp": (
-        "conv2d.cuh",
+        "conv2d_records.cuh",
         "    __syncwarp();  // all have read before the first of the peers counts on\n",
         "",
         "no barrier between",
     ),
     "shuffle in a loop of unequal lengths": (
-        "conv2d.cuh",
+        "conv2d_finish.cuh",
         "    for (int r = 0; r < kRows; ++r) {\n",
         "    for (int r = 0; r < (inside ? kRows : 0); ++r) {\n",
         "deadlock|diverge|have ended",
     ),
     "mask without half of the lanes": (
-        "conv2d.cuh",
+        "conv2d_records.cuh",
         "__shfl_xor_sync(kAll, before, distance)",
         "__shfl_xor_sync(0x0000ffffu, before, distance)",
         "without the lane itself",
+    ),
+    "run staged one vector short": (
+        "conv2d.cuh",
+        "position < p.plane; position += 32) {\n        const int at = places[position];",
+        "position < p.plane - 1; position += 32) {\n        const int at = places[position];",
+        "before it was written",
+    ),
+    "run of one row too many": (
+        "conv2d.cuh",
+        "if (row >= p.lanes.rows) return -1;",
+        "if (row > p.lanes.rows) return -1;",
+        "out of bounds|outside of all buffers",
+    ),
+    "results of a run without __syncwarp": (
+        "conv2d.cuh",
+        "    __syncwarp();  // results\n",
+        "",
+        "no barrier between|before it was written",
+    ),
+    "run one output too long": (
+        "conv2d_finish.cuh",
+        "min(rows * width - run.begin, int64_t(run.count))",
+        "min(rows * width - run.begin, int64_t(run.count + 1))",
+        "written by another block|out of bounds|no barrier between|before it was written",
+    ),
+    "run without what lies before a sector": (
+        "conv2d_finish.cuh",
+        "begin = -static_cast<int>(at % sector);",
+        "begin = static_cast<int>(-at % sector + sector) % sector;",
+        "never written",
     ),
     "guard of the last block of threads": (
         "lanes.cuh",
@@ -185,15 +215,28 @@ def run(name, *arguments):
         said = said or str(error).splitlines()[0]
 """
 
-# Several blocks of channels, two groups, odd sizes, borders; whole images, and strips of them, in the lanes.
+# Several blocks of channels, two groups, odd sizes, borders; whole images, and strips of them, in the lanes. With
+# channels last, tiles are rectangles.
 CONV2D = """
 for vector, dtype in ((1, torch.float32), (4, torch.float32), (2, torch.float32)):
     mask = (torch.rand(48 // vector, 20, 3, 3) < 0.3).repeat_interleave(vector, 0)
     values, crow, col, rows = formats.pack(torch.randn(48, 20, 3, 3), mask, vector, 2)
     for batch, height, seed in ((3, 11, 0), (16, 7, 1), (1, 11, 1)):
         emulator.functions.emulator_set_seed(seed)
-        input = torch.randn(batch, 40, height, 9)
-        run("conv2d", input, values, crow, col, rows, None, None, 48, (3, 3), (1, 1), (1, 1), (1, 1), 2)
+        for format in (torch.contiguous_format, torch.channels_last):
+            input = torch.randn(batch, 40, height, 9).contiguous(memory_format=format)
+            run("conv2d", input, values, crow, col, rows, None, None, 48, (3, 3), (1, 1), (1, 1), (1, 1), 2)
+"""
+
+# Tiles that are runs: of whole rows and of others, of four images and of eight.
+IN_RUNS = """
+for vector, height, width, batch, dtype in ((1, 13, 29, 4, torch.float32), (2, 7, 7, 8, torch.float16)):
+    mask = (torch.rand(16 // vector, 8, 3, 3) < 0.3).repeat_interleave(vector, 0)
+    values, crow, col, rows = formats.pack(torch.randn(16, 8, 3, 3).to(dtype), mask, vector, 1)
+    for seed in (0, 1):
+        emulator.functions.emulator_set_seed(seed)
+        input = torch.randn(batch, 8, height, width).to(dtype)
+        run("conv2d", input, values, crow, col, rows, None, None, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1)
 """
 
 # The same for the weight gradient.
@@ -217,7 +260,8 @@ for classes, rows in ((10, 13), (21, 5), (100, 9), (1500, 3)):
         logits = torch.randn(2, rows, classes)
         run("kd_loss_forward", logits[0], logits[1], target, 4.0, 0.5, -100, 0.1, False, True)
 """
-RUNS = {"conv2d.cuh": CONV2D, "lanes.cuh": CONV2D, "weight_grad.cuh": WEIGHT_GRAD}
+RUNS = {"conv2d_records.cuh": CONV2D, "lanes.cuh": CONV2D, "weight_grad.cuh": WEIGHT_GRAD}
+RUNS |= dict.fromkeys(("conv2d.cuh", "conv2d_finish.cuh"), CONV2D + IN_RUNS)
 RUNS |= dict.fromkeys(("kd_loss.cuh", "kd_loss_terms.cuh"), KD_LOSS)
 
 

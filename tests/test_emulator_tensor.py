@@ -8,7 +8,7 @@ from pathlib import Path
 import emulated
 import pytest
 
-FILES = tuple(f"conv2d_tensor{part}.cuh" for part in ("", "_pattern", "_stage", "_finish"))
+FILES = tuple(f"conv2d_tensor{part}.cuh" for part in ("", "_pattern", "_stage", "_finish", "_joined"))
 
 # what stands in one of FILES, what is put in its place, what the checker says of it.
 BUGS = {
@@ -69,6 +69,26 @@ BUGS = {
         "one ? p.zeros :",
         "no barrier between|asynchronous copy",
     ),
+    "results of a tile read before they are there": (
+        "      __syncthreads();  // results of all warps\n",
+        "",
+        "no barrier between|before it was written",
+    ),
+    "results of a tile overwritten too early": (
+        "      __syncthreads();  // before the next results\n",
+        "",
+        "no barrier between",
+    ),
+    "rows of results one too narrow": (
+        "row * p.tile_w + column : -1",
+        "row * (p.tile_w - 1) + column : -1",
+        "before it was written",
+    ),
+    "one result of a tile too many": (
+        "count = rows * width;",
+        "count = rows * width + 1;",
+        "written by another block|no barrier between|out of bounds|before it was written",
+    ),
     "column bound off by one": (
         "column < p.positions[1] &&",
         "column <= p.positions[1] &&",
@@ -92,11 +112,13 @@ for vector, seed, shared, channels in ((8, 0, 40, 90), (16, 1, 40, 90), (32, 0, 
     emulator.functions.emulator_set_seed(seed)
     mask = (torch.rand(64 // vector, channels, 3, 3) < 0.1).repeat_interleave(vector, 0)
     values, crow, col, _ = formats.pack(torch.randn(64, channels, 3, 3), mask, vector)
-    input = torch.randn(3, channels, 9, 9).half()
-    try:
-        emulator.ops.conv2d(input, values.half(), crow, col, None, None, None, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1)
-    except RuntimeError as error:
-        said = said or str(error).splitlines()[0]
+    for format in (torch.contiguous_format, torch.channels_last):  # tiles of whole rows, and others
+        input = torch.randn(3, channels, 9, 9).half().contiguous(memory_format=format)
+        arguments = (input, values.half(), crow, col, None, None, None, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+        try:
+            emulator.ops.conv2d(*arguments)
+        except RuntimeError as error:
+            said = said or str(error).splitlines()[0]
 print("said:", said)
 """
 

@@ -141,7 +141,7 @@ def test_a_matrix_instruction_that_is_gone_is_flagged():
 
 
 def test_required_properties_hold_with_another_compiler_too(capsys):
-    now = row(LISTING.replace("LDGSTS.E.BYPASS.128", "LDG.E.128"), kernel="conv2d_kernel<1, 4, 4, 64>")
+    now = row(LISTING.replace("LDGSTS.E.BYPASS.128", "LDG.E.128"), kernel="conv2d_kernel<1, 4, 4, 64, 1>")
     wrong = gpu_static.compared([now], {"nvcc": "12.8", "kernels": []}, "13.0")
     assert any("no LDGSTS" in sentence for sentence in wrong) and any("LDG.64" in sentence for sentence in wrong)
     assert "nvcc 12.8" in capsys.readouterr().out

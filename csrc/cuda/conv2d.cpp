@@ -21,6 +21,9 @@ namespace {
 
 constexpr int64_t kStageBytes = 32 << 10;      // of each of two buffers, so that two blocks share an SM
 constexpr int64_t kMostStageBytes = 48 << 10;  // for kernels with so wide a reach that one channel needs more
+// In cycles of an SM. A read of shared memory by a warp; a vector of 16 bytes that is copied there, with its instructions;
+// a sector that is stored. Copies and stores wait while other warps multiply.
+constexpr double kReadCost = 4, kStagedCost = 0.16, kStoredCost = 0.5;
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -36,39 +39,95 @@ int phases_of(const TapAxis& axis) {
   return most + 1;
 }
 
-// Positions in tiles of 32, images or strips in lanes: the way that computes least for nothing and reads least.
-std::optional<Choice> choose(const Problem& problem) {
+// The zeros that each row of the staged columns begins and ends with, at whatever phase, of which one may serve both it
+// and a neighbour.
+int64_t shared_zeros(const TapAxis& axis, int phases, int64_t columns) {
+  const int64_t before = ceil_div(std::max<int64_t>(-axis.origin - (phases - 1), 0), int64_t(axis.stride));
+  const int64_t real = ceil_div(std::max<int64_t>(int64_t(axis.size) - axis.origin, 0), int64_t(axis.stride));
+  return std::clamp<int64_t>(columns - real, 0, std::min<int64_t>(before, axis.most / axis.stride));
+}
+
+// How results are stored to images.
+struct Stores {
+  int64_t element_size;
+  bool joined;  // each row begins where the one before ends
+};
+
+// Positions in rectangles of 32 or in runs, images or strips in lanes: the way that takes least of reads of shared memory
+// (see the head of conv2d.cuh), copies and stores.
+std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const std::optional<Stores>& stores) {
   const int64_t vector = problem.vector >= 8 ? 8 : problem.vector >= 3 ? 4 : problem.vector;
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
   const int phases[2] = {phases_of(ay), phases_of(ax)};
+  const int64_t columns = ax.positions + ax.most / ax.stride, limit = std::numeric_limits<int32_t>::max();
+  const double row_columns = static_cast<double>(std::max<int64_t>(n_vectors / problem.row_groups, 1));
+  const double outputs = static_cast<double>(problem.batch * ay.positions * ax.positions);
   std::optional<Choice> best;
   for (const Conv2dVariant& variant : kConv2dVariants) {
-    if (variant.vector != vector) continue;
+    if (variant.vector != vector || (variant.run > 1 && !(stores && stores->joined))) continue;
     const int64_t slots = 4 * variant.lane_groups;
     const int64_t wanted = std::clamp<int64_t>(ceil_div(slots, std::max<int64_t>(problem.batch, 1)), 1, ay.positions);
     const int64_t strip_rows = ceil_div(ay.positions, wanted), strips = ceil_div(ay.positions, strip_rows);
     const int64_t units = ceil_div(problem.batch * strips, slots);
+    const int64_t rows = strip_rows + ay.most / ay.stride;
+    const int64_t lanes_plane = phases[0] * rows * phases[1] * lane_columns(columns);
+    if (lanes_plane > limit / 2) continue;
+    Choice choice{};
+    choice.variant = variant;
+    choice.lanes = {int(problem.batch), int(problem.in_channels), variant.lane_groups, int(strips), int(strip_rows),
+                    int(units), {phases[0], phases[1]}, int(rows), int(lane_columns(columns)), int(lanes_plane)};
+    auto consider = [&](int64_t plane, int64_t tiles, double stored) {
+      if (variant.plane && plane > variant.plane) return;
+      const int64_t bytes = (variant.plane ? variant.plane : plane) * variant.lane_groups * 16;
+      if (bytes > kMostStageBytes) return;
+      // Of a slice of rows, all that is computed.
+      const double warps = static_cast<double>(units * tiles), reads = variant.lane_groups * variant.run + 0.5;
+      const double read = warps * row_columns * reads * kReadCost;
+      const double copied = warps * static_cast<double>(problem.channels_per_group() * plane * variant.lane_groups) *
+                            kStagedCost / (kConv2dWarps * variant.groups);
+      choice.cost = read + copied + outputs * static_cast<double>(vector) * stored * kStoredCost;
+      if (best && best->cost <= choice.cost) return;
+      choice.plane = int(plane);
+      choice.block_channels = std::clamp<int64_t>(kStageBytes / bytes, 1, problem.channels_per_group());
+      best = choice;
+    };
+    if (variant.run > 1) {
+      const int64_t pitch = columns - shared_zeros(ax, phases[1], columns), run = 32 * variant.run;
+      const int64_t positions = (strip_rows - 1) * pitch + ax.positions, tiles = ceil_div(positions, run);
+      // Whole rows, if that takes no more tiles: they begin at more even places.
+      const int64_t fitting = run < ax.positions ? 0 : (run - ax.positions) / pitch + 1;
+      const bool whole = fitting > 0 && ceil_div(strip_rows, fitting) == tiles;
+      const int64_t tile_rows = whole ? ceil_div(strip_rows, tiles) : 0;
+      choice.step = int(whole ? tile_rows * pitch : run);
+      choice.tile_columns = int(pitch);
+      choice.run_length = int(run + ay.most / ay.stride * pitch + ax.most / ax.stride);
+      choice.tiles_h = 1;
+      choice.tiles_w = int(tiles);
+      choice.row_pitch = int(pitch);
+      choice.phase_pitch[0] = phases[1] * choice.run_length;
+      choice.phase_pitch[1] = choice.run_length;
+      const int64_t stored = whole ? tile_rows * ax.positions : std::max<int64_t>(run * ax.positions / pitch, 1);
+      consider(phases[0] * phases[1] * int64_t(choice.run_length), tiles,
+               sectors_of_each(stores->element_size, stored, whole ? stored : 1));
+      continue;
+    }
     for (const auto& [tile_h, tile_w] : {std::pair{4, 8}, std::pair{2, 16}, std::pair{1, 32}, std::pair{32, 1}}) {
       if (tile_w == 1 && ax.positions > 1) continue;
-      const int64_t tile_rows = tile_h + ay.most / ay.stride, tile_columns = tile_w + ax.most / ax.stride;
-      const int64_t plane = phases[0] * tile_rows * phases[1] * tile_columns;
-      if (variant.plane && plane > variant.plane) continue;
-      const int64_t bytes = (variant.plane ? variant.plane : plane) * variant.lane_groups * 16;
-      if (bytes > kMostStageBytes) continue;
-      const int64_t computed = units * slots * round_up(strip_rows, tile_h) * round_up(ax.positions, tile_w);
-      // Per non-zero, in reads of shared memory or what they take as long as: see the head of conv2d.cuh.
-      const double reads = variant.lane_groups + 0.5, staged = 0.02 * static_cast<double>(plane);
-      const double cost = static_cast<double>(computed) * (reads / variant.lane_groups + staged);
-      if (best && best->cost <= cost) continue;
-      Choice choice{variant, {}, tile_h, tile_w, int(tile_rows), int(tile_columns), int(plane), 0, cost};
-      choice.block_channels = std::clamp<int64_t>(kStageBytes / bytes, 1, problem.channels_per_group());
-      const int64_t columns = lane_columns(ax.positions + ax.most / ax.stride);
-      const int64_t rows = strip_rows + ay.most / ay.stride;
-      if (phases[0] * rows * phases[1] * columns > std::numeric_limits<int32_t>::max()) continue;
-      choice.lanes = {int(problem.batch), int(problem.in_channels), variant.lane_groups, int(strips), int(strip_rows),
-                      int(units), {phases[0], phases[1]}, int(rows), int(columns),
-                      int(phases[0] * rows * phases[1] * columns)};
-      best = choice;
+      choice.tile_h = tile_h;
+      choice.tile_w = tile_w;
+      choice.tile_rows = int(tile_h + ay.most / ay.stride);
+      choice.tile_columns = int(tile_w + ax.most / ax.stride);
+      choice.tiles_h = int(ceil_div(strip_rows, tile_h));
+      choice.tiles_w = int(ceil_div(ax.positions, tile_w));
+      choice.row_pitch = phases[1] * choice.tile_columns;
+      choice.phase_pitch[0] = choice.tile_rows * choice.row_pitch;
+      choice.phase_pitch[1] = choice.tile_columns;
+      // Of rows that lie side by side, tiles of whole ones; else a tile's piece of each.
+      const bool joined = stores && stores->joined && ax.positions <= tile_w;
+      const int64_t piece = joined ? std::min<int64_t>(tile_h, strip_rows) * ax.positions
+                                   : std::min<int64_t>(tile_w, ax.positions);
+      const double stored = stores ? sectors_of_each(stores->element_size, piece, joined ? piece : ax.positions) : 0.0;
+      consider(int64_t(phases[0]) * choice.phase_pitch[0], int64_t(choice.tiles_h) * choice.tiles_w, stored);
     }
   }
   return best;
@@ -76,8 +135,15 @@ std::optional<Choice> choose(const Problem& problem) {
 
 }  // namespace
 
-Choice checked_choice(const Problem& problem) {
-  const std::optional<Choice> chosen = choose(problem);
+Choice checked_choice(const Problem& problem, int64_t n_vectors, const at::Tensor& output) {
+  std::optional<Stores> stores;
+  if (output.defined()) {
+    const auto& [y, x] = problem.axes;
+    const bool joined = y.out_step == 1 && x.out_step == 1 && (x.positions == 1 || output.stride(3) == 1) &&
+                        (y.positions == 1 || output.stride(2) == x.positions);
+    stores = {output.element_size(), joined};
+  }
+  const std::optional<Choice> chosen = choose(problem, n_vectors, stores);
   TORCH_CHECK_NOT_IMPLEMENTED(chosen, "Expected a kernel whose reach (dilation * (size - 1), here ",
                               problem.axes[0].most, " by ", problem.axes[1].most,
                               ") fits a tile in shared memory: conv2d on cuda has no kernel for it");
@@ -137,9 +203,8 @@ Records make_records(Call& call, const Problem& problem, const Pattern& pattern,
   p.block_channels = int(choice.block_channels);
   p.blocks = int(blocks);
   std::copy_n(problem.axes, 2, p.axes);
-  p.phases_x = choice.lanes.phases[1];
-  p.tile_rows = choice.tile_rows;
-  p.tile_columns = choice.tile_columns;
+  p.row_pitch = choice.row_pitch;
+  std::copy_n(choice.phase_pitch, 2, p.phase_pitch);
   p.plane = choice.variant.plane ? choice.variant.plane : choice.plane;
   p.lane_groups = choice.variant.lane_groups;
   p.records = made.records.mutable_data_ptr<uint8_t>();
@@ -162,7 +227,7 @@ void run(Call& call, const Problem& problem, const Pattern& pattern, const at::T
                            finish.activation})) {
     return;
   }
-  const Choice c = checked_choice(problem);
+  const Choice c = checked_choice(problem, pattern.col.size(0), output);
   const int64_t slices = ceil_div(problem.vector, c.variant.vector);
   const int64_t slices_per_group = problem.row_groups * slices / problem.groups;
   const int64_t blocks = ceil_div(problem.channels_per_group(), c.block_channels);
@@ -190,10 +255,12 @@ void run(Call& call, const Problem& problem, const Pattern& pattern, const at::T
   p.n_records = int(pattern.col.size(0) * slices);
   p.tile_h = c.tile_h;
   p.tile_w = c.tile_w;
-  p.tiles_h = int(ceil_div(c.lanes.strip_rows, c.tile_h));
-  p.tiles_w = int(ceil_div(problem.axes[1].positions, c.tile_w));
+  p.tiles_h = c.tiles_h;
+  p.tiles_w = c.tiles_w;
   p.tile_rows = c.tile_rows;
   p.tile_columns = c.tile_columns;
+  p.step = c.step;
+  p.run_length = c.run_length;
   p.plane = c.plane;
   p.row_blocks = int(ceil_div(slices_per_group, warps * c.variant.groups));
   p.scale = data_of(finish.scale);

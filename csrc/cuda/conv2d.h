@@ -49,7 +49,7 @@ struct RecordsParams {
   int row_groups, row_groups_per_group, vector, slices;  // slices of kV rows per row group
   int n_vectors, n_values, channels_per_group, block_channels, blocks;
   TapAxis axes[2];
-  int phases_x, tile_rows, tile_columns;  // of a staged plane: [phase y][tile_rows][phase x][tile_columns]
+  int row_pitch, phase_pitch[2];  // within a staged plane, in vectors
   int plane, lane_groups;
   unsigned char* records;
   int32_t* starts;  // [slice][blocks + 1]
@@ -65,8 +65,11 @@ struct Conv2dParams {
   const int32_t *starts, *order, *row_indices;
   int slices, slices_per_group, vector, rows_per_group, out_channels, channels_per_group, block_channels, blocks;
   int n_records;
-  int tile_h, tile_w, tiles_h, tiles_w;           // 32 positions
-  int tile_rows, tile_columns, plane;             // of a staged plane
+  // Rectangles of 32 positions, whose staged plane is [phase y][tile_rows][phase x][tile_columns]; or `tiles_w` runs, a
+  // `step` of positions apart in a plane of pitch tile_columns, staged as [phase y][phase x][run_length].
+  int tile_h, tile_w, tiles_h, tiles_w, tile_rows, tile_columns;
+  int step, run_length;
+  int plane;                                      // of all phases, in shared memory
   int row_blocks;                                 // per group of the convolution
   const void *scale, *shift, *residual;           // [out_channels] and as the output, or null
   Activation activation;
@@ -75,15 +78,19 @@ struct Conv2dParams {
   int64_t out_n, out_c, out_h, out_w;             // strides of output and residual
 };
 
-// What the kernels come in. A warp computes kGroups slices of kV rows at 32 positions of 4 * kG lanes.
+// What the kernels come in. A warp computes kGroups slices of kV rows at 32 * kRun positions of 4 * kG lanes.
 struct Conv2dVariant {
   int vector, lane_groups, groups, plane;  // plane 0: any
+  int run = 1;                             // positions of a lane of a warp; 1: rectangles, more: runs
   bool operator==(const Conv2dVariant&) const = default;
 };
 constexpr Conv2dVariant kConv2dVariants[] = {
     {1, 4, 4, 64}, {1, 4, 4, 192}, {1, 1, 4, 0}, {2, 4, 2, 64}, {2, 4, 2, 192}, {2, 1, 2, 0},
     {4, 4, 1, 64}, {4, 4, 1, 192}, {4, 1, 1, 0}, {8, 2, 1, 64}, {8, 2, 1, 192}, {8, 1, 1, 0},
+    {1, 1, 4, 0, 4}, {1, 2, 4, 128, 2}, {2, 1, 2, 0, 4}, {2, 2, 2, 128, 2},
+    {4, 1, 1, 0, 4}, {4, 2, 1, 128, 2}, {8, 1, 1, 0, 2},
 };
+constexpr int kConv2dRectangles = 12;  // that come first
 constexpr int kConv2dWarps = 8;
 constexpr int record_bytes(int vector) { return vector == 1 ? 8 : vector == 2 ? 16 : 16 + 4 * vector; }
 template <int kV>

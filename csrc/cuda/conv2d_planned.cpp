@@ -27,7 +27,7 @@ std::vector<int64_t> conv2d_tiling_cuda(const at::Tensor& col, int64_t vector, a
   Call call(col);
   std::string reason;
   // Plans are kept for layers in a row, whose activations stay in lanes.
-  const auto tiling = choose_tiling(problem_of(shape, vector, col.size(0)), tensor_device(call, col), false, reason);
+  const auto tiling = choose_tiling(problem_of(shape, vector, col.size(0)), tensor_device(call, col), Results::lanes, reason);
   return tiling ? tiling->numbers() : std::vector<int64_t>{};
 }
 

@@ -164,8 +164,12 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.buffer = int(tile.buffers.vectors);
   p.threads = 32 * tiling.row_warps * tiling.position_warps;
   p.shared_bytes = int(tile.buffers.bytes);
-  p.most_distance = tile.zeros + tiling.block_planes * tile.pitch - 1 - (tiling.tile_h - 1) * tile.tile_columns -
-                    (tiling.tile_w - 1);
+  p.most_distance = tile.zeros + tiling.block_planes * tile.pitch - 1 - tile.last_place;
+  p.run_pitch = tiling.whole_rows ? tiling.variant.run : tile.tile_columns;
+  p.place_pitch = tiling.whole_rows ? tile.tile_columns : tiling.tile_w;
+  p.lane_pitch = joined_lane_pitch(tiling.tile_h * tiling.tile_w, tiling.variant.rows);
+  p.row_pitch = joined_row_pitch(p.lane_pitch, tiling.variant.rows);
+  p.joined = !to_lanes && output.is_contiguous() && tiling.tile_w == problem.axes[1].positions;
   p.scale = pointer(operands.scale);
   p.shift = pointer(operands.shift);
   p.residual = pointer(operands.residual);
@@ -196,7 +200,8 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
 bool run_on_tensor_cores(Call& call, const TensorProblem& problem, const at::Tensor& crow, const at::Tensor& col,
                          TensorOperands operands) {
   std::string reason;
-  const std::optional<Tiling> tiling = choose_tiling(problem, tensor_device(call, operands.input), true, reason);
+  const Results results = operands.output.is_contiguous() ? Results::joined : Results::images;
+  const std::optional<Tiling> tiling = choose_tiling(problem, tensor_device(call, operands.input), results, reason);
   if (!tiling) return not_taken(reason);
   operands.plan = make_plan(call, problem, *tiling, crow, col);
   run_planned(call, problem, *tiling, operands);

@@ -20,6 +20,7 @@
 // The pattern's layout after Chen et al., "Efficient tensor core-based GPU kernels for structured sparsity", SC 2021.
 #pragma once
 #include "conv2d_tensor_finish.cuh"
+#include "conv2d_tensor_joined.cuh"
 #include "conv2d_tensor_pattern.cuh"
 #include "conv2d_tensor_stage.cuh"
 #include "mma.cuh"
@@ -53,6 +54,11 @@ struct Weights {
   }
 };
 
+// Where a warp's first position lies in a staged plane. In tiles of whole rows, the zeros between rows are positions, too.
+__device__ __forceinline__ int first_place(const TensorConv2dParams& p, int place) {
+  return place / p.place_pitch * p.tile_columns + place % p.place_pitch;
+}
+
 template <class T, int kRows, int kGroups, int kPositions, int kRun>
 __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const TensorConv2dParams p) {
   constexpr int kMatrices = Weights<kRows>::kMatrices;
@@ -80,10 +86,10 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
 
   // Lanes 8 * i ... 8 * i + 7 give the rows of matrix i: for K = 16 the columns of two octets at two positions, in the
   // order of the operand's words; for K = 8 of one octet at four.
-  const int row_pitch = p.tile_columns;
+  const int run_pitch = p.run_pitch;
   const int column16 = kRows == 8 ? lane % 8 + lane / 16 * 8 : lane % 16;
   const int position16 = kRows == 8 ? lane / 8 % 2 : lane / 16, position8 = lane / 8;
-  const SharedAddress buffer0 = shared_address(buffers + place0 / p.tile_w * row_pitch + place0 % p.tile_w);
+  const SharedAddress buffer0 = shared_address(buffers + first_place(p, place0));
   int buffer = 0;
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
     float sums[kGroups][kMatrices][kPlaces][4];
@@ -132,7 +138,7 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
 #pragma unroll
           for (int j = 0; j < kPositions; j += 2) {
             uint32_t in[4];
-            load_matrices_transposed(in, row + (j / kRun * row_pitch + j % kRun) * 16);
+            load_matrices_transposed(in, row + (j / kRun * run_pitch + j % kRun) * 16);
             if constexpr (kRows == 8) {
               mma_k16<T>(sums[k][0][j / 2], in[0], in[1], in[2], in[3], weights.words[0][0], weights.words[0][1]);
             } else {
@@ -150,7 +156,7 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
 #pragma unroll
         for (int j = 0; j < kPositions; j += 4) {
           uint32_t in[4];
-          load_matrices_transposed(in, row + (j / kRun * row_pitch + j % kRun) * 16);
+          load_matrices_transposed(in, row + (j / kRun * run_pitch + j % kRun) * 16);
           if constexpr (kRows == 8) {
             mma_k8<T>(sums[k][0][j / 2], in[0], in[1], ahead.words[0][0]);
             mma_k8<T>(sums[k][0][j / 2 + 1], in[2], in[3], ahead.words[0][0]);
@@ -171,8 +177,12 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
     // their own behind the only one.
     uint4* room = buffers + (one ? p.buffer : (buffer ^ 1) * p.buffer + p.zeros);
     using Finish = Finisher<T, kRows, kGroups, kPositions>;
-    Finish finisher{p, reinterpret_cast<float*>(room + warp * Finish::kVectors), first_rank, group};
-    finisher.run(place_of(p, tile), place0, sums);
+    if (p.joined) {
+      JoinedFinisher<T, kRows, kGroups, kPositions>{p, reinterpret_cast<float*>(room), group}.run(place_of(p, tile), sums);
+    } else {
+      Finish finisher{p, reinterpret_cast<float*>(room + warp * Finish::kVectors), first_rank, group};
+      finisher.run(place_of(p, tile), place0, sums);
+    }
     if (!one) {
       __syncthreads();  // before the buffer of the results is filled again
       stager.next();

@@ -85,6 +85,10 @@ struct TensorConv2dParams {
   int n_octets;
   int row_warps, row_blocks;
   int tiles, tile_h, tile_w, tiles_h, tiles_w, tile_columns, plane, pitch, zeros;
+  int run_pitch;    // from one run of neighbours (TensorVariant::run) of a warp's positions to the next, in vectors
+  int place_pitch;  // positions from one row of a tile to the next: tile_w, or tile_columns in tiles of whole rows
+  bool joined;      // results of a tile lie one behind the other in each image
+  int lane_pitch, row_pitch;  // of such results on their way, in floats
   int buffer;              // vectors from one buffer to the next
   unsigned most_distance;  // so that what is gathered lies in the staged block
   int threads, shared_bytes;
@@ -99,13 +103,21 @@ struct TensorConv2dParams {
 
 // Where a column points that only fills up an octet, there are zeros at each place of the tile: one for each residue of
 // an address, and as many as lie between a tile's first and last place.
-constexpr int64_t zero_vectors(int64_t tile_h, int64_t tile_w, int64_t row_pitch) {
-  return (8 + (tile_h - 1) * row_pitch + tile_w - 1 + 7) / 8 * 8;
-}
-// Of one warp, at the end: 8 rows and lanes of some positions, in a pitch that spreads them over the banks.
+constexpr int64_t zero_vectors(int64_t last_place) { return (8 + last_place + 7) / 8 * 8; }
+// Of one warp, at the end: 8 rows and lanes of some positions, in a pitch that spreads them over the banks; or its part of
+// the results of whole tiles, 8 rows of up to 16 positions or 4 of 32, in such a pitch.
 constexpr int kResultPositions = 16;
+constexpr int joined_rows(int positions) { return positions <= kResultPositions ? 8 : 4; }
+// At once are written, of one result, 8 rows and lanes 2 * t (V >= 16), or rows 2 * t and 8 lanes: the pitches are 4 modulo
+// 8 and 1 more, or 1 modulo 8 and 4 more, for it to be 32 banks.
+constexpr int joined_lane_pitch(int results, int rows) {
+  return rows == 8 ? (results + 6) / 8 * 8 + 1 : (results + 3) / 8 * 8 + 4;
+}
+constexpr int joined_row_pitch(int lane_pitch, int rows) { return kLanes * lane_pitch + (rows == 8 ? 4 : 1); }
 constexpr int64_t result_bytes(int positions) {
-  return int64_t(256) * ((positions < kResultPositions ? positions : kResultPositions) + 1);
+  const int64_t alone = int64_t(256) * ((positions < kResultPositions ? positions : kResultPositions) + 1);
+  const int64_t joined = (joined_rows(positions) * (kLanes * (positions + 4) + 4) * 4 + 15) / 16 * 16;
+  return alone < joined ? joined : alone;
 }
 // While a block of planes is read, the next is copied: two buffers, whose planes give way to results at the end of a
 // tile. Or one buffer for all planes, behind which results have a place of their own.

@@ -26,12 +26,16 @@ TensorDevice tensor_device(Call& call, const at::Tensor& on);
 struct Tiling {
   TensorVariant variant;
   int row_warps, position_warps, tile_h, tile_w, block_planes;
+  // A tile's positions are those of whole rows, with the zeros between them, rather than a rectangle.
+  bool whole_rows = false;
+  int positions() const { return position_warps * variant.positions; }
   std::vector<int64_t> numbers() const;
 };
 
 // What follows from a tiling.
 struct Tile {
   int phases[2], tile_rows, tile_columns, plane, pitch, zeros, block_fours;
+  int last_place;  // of a tile's positions in a staged plane
   int64_t slices, all_slices, slices_per_group, planes, blocks, block_slices, row_blocks, n_octets;
   Buffers buffers;
   int64_t resident(const Tiling& tiling, const TensorDevice& device) const;  // blocks of threads on a multiprocessor
@@ -40,8 +44,9 @@ struct Tile {
 };
 Tile tile_of(const TensorProblem& problem, const Tiling& tiling);
 
+enum class Results { lanes, images, joined };  // joined: images in which each row begins where the one before ends
 // None, with the reason, where tensor cores can't take the convolution.
-std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, bool to_images,
+std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, Results results,
                                     std::string& reason);
 // Numbers from outside.
 Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, const TensorDevice& device);

@@ -5,6 +5,7 @@
 
 #include "../geometry.h"
 #include "conv2d_tensor_host.h"
+#include "direct.h"
 
 namespace sparsekd::cuda {
 namespace {
@@ -40,7 +41,8 @@ std::string unfit(const TensorProblem& problem, const Tile& tile) {
 
 std::vector<int64_t> Tiling::numbers() const {
   return {variant.rows,   variant.groups, variant.positions, variant.run,   row_warps,
-          position_warps, tile_h,         tile_w,            block_planes};
+          position_warps, tile_h,         tile_w,            block_planes,
+          whole_rows ? 2 : 1};
 }
 
 Tile tile_of(const TensorProblem& problem, const Tiling& tiling) {
@@ -50,9 +52,12 @@ Tile tile_of(const TensorProblem& problem, const Tiling& tiling) {
   tile.phases[1] = phases_of_taps(ax);
   tile.tile_rows = tiling.tile_h + ay.most / ay.stride;
   tile.tile_columns = tiling.tile_w + ax.most / ax.stride;
-  tile.plane = int(std::min<int64_t>(int64_t(tile.tile_rows) * tile.tile_columns, kFar));
+  tile.last_place = int(std::min<int64_t>(
+      tiling.whole_rows ? tiling.positions() - 1 : int64_t(tiling.tile_h - 1) * tile.tile_columns + tiling.tile_w - 1, kFar));
+  const int64_t reach = int64_t(ay.most / ay.stride) * tile.tile_columns + ax.most / ax.stride;
+  tile.plane = int(std::min(std::max(int64_t(tile.tile_rows) * tile.tile_columns, tile.last_place + reach + 1), kFar));
   tile.pitch = tile.plane | 1;
-  tile.zeros = int(std::min<int64_t>(zero_vectors(tiling.tile_h, tiling.tile_w, tile.tile_columns), kFar));
+  tile.zeros = int(zero_vectors(tile.last_place));
   tile.slices = ceil_div(problem.vector, int64_t(tiling.variant.rows));
   tile.all_slices = problem.row_groups * tile.slices;
   tile.slices_per_group = tile.all_slices / problem.groups;
@@ -94,14 +99,29 @@ int64_t Tile::resident(const Tiling& tiling, const TensorDevice& device) const {
 
 namespace {
 
+int strip_rows_of(const TensorProblem& problem) {
+  const int64_t rows = problem.axes[0].positions;
+  return int(ceil_div(rows, std::clamp<int64_t>(ceil_div(kLanes, std::max<int64_t>(problem.batch, 1)), 1, rows)));
+}
+
+// As many rows as fit, or as even parts of them all have; none where not one fits.
+Tiling of_whole_rows(const TensorProblem& problem, const TensorVariant& variant, int row_warps, int position_warps) {
+  const TapAxis& ax = problem.axes[1];
+  Tiling tiling{variant, row_warps, position_warps, 0, ax.positions, 1, true};
+  const int rest = tiling.positions() - ax.positions, rows = strip_rows_of(problem);
+  if (rest < 0) return tiling;
+  const int most = std::min(rest / (ax.positions + ax.most / ax.stride) + 1, rows);
+  tiling.tile_h = ceil_div(rows, ceil_div(rows, most));
+  return tiling;
+}
+
 // By cycles of an SM, counted as at the head of conv2d_tensor.cuh: what shared memory delivers (128 bytes a cycle) to
 // the operands and takes from the copies, or what the tensor cores multiply (1024 a cycle), whichever is more.
-double cost_of(const TensorProblem& problem, const TensorDevice& device, bool to_images, const Tiling& tiling,
+double cost_of(const TensorProblem& problem, const TensorDevice& device, Results results, const Tiling& tiling,
                const Tile& tile) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
-  const double rows = tiling.variant.rows, positions = tiling.tile_h * tiling.tile_w;
-  const int64_t wanted = std::clamp<int64_t>(ceil_div(kLanes, std::max<int64_t>(problem.batch, 1)), 1, ay.positions);
-  const int64_t strip_rows = ceil_div(ay.positions, wanted), strips = ceil_div(ay.positions, strip_rows);
+  const double rows = tiling.variant.rows, positions = tiling.positions();
+  const int64_t strip_rows = strip_rows_of(problem), strips = ceil_div(int64_t(ay.positions), strip_rows);
   const int64_t units = ceil_div(problem.batch * strips, kLanes);
   const int64_t tiles = units * ceil_div(strip_rows, tiling.tile_h) * ceil_div(ax.positions, tiling.tile_w);
 
@@ -119,9 +139,16 @@ double cost_of(const TensorProblem& problem, const TensorDevice& device, bool to
   const double multiplied = octets * positions * rows / 16;
 
   // Results go through shared memory, there and back, and out as 16 bits: 80 bytes of 8 lanes. To images each lane of a
-  // tile's row stores for itself, at best a sector of 32 bytes a cycle.
-  const double stored = to_images ? 8.0 / std::min(tiling.tile_w, 16) : 16.0 / 128;
-  const double finished = slices * rows * positions * (64.0 / 128 + stored);
+  // tile's row stores for itself, or of whole rows several warps together, a sector of 32 bytes a cycle.
+  const bool joined = results == Results::joined && tiling.tile_w == ax.positions;
+  int64_t piece = std::min({tiling.tile_w, tiling.variant.positions, 16, ax.positions});
+  if (joined) {
+    const int64_t whole_strips = tiling.tile_h >= strip_rows ? std::min<int64_t>(strips, kLanes) : 1;
+    piece = whole_strips * std::min<int64_t>(tiling.tile_h, strip_rows) * ax.positions;
+  }
+  const double sectors = sectors_of_each(2, piece, joined ? piece : ax.positions);
+  const double stored = results == Results::lanes ? 16.0 / 128 : 8 * sectors;
+  const double finished = slices * rows * (joined ? tiling.tile_h * tiling.tile_w : positions) * (64.0 / 128 + stored);
   const double worked = std::max(gathered + copied + weights, multiplied) + finished;
   // L2 has about 47 bytes a cycle for an SM. Copies wait for the only buffer while it is read, if no other block has
   // work meanwhile. At the end some SMs have no block left.
@@ -135,7 +162,7 @@ double cost_of(const TensorProblem& problem, const TensorDevice& device, bool to
 
 }  // namespace
 
-std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, bool to_images,
+std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, Results results,
                                     std::string& reason) {
   if (device.major < 8) {
     reason = "expected compute capability 8.0 or later, got " + std::to_string(device.major) + ".x";
@@ -151,11 +178,14 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
     for (int position_warps = 1; position_warps <= kTensorWarps; position_warps *= 2) {
       const int64_t row_warps = std::min<int64_t>(kTensorWarps / position_warps, ceil_div(slices, variant.groups));
       const int positions = position_warps * variant.positions;
+      std::vector<Tiling> shapes;
       // A warp's positions lie in rows of `run` neighbours; where it has but one row, the tile may be wider.
       for (int tile_w = variant.run; tile_w <= (variant.run == variant.positions ? 32 : variant.run); tile_w *= 2) {
-        const int tile_h = positions / tile_w;
-        if (tile_h < 1) continue;
-        Tiling tiling{variant, int(row_warps), position_warps, tile_h, tile_w, 1};
+        if (tile_w <= positions) shapes.push_back({variant, int(row_warps), position_warps, positions / tile_w, tile_w, 1});
+      }
+      if (results == Results::joined) shapes.push_back(of_whole_rows(problem, variant, int(row_warps), position_warps));
+      for (Tiling& tiling : shapes) {
+        if (tiling.tile_h < 1) continue;
         const Tile one = tile_of(problem, tiling);
         // All planes at once, or as many as fit twice.
         const int64_t fitting = (device.shared_bytes / 2 - one.zeros * 16) / (int64_t(one.pitch) * 16);
@@ -165,7 +195,7 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
           tiling.block_planes = int(ceil_div(one.planes, blocks));
           const Tile tile = tile_of(problem, tiling);
           if (tile.buffers.bytes > device.shared_bytes) continue;
-          const double cost = cost_of(problem, device, to_images, tiling, tile);
+          const double cost = cost_of(problem, device, results, tiling, tile);
           if (best && least <= cost) continue;
           best = tiling;
           least = cost;
@@ -182,14 +212,14 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
 }
 
 Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, const TensorDevice& device) {
-  TORCH_CHECK_VALUE(numbers.size() == 9 && *std::min_element(numbers.begin(), numbers.end()) >= 1 &&
+  TORCH_CHECK_VALUE(numbers.size() == 10 && *std::min_element(numbers.begin(), numbers.end()) >= 1 &&
                         *std::max_element(numbers.begin(), numbers.end()) <= 1024,
-                    "Expected a tiling of nine numbers as conv2d_tiling gives them, got ", numbers);
+                    "Expected a tiling of ten numbers as conv2d_tiling gives them, got ", numbers);
   TORCH_CHECK_NOT_IMPLEMENTED(device.major >= 8, "Expected a device of compute capability 8.0 or later, got ",
                               device.major, ".x");
-  int n[9];
+  int n[10];
   std::copy(numbers.begin(), numbers.end(), n);
-  const Tiling tiling{{n[0], n[1], n[2], n[3]}, n[4], n[5], n[6], n[7], n[8]};
+  const Tiling tiling{{n[0], n[1], n[2], n[3]}, n[4], n[5], n[6], n[7], n[8], n[9] == 2};
   const TensorVariant& v = tiling.variant;
   const bool known = std::any_of(std::begin(kTensorVariants), std::end(kTensorVariants), [&](const TensorVariant& of) {
     return of.rows == v.rows && of.groups == v.groups && of.positions == v.positions && of.run == v.run;
@@ -198,8 +228,12 @@ Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, con
                     numbers);
   const int warps = tiling.row_warps * tiling.position_warps;
   const bool in_rows = tiling.tile_w == v.run || (v.run == v.positions && tiling.tile_w % v.run == 0);
-  TORCH_CHECK_VALUE(warps <= kTensorWarps && tiling.tile_h * tiling.tile_w == tiling.position_warps * v.positions &&
-                        in_rows && tiling.block_planes <= kMostBlockPlanes,
+  const TapAxis& ax = problem.axes[1];
+  const int64_t row_pitch = int64_t(tiling.tile_w) + ax.most / ax.stride;
+  const bool fits = tiling.whole_rows ? (tiling.tile_h - 1) * row_pitch + tiling.tile_w <= tiling.positions()
+                                      : tiling.tile_h * tiling.tile_w == tiling.positions() && in_rows;
+  TORCH_CHECK_VALUE(warps <= kTensorWarps && fits && n[9] <= 2 &&
+                        tiling.block_planes <= kMostBlockPlanes,
                     "Expected a tiling whose warps cover its tile, got ", numbers);
   const Tile tile = tile_of(problem, tiling);
   TORCH_CHECK_VALUE(tiling.block_planes <= tile.planes && tile.buffers.bytes <= device.shared_bytes,

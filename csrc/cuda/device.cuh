@@ -54,9 +54,10 @@ template <class V>
 __device__ __forceinline__ V load_vector(const V* from) {
   return *from;
 }
+// Nothing where not `there`.
 template <class V>
-__device__ __forceinline__ void store_vector(V* to, V value) {
-  *to = value;
+__device__ __forceinline__ void store_vector(V* to, V value, bool there = true) {
+  if (there) *to = value;
 }
 
 // 16 bytes from global to shared memory, or zeros where not `valid`; nothing where not `there`.

@@ -2,6 +2,7 @@
 // and linear's three. Its kernels are in conv2d.cuh, its host side in conv2d.cpp.
 #pragma once
 #include <algorithm>
+#include <numeric>
 #include <optional>
 
 #include "../geometry.h"
@@ -12,6 +13,13 @@ namespace sparsekd::cuda {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// Of images, the sectors of 32 bytes that each of so many stored elements side by side takes, where as many or `apart` lie
+// between the first ones. What does not begin where a sector does takes up to one more.
+inline double sectors_of_each(int64_t element_size, int64_t elements, int64_t apart) {
+  const int64_t bytes = elements * element_size, border = std::gcd(std::gcd(bytes, apart * element_size), int64_t{32});
+  return static_cast<double>(bytes + 32 - border) / static_cast<double>(elements) / 32;
+}
+
 // What one launch of the convolution computes.
 struct Problem {
   int64_t batch, in_channels, out_channels, groups, vector, row_groups;
@@ -19,10 +27,13 @@ struct Problem {
   int64_t channels_per_group() const { return in_channels / groups; }
 };
 
+// See Conv2dParams and RecordsParams.
 struct Choice {
   Conv2dVariant variant;
   Lanes lanes;
-  int tile_h, tile_w, tile_rows, tile_columns, plane;
+  int tile_h = 1, tile_w = 1, tiles_h, tiles_w, tile_rows, tile_columns;
+  int step, run_length;
+  int row_pitch, phase_pitch[2], plane;
   int64_t block_channels;
   double cost;
 };
@@ -41,7 +52,8 @@ struct Records {
   at::Tensor records, starts, order;
 };
 
-Choice checked_choice(const Problem& problem);
+// For results that are stored to `output`, if defined; else of rectangles.
+Choice checked_choice(const Problem& problem, int64_t n_vectors, const at::Tensor& output = {});
 
 // How the output lies in the same lanes, strips and units, without a halo.
 Lanes lanes_of_output(const Choice& choice, const Problem& problem);

@@ -14,13 +14,14 @@ __device__ __forceinline__ float load_value(const void* values, DType dtype, int
   return to_float(static_cast<const BFloat16*>(values)[index]);
 }
 
-__device__ __forceinline__ void store_value(void* to, DType dtype, int64_t index, float value) {
+// Nothing where not `there`.
+__device__ __forceinline__ void store_value(void* to, DType dtype, int64_t index, float value, bool there = true) {
   if (dtype == DType::float32) {
-    static_cast<float*>(to)[index] = value;
+    store_vector(static_cast<float*>(to) + index, value, there);
   } else if (dtype == DType::float16) {
-    store_vector(static_cast<Half*>(to) + index, from_float<Half>(value));
+    store_vector(static_cast<Half*>(to) + index, from_float<Half>(value), there);
   } else {
-    store_vector(static_cast<BFloat16*>(to) + index, from_float<BFloat16>(value));
+    store_vector(static_cast<BFloat16*>(to) + index, from_float<BFloat16>(value), there);
   }
 }
 

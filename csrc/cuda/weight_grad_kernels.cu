@@ -31,9 +31,8 @@ using namespace sparsekd::cuda;
 
 int sparsekd_weight_grad(const WeightGradParams* params, const Conv2dVariant* variant, int warps, int grid_y,
                          void* stream) {
-  constexpr int kVariants = sizeof(kConv2dVariants) / sizeof(kConv2dVariants[0]);
   return launch_weight_grad(*params, *variant, dim3(params->splits, grid_y), warps, static_cast<cudaStream_t>(stream),
-                            std::make_integer_sequence<int, kVariants>{});
+                            std::make_integer_sequence<int, kConv2dRectangles>{});
 }
 
 int sparsekd_weight_grad_sum(const WeightGradSumParams* params, void* stream) {

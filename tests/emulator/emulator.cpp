@@ -235,6 +235,12 @@ void access(const void* address, unsigned bytes, bool write, const void* pc) {
   count({pc, &region == regions.back().get(), write, bytes}, fiber->warp, fiber->lane, address);
 }
 
+void stand_by(const void* near, unsigned bytes, const void* pc) {
+  const Region& memory = *regions.back();
+  const auto* byte = static_cast<const unsigned char*>(near);
+  count({pc, byte >= memory.begin && byte < memory.begin + memory.bytes, true, bytes}, self()->warp, self()->lane, nullptr);
+}
+
 void copy_async(void* to, const void* from, unsigned bytes, bool valid, const void* pc) {
   auto count_at = [&](bool shared, const void* address) {
     count({pc, shared, shared, 16}, self()->warp, self()->lane, address);
@@ -386,28 +392,4 @@ extern "C" {
 
 void emulator_set_seed(uint64_t seed) { emulator::seed = seed; }
 uint64_t emulator_last_shared_bytes() { return emulator::last_shared_bytes; }
-
-// ---- what gcc calls under -fsanitize=thread ----
-
-#define HOOKS(size)                                                                                             \
-  void __tsan_read##size(void* p) { emulator::access(p, size, false, __builtin_return_address(0)); }             \
-  void __tsan_write##size(void* p) { emulator::access(p, size, true, __builtin_return_address(0)); }             \
-  void __tsan_unaligned_read##size(void* p) { emulator::access(p, size, false, __builtin_return_address(0)); }   \
-  void __tsan_unaligned_write##size(void* p) { emulator::access(p, size, true, __builtin_return_address(0)); }
-HOOKS(1)
-HOOKS(2)
-HOOKS(4)
-HOOKS(8)
-HOOKS(16)
-void __tsan_read_range(void* p, size_t n) {
-  for (size_t i = 0; i < n; i += 4) emulator::access(static_cast<char*>(p) + i, 4, false, __builtin_return_address(0));
-}
-void __tsan_write_range(void* p, size_t n) {
-  for (size_t i = 0; i < n; i += 4) emulator::access(static_cast<char*>(p) + i, 4, true, __builtin_return_address(0));
-}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_init() {}
-void __tsan_vptr_update(void**, void*) {}
-void __tsan_vptr_read(void**) {}
 }

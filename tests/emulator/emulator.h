@@ -54,6 +54,8 @@ using Combine = void (*)(void* const* slots, unsigned mask);
 void meet(Meeting kind, unsigned mask, void* slot, Combine combine, int line);
 void sync_block(int line);
 void access(const void* address, unsigned bytes, bool write, const void* pc);
+// A lane takes part in its warp's request, which is for the same memory, without touching anything.
+void stand_by(const void* near, unsigned bytes, const void* pc);
 void copy_async(void* to, const void* from, unsigned bytes, bool valid, const void* pc);  // 0 or 16 bytes
 void copy_async_commit();
 void copy_async_wait(int pending);
@@ -69,7 +71,8 @@ EMULATOR_UNCHECKED V load_vector(const V* from) {
   return *from;
 }
 template <class V>
-EMULATOR_UNCHECKED void store_vector(V* to, V value) {
+EMULATOR_UNCHECKED void store_vector(V* to, V value, bool there = true) {
+  if (!there) return stand_by(to, sizeof(V), __builtin_return_address(0));
   access(to, sizeof(V), true, __builtin_return_address(0));
   *to = value;
 }

@@ -1,0 +1,152 @@
+// Of the sparse convolution on CUDA cores (conv2d.cuh): what its loop reads of a pattern, a record [distance | values] of
+// each entry, those of a row one after another and sorted by block of channels.
+#pragma once
+#include "conv2d.h"
+#include "element.cuh"
+
+namespace sparsekd::cuda {
+
+__device__ __forceinline__ bool tap_of(const TapAxis& axis, int r, int& phase, int& index) {
+  const int t = axis.add + r * axis.mult;
+  if (t % axis.div != 0) return false;
+  const int tap = t / axis.div - axis.least;
+  phase = tap % axis.stride;
+  index = tap / axis.stride;
+  return true;
+}
+
+struct Entry {
+  bool used;
+  int block, distance;  // in bytes
+};
+
+// Entries that no pattern made by `pack` holds are left out, so that no foreign memory is ever read.
+__device__ __forceinline__ Entry entry_of(const RecordsParams& p, int column) {
+  const int kernel_w = p.axes[1].kernel, taps = p.axes[0].kernel * kernel_w;
+  Entry entry{false, 0, 0};
+  if (column < 0 || column >= p.channels_per_group * taps) return entry;
+  const int channel = column / taps, r = column % taps / kernel_w, s = column % kernel_w;
+  int phase_y, phase_x, y, x;
+  if (!tap_of(p.axes[0], r, phase_y, y) || !tap_of(p.axes[1], s, phase_x, x)) return entry;
+  entry.used = true;
+  entry.block = channel / p.block_channels;
+  const int in_plane = phase_y * p.phase_pitch[0] + y * p.row_pitch + phase_x * p.phase_pitch[1] + x;
+  entry.distance = ((channel % p.block_channels) * p.lane_groups * p.plane + in_plane) * 16;
+  return entry;
+}
+
+// One warp per slice. A stable counting sort: its counters, one per block of channels, lie in shared memory.
+template <int kV>
+__global__ void records_kernel(const RecordsParams p) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int slice = blockIdx.x * (blockDim.x / 32) + warp;
+  if (slice >= p.row_groups * p.slices) return;  // a whole warp
+  int* counters = shared_memory<int>() + warp * p.blocks;
+  const int row_group = slice / p.slices, part = slice % p.slices;
+  const int begin = min(max(p.crow[row_group], 0), p.n_vectors);
+  const int end = min(max(p.crow[row_group + 1], begin), p.n_vectors);
+
+  for (int i = lane; i < p.blocks; i += 32) counters[i] = 0;
+  __syncwarp();
+  for (int base = begin; base < end; base += 32) {
+    Entry entry{false, 0, 0};
+    if (base + lane < end) entry = entry_of(p, p.col[base + lane]);
+    const unsigned peers = __match_any_sync(kAll, entry.used ? entry.block : -1);
+    if (entry.used && __ffs(peers) - 1 == lane) counters[entry.block] += __popc(peers);
+    __syncwarp();
+  }
+  // Counts become places; the batches of 32 are one after another.
+  const int64_t first = int64_t(begin) * p.slices + int64_t(part) * (end - begin);
+  int total = 0;
+  for (int base = 0; base < p.blocks; base += 32) {
+    const int count = base + lane < p.blocks ? counters[base + lane] : 0;
+    int sum = count;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int other = __shfl_sync(kAll, sum, max(lane - distance, 0));
+      if (lane >= distance) sum += other;
+    }
+    if (base + lane < p.blocks) {
+      counters[base + lane] = total + sum - count;
+      p.starts[int64_t(slice) * (p.blocks + 1) + base + lane] = static_cast<int>(first) + total + sum - count;
+    }
+    total += __shfl_sync(kAll, sum, 31);
+  }
+  if (lane == 0) p.starts[int64_t(slice) * (p.blocks + 1) + p.blocks] = static_cast<int>(first) + total;
+  __syncwarp();
+  for (int base = begin; base < end; base += 32) {
+    Entry entry{false, 0, 0};
+    const int i = base + lane;
+    if (i < end) entry = entry_of(p, p.col[i]);
+    const unsigned peers = __match_any_sync(kAll, entry.used ? entry.block : -1);
+    int place = 0;
+    if (entry.used) place = counters[entry.block] + __popc(peers & ((1u << lane) - 1));
+    __syncwarp();  // all have read before the first of the peers counts on
+    if (entry.used && __ffs(peers) - 1 == lane) counters[entry.block] += __popc(peers);
+    __syncwarp();
+    if (!entry.used) continue;
+    unsigned char* record = p.records + (first + place) * kRecordBytes<kV>;
+    if constexpr (kV == 2) {
+      store_vector(reinterpret_cast<int2*>(record), int2{entry.distance, 0});  // read as one vector
+    } else {
+      store_vector(reinterpret_cast<int*>(record), entry.distance);
+    }
+    if (p.where && part == 0) p.where[i] = static_cast<int>(first) + place;
+    float* to = reinterpret_cast<float*>(record + kRecordBytes<kV> - 4 * kV);
+    for (int v = 0; v < kV; ++v) {
+      const int row = part * kV + v;
+      int64_t index = p.place ? p.place[i] : int64_t(i) * p.vector + row;
+      const bool real = row < p.vector && index >= 0 && index < p.n_values;
+      to[v] = real ? load_value(p.values, p.dtype, index) : 0.0f;
+    }
+  }
+  // The rank of a slice is the number of slices before it.
+  const int slices_per_group = p.row_groups_per_group * p.slices;
+  const int group = slice / slices_per_group, mine = end - begin;
+  int before = 0;
+  for (int base = 0; base < slices_per_group; base += 32) {
+    const int local = base + lane;
+    if (local >= slices_per_group) continue;
+    const int other = group * slices_per_group + local;
+    const int other_group = other / p.slices;
+    const int other_begin = min(max(p.crow[other_group], 0), p.n_vectors);
+    const int count = min(max(p.crow[other_group + 1], other_begin), p.n_vectors) - other_begin;
+    before += count > mine || (count == mine && other < slice);
+  }
+  for (int distance = 16; distance > 0; distance /= 2) before += __shfl_xor_sync(kAll, before, distance);
+  if (lane == 0) p.order[group * slices_per_group + before] = slice;
+}
+
+template <int kV>
+struct Record {
+  int distance;
+  float values[kV];
+};
+
+template <int kV>
+__device__ __forceinline__ Record<kV> load_record(const unsigned char* from) {
+  Record<kV> record;
+  if constexpr (kV == 1) {
+    const float2 pair = load_vector(reinterpret_cast<const float2*>(from));
+    record.distance = __float_as_int(pair.x);
+    record.values[0] = pair.y;
+  } else if constexpr (kV == 2) {
+    const float4 all = load_vector(reinterpret_cast<const float4*>(from));
+    record.distance = __float_as_int(all.x);
+    record.values[0] = all.z;
+    record.values[1] = all.w;
+  } else {
+    record.distance = load_vector(reinterpret_cast<const int*>(from));
+#pragma unroll
+    for (int v = 0; v < kV; v += 4) {
+      const float4 four = load_vector(reinterpret_cast<const float4*>(from + 16) + v / 4);
+      record.values[v] = four.x;
+      record.values[v + 1] = four.y;
+      record.values[v + 2] = four.z;
+      record.values[v + 3] = four.w;
+    }
+  }
+  return record;
+}
+
+}  // namespace sparsekd::cuda
