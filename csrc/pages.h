@@ -5,6 +5,7 @@
 // be shared by chance.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <new>
 
 #ifdef __linux__
@@ -15,13 +16,23 @@ namespace sparsekd {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
+// Asks for huge pages where whole ones lie in memory that was just allocated. A hint: without it all is as well, but slower.
+inline void prefer_huge_pages(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
 // Uninitialised; `bytes` becomes a multiple of kHugePage.
 inline void* take_pages(size_t& bytes) {
   bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   void* const data = ::operator new(bytes, std::align_val_t{kHugePage});
-#ifdef MADV_HUGEPAGE
-  madvise(data, bytes, MADV_HUGEPAGE);  // a hint: without it all is as well, but slower
-#endif
+  prefer_huge_pages(data, bytes);
   return data;
 }
 
