@@ -21,7 +21,8 @@ struct Side {
   Planes planes, whole;  // of a strip and of all of an image's together; of the image, if it lies in runs
   Layout layout;
   int64_t pitch;         // elements from one channel to the next
-  int64_t elements() const { return images.channels * pitch; }
+  bool in_place = false;
+  int64_t elements() const { return in_place ? 0 : images.channels * pitch; }
 };
 
 template <class T>
@@ -65,6 +66,13 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
     // The last vector of a run may reach past the last pixel.
     side->pitch = spread<T>(side->layout.channel() * step + (runs ? of_image.halo[1] + 2 * lanes : 0));
   }
+  // What is one image's pixels, whole vectors of them, is read where it lies.
+  const bool whole_vectors = flat && images_per_unit == 1 && pixels % lanes == 0;
+  for (Side<T>* side : {&in, &grad}) {
+    const bool aligned = reinterpret_cast<uintptr_t>(side->images.data) % (lanes * sizeof(T)) == 0;
+    side->in_place = whole_vectors && side->stride == Pair{1, 1} && !channels_last && aligned;
+    if (side->in_place) side->pitch = pixels;
+  }
   const int64_t blocks = grid.blocks;
   const std::vector<int32_t> table = column_table(rows, tiling_of(in.pitch, blocks, in.planes.taps, in.layout, step));
 
@@ -83,9 +91,11 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
     }
   };
   for (int64_t unit = 0; unit < units; ++unit) {
+    const T* const inputs = in.in_place ? in.images.image(unit) : packed.get();
+    const T* const grads = grad.in_place ? grad.images.image(unit) : packed_grads.get();
     at::parallel_for(0, shape.in_channels + shape.out_channels, kChannelGrain, [&](int64_t from, int64_t to) {
-      if (from < shape.in_channels) pack(in, unit, from, std::min(to, shape.in_channels), packed.get());
-      if (to > shape.in_channels) {
+      if (from < shape.in_channels && !in.in_place) pack(in, unit, from, std::min(to, shape.in_channels), packed.get());
+      if (to > shape.in_channels && !grad.in_place) {
         pack(grad, unit, std::max(from - shape.in_channels, int64_t{0}), to - shape.in_channels, packed_grads.get());
       }
     });
@@ -101,14 +111,14 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
             tile.lines = static_cast<int>(grid.count(0, ty));
             tile.width = static_cast<int>(grid.count(1, tx));
             tile.line = in.layout.pitch * step;
-            tile.input = packed.get() + group * rows.channels_per_group * in.pitch + y * tile.line + x * lanes;
+            tile.input = inputs + group * rows.channels_per_group * in.pitch + y * tile.line + x * lanes;
             tile.table = table.data();
             tile.crow = rows.crow + begin;
             tile.col = rows.col;
             tile.vector = rows.vector;
             tile.cursor = cursor.data();
             tile.grad_line = grad.layout.pitch * step;
-            tile.grad = packed_grads.get() + y * tile.grad_line + x * lanes;
+            tile.grad = grads + y * tile.grad_line + x * lanes;
             tile.grad_pitch = grad.pitch;
             tile.row_of = rows.row_of + begin * rows.vector;
             tile.zeros = zeros.get();
