@@ -96,6 +96,15 @@ struct EpilogueLine {
   Activation activation;
 };
 
+// What is done to results on their way to `out`: clamp(x + residual).
+template <class T>
+struct LaneFinish {
+  const T* residual;   // null, or as the result that begins at `result`
+  const T* result;
+  bool clamped;
+  T low, high;
+};
+
 // Finished results of some rows: of each vector at from[position] the lanes that are kept, side by side at out[place].
 template <class T>
 struct SqueezedRows {
@@ -184,9 +193,11 @@ struct LaneKernels {
   void (*sddmm)(const SddmmTile<T>&, int64_t group_begin, int64_t group_end);
   // See transpose.inc.
   void (*gather_lanes)(const T* const* in, int64_t shift, int64_t count, T* out, int64_t pitch);
-  void (*scatter_lanes)(const T* in, int64_t pitch, int64_t count, T* const* out, const int64_t* stride, int64_t times);
+  void (*scatter_lanes)(const T* in, int64_t pitch, int64_t count, T* const* out, const int64_t* stride, int64_t times,
+                        const LaneFinish<T>* finish);
   void (*move_lanes)(T* plane, const LaneMove* moves, int64_t count, const LaneIndex<T>* sources);
   void (*select)(const T* in, int64_t size, const int32_t* index, int64_t count, T* out);
+  bool finishes;  // whether scatter_lanes takes a LaneFinish
   void (*squeeze)(const SqueezedRows<T>&);  // null where there is no fast way to leave lanes out
 };
 

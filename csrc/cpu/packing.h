@@ -1,5 +1,6 @@
 // Images on their way into the lanes of vectors (lanes.h) and back.
 #pragma once
+#include <limits>
 #include <vector>
 
 #include "lanes.h"
@@ -42,6 +43,15 @@ struct Epilogue {
   // Whether it is an addition and bounds at most, which the spmm kernel does where it stores.
   bool clamps() const {
     return !scale && !shift && activation != Activation::silu && activation != Activation::hardswish;
+  }
+
+  // Has that done to results from `base` on where they are stored.
+  template <class To>
+  void clamp(To& to, const T* result, const T* base) const {
+    to.residual = residual ? residual + (base - result) : nullptr;
+    to.clamped = activation != Activation::none;
+    to.low = T(0);
+    to.high = activation == Activation::relu6 ? T(6) : std::numeric_limits<T>::infinity();
   }
 
   // `count` pixels of one channel, side by side.

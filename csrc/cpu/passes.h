@@ -145,7 +145,7 @@ void over_strips(const Grid& grid, const Batch<const T>& source, const Pair& pix
       },
       [&](const Pass<T>& pass, int64_t unit, const T* packed, int64_t from, int64_t to) {
         const Rows<T>& rows = pass.rows;
-        StripStore<T> target(result, pass.target, grid);
+        StripStore<T> target(result, pass.target, grid, epilogue);
         std::vector<int32_t> cursor;
         const int64_t elements = grid.largest() * grid.lanes;
         Buffer<T> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * elements);
@@ -165,7 +165,7 @@ void over_strips(const Grid& grid, const Batch<const T>& source, const Pair& pix
                            (end - begin) * rows.vector, rows.in_order);
             }
           }
-          if (!epilogue.any()) return;
+          if (!epilogue.any() || target.finishes) return;
           for (int64_t n = unit * grid.images; n < std::min((unit + 1) * grid.images, result.count); ++n) {
             finish_rows(rows, rows.row_of + begin * rows.vector, (end - begin) * rows.vector, epilogue, result, n, 0,
                         result.size[0] * result.size[1]);

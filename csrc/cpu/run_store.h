@@ -79,7 +79,7 @@ class RunStore {
     tile.output_pitch = result.size[0] * result.size[1];
     tile.places = places.data();
     tile.tail = tail;
-    if (epilogue.clamps()) clamp(tile, base);
+    if (epilogue.clamps()) epilogue.clamp(tile, result.data, base);
   }
 
   // After the tile: what is not where it belongs yet, and not finished.
@@ -118,15 +118,6 @@ class RunStore {
     int64_t source, n, pixel, count;
   };
 
-  // What is done to finished results of the channel at `base` and those after it, in the same pass.
-  template <class To>
-  void clamp(To& to, const T* base) const {
-    to.residual = epilogue.residual ? epilogue.residual + (base - result.data) : nullptr;
-    to.clamped = epilogue.activation != Activation::none;
-    to.low = T(0);
-    to.high = epilogue.activation == Activation::relu6 ? T(6) : std::numeric_limits<T>::infinity();
-  }
-
   void squeeze(const SpmmTile<T>& tile, const int64_t* row_of, int64_t made) const {
     while (made > 0 && row_of[made - 1] < 0) --made;  // padding ends a convolution group
     if (made == 0) return;
@@ -139,7 +130,7 @@ class RunStore {
     to.positions = static_cast<int>(kept.size());
     to.places = places.data();
     to.kept = kept.data();
-    if (epilogue.clamps()) clamp(to, to.out);
+    if (epilogue.clamps()) epilogue.clamp(to, result.data, to.out);
     kernels.squeeze(to);
   }
 

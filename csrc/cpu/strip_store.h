@@ -9,8 +9,18 @@ namespace sparsekd::cpu {
 // Stores one tile of rows from lanes to where its pixels lie.
 template <class T>
 struct StripStore {
-  StripStore(const Batch<T>& batch, const Target& target, const Grid& grid)
-      : batch(batch), target(target), grid(grid), kernels(type_kernels<T>().lanes[grid.width]) {}
+  StripStore(const Batch<T>& batch, const Target& target, const Grid& grid, const Epilogue<T>& epilogue)
+      : batch(batch), target(target), grid(grid), kernels(type_kernels<T>().lanes[grid.width]) {
+    const Pair covered = grid.covered();
+    const bool exact = target.size == batch.size && target.step == Pair{1, 1} && covered == batch.size &&
+                       batch.count % grid.images == 0;
+    finishes = kernels.finishes && exact && !batch.last && epilogue.any() && epilogue.clamps();
+    if (finishes) epilogue.clamp(finish, batch.data, batch.data);
+    finish.result = batch.data;
+  }
+
+  // Whether results are finished where they are stored.
+  bool finishes = false;
 
   // The tile of `lines` x `width` positions at (y, x) of the images from `first` on.
   void at(int64_t first, int64_t y, int64_t x, int64_t lines, int64_t width) {
@@ -30,7 +40,7 @@ struct StripStore {
         runs.push_back({exists ? n * batch.channels * batch.size[0] * batch.size[1] : 0, pixel, count});
       }
     }
-    if (!batch.last && !index_pixels(y, x)) aim();
+    if (!batch.last && (finishes || !index_pixels(y, x))) aim();
   }
 
   // `rows` rows, whose results are row_of[0 .. rows - 1]; -1 is none.
@@ -46,7 +56,7 @@ struct StripStore {
       }
       for (int64_t h = 0; h < lines; ++h) {
         kernels.scatter_lanes(from + r * pitch + h * width * grid.lanes, grid.lanes, width, to.data() + h * grid.lanes,
-                              stride.data() + h * grid.lanes, row);
+                              stride.data() + h * grid.lanes, row, finishes ? &finish : nullptr);
         for (const Part& part : parts) {
           if (part.line != h) continue;
           T* const line = part.to + row * plane;
@@ -110,7 +120,7 @@ struct StripStore {
         const bool direct = in_order && x < run[lane].count;
         to[lane] = direct ? pixel_of(run[lane], x) + row_of[0] : aside.data() + lane * rows;
       }
-      kernels.scatter_lanes(from + position * grid.lanes, pitch, rows, to.data(), stride.data(), 0);
+      kernels.scatter_lanes(from + position * grid.lanes, pitch, rows, to.data(), stride.data(), 0, nullptr);
       if (in_order) continue;
       for (int64_t lane = 0; lane < grid.lanes; ++lane) {
         if (x >= run[lane].count) continue;
@@ -128,6 +138,7 @@ struct StripStore {
   Target target;
   Grid grid;
   const LaneKernels<T>& kernels;
+  LaneFinish<T> finish{};
   int64_t first = 0, lines = 0, width = 0;
   std::vector<Run> runs;       // [lines, lanes]
   std::vector<int32_t> index;  // [pixels], if the map is small
