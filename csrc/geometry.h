@@ -53,9 +53,9 @@ inline Conv2dShape checked_shape(at::IntArrayRef input_size, int64_t out_channel
   for (int d = 0; d < 2; ++d) {
     const int64_t padded = shape.input[d] + 2 * shape.padding[d];
     const int64_t reach = (shape.kernel[d] - 1) * shape.dilation[d] + 1;
-    TORCH_CHECK_VALUE(shape.input[d] >= 1 && padded >= reach, "Expected a padded input at least as large as the kernel (",
-                      reach, " in ", d == 0 ? "height" : "width", "), got ", padded, " from an input of shape ",
-                      input_size);
+    TORCH_CHECK_VALUE(shape.input[d] >= 1 && padded >= reach,
+                      "Expected a padded input at least as large as the kernel (", reach, " in ",
+                      d == 0 ? "height" : "width", "), got ", padded, " from an input of shape ", input_size);
     shape.output[d] = (padded - reach) / shape.stride[d] + 1;
   }
   return shape;

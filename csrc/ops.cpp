@@ -84,9 +84,9 @@ TORCH_LIBRARY(sparsekd, m) {
   m.def("conv2d_fused(Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? row_indices, "
         "Tensor? scale, Tensor? shift, Tensor? residual, str activation, SymInt out_channels, SymInt[2] kernel_size, "
         "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
-  // The same on tensor cores, with what depends on the pattern alone made once: a tiling (numbers that choose the kernel;
-  // none where tensor cores can't take the layer), a plan for it, and then any number of convolutions. Input, output and
-  // residual are [N, C, H, W], or in lanes [N / 8, C, H, W, 8].
+  // The same on tensor cores, with what depends on the pattern alone made once: a tiling (numbers that choose the
+  // kernel; none where tensor cores can't take the layer), a plan for it, and then any number of convolutions. Input,
+  // output and residual are [N, C, H, W], or in lanes [N / 8, C, H, W, 8].
   m.def("conv2d_tiling(Tensor col_indices, int vector, SymInt[4] input_size, SymInt out_channels, "
         "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> int[]");
   m.def("conv2d_plan(Tensor crow_indices, Tensor col_indices, int[] tiling, int vector, SymInt[4] input_size, "
@@ -123,23 +123,24 @@ TORCH_LIBRARY(sparsekd, m) {
         "float label_smoothing, bool distill_ignored) -> Tensor", &sparsekd::kd_loss);
   m.def("kd_loss_forward(Tensor student, Tensor teacher, Tensor? target, float temperature, float alpha, "
         "int ignore_index, float label_smoothing, bool distill_ignored, bool with_grad) -> (Tensor, Tensor)");
-  // The same of two linear layers' outputs, hidden states [B, M, features] at a time so that no logits lie in memory as a
-  // whole. D is forward_kl, reverse_kl or jsd(beta). wanted: gradients of student, student_weight, student_bias, which
-  // are made in the forward, in the dtype of the loss, and are [0] where not wanted. chunk_rows: 0 for a size by memory.
+  // The same of two linear layers' outputs, hidden states [B, M, features] at a time so that no logits lie in memory as
+  // a whole. D is forward_kl, reverse_kl or jsd(beta). wanted: gradients of student, student_weight, student_bias,
+  // which are made in the forward, in the dtype of the loss, and are [0] where not wanted. chunk_rows: 0 for a size by
+  // memory.
   m.def("linear_kd_loss(Tensor student, Tensor student_weight, Tensor? student_bias, Tensor teacher, "
         "Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, float temperature, float alpha, str divergence, "
         "float beta, int ignore_index, float label_smoothing, bool distill_ignored, SymInt chunk_rows, bool[3] wanted) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
-  // hard * (sum of CE) + soft * T^2 * (sum of D) over rows of logits, in float64; with_grad: `student` becomes the gradient.
-  // For the chunks of linear_kd_loss on the CPU.
+  // hard * (sum of CE) + soft * T^2 * (sum of D) over rows of logits, in float64; with_grad: `student` becomes the
+  // gradient. For the chunks of linear_kd_loss on the CPU.
   m.def("kd_loss_rows_(Tensor(a!) student, Tensor teacher, Tensor? target, float temperature, float hard, float soft, "
         "str divergence, float beta, int ignore_index, float label_smoothing, bool distill_ignored, bool with_grad) "
         "-> Tensor");
   // conv2d_planned of one layer and one size of its input, for the next calls.
   m.class_<sparsekd::PlannedConv2d>("PlannedConv2d")
-      .def(torch::init<at::Tensor, std::vector<int64_t>, std::optional<at::Tensor>, std::optional<at::Tensor>, std::string,
-                       std::vector<int64_t>, int64_t, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,
-                       int64_t>())
+      .def(torch::init<at::Tensor, std::vector<int64_t>, std::optional<at::Tensor>, std::optional<at::Tensor>,
+                       std::string, std::vector<int64_t>, int64_t, std::vector<int64_t>, std::vector<int64_t>,
+                       std::vector<int64_t>, std::vector<int64_t>, int64_t>())
       .def("run", &sparsekd::PlannedConv2d::run);
   // Several of them, one after the other.
   m.class_<sparsekd::PlannedSequence>("PlannedSequence")

@@ -1,8 +1,8 @@
 // Memory in huge pages, where the system has them to give.
 //
-// A forward reads all its weights and activations once, tens of megabytes that the caches and the address translation do
-// not hold: with pages of 4 KiB a good part of it would be spent on finding out where the pages are, and cache sets would
-// be shared by chance.
+// A forward reads all its weights and activations once, tens of megabytes that the caches and the address translation
+// do not hold: with pages of 4 KiB a good part of it would be spent on finding out where the pages are, and cache sets
+// would be shared by chance.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -16,7 +16,8 @@ namespace sparsekd {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
-// Asks for huge pages where whole ones lie in memory that was just allocated. A hint: without it all is as well, but slower.
+// Asks for huge pages where whole ones lie in memory that was just allocated. A hint: without it all is as well, but
+// slower.
 inline void prefer_huge_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;

@@ -24,10 +24,11 @@ class PlannedConv2d : public torch::CustomClassHolder {
   using OptionalTensor = std::optional<at::Tensor>;
   using Numbers = std::vector<int64_t>;
 
-  // For inputs of this size, [N, C, H, W], on the CPU. `order`: the values' at each of the plan's places, if it has its own.
-  PlannedConv2d(at::Tensor plan, Numbers tiling, OptionalTensor order, OptionalTensor row_indices, std::string activation, Numbers input_size,
-                int64_t out_channels, Numbers kernel_size, Numbers stride, Numbers padding, Numbers dilation,
-                int64_t groups)
+  // For inputs of this size, [N, C, H, W], on the CPU. `order`: the values' at each of the plan's places, if it has its
+  // own.
+  PlannedConv2d(at::Tensor plan, Numbers tiling, OptionalTensor order, OptionalTensor row_indices,
+                std::string activation, Numbers input_size, int64_t out_channels, Numbers kernel_size, Numbers stride,
+                Numbers padding, Numbers dilation, int64_t groups)
       : plan_(std::move(plan)),
         tiling_(std::move(tiling)),
         order_(std::move(order)),
@@ -56,8 +57,9 @@ class PlannedConv2d : public torch::CustomClassHolder {
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("sparsekd::conv2d_planned", "").typed<Signature>();
     const at::AutoDispatchBelowAutograd below;  // its autograd formula is in Python
-    return op.call(input, ordered(values), plan_, tiling_, row_indices_, {}, shift, residual, activation_, false, out_channels_,
-                   numbers(kernel_size_), numbers(stride_), numbers(padding_), numbers(dilation_), groups_);
+    return op.call(input, ordered(values), plan_, tiling_, row_indices_, {}, shift, residual, activation_, false,
+                   out_channels_, numbers(kernel_size_), numbers(stride_), numbers(padding_), numbers(dilation_),
+                   groups_);
   }
 
  private:
@@ -83,7 +85,8 @@ class PlannedConv2d : public torch::CustomClassHolder {
                                c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymInt);
 
   static bool fits(const at::Tensor& tensor, const Numbers& size) {
-    return tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.scalar_type() == at::kFloat && tensor.sizes() == at::IntArrayRef(size);
+    return tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.scalar_type() == at::kFloat &&
+           tensor.sizes() == at::IntArrayRef(size);
   }
 
   static c10::SymIntArrayRef numbers(const Numbers& values) { return c10::fromIntArrayRefSlow(values); }

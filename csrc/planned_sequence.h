@@ -1,5 +1,6 @@
-// Layers of a network one after the other, without Python between them: what it does for a layer, 5 us where its objects
-// are in the caches and several times that after a kernel went through them, is a tenth of ResNet-50 at batch 1.
+// Layers of a network one after the other, without Python between them: what it does for a layer, 5 us where its
+// objects are in the caches and several times that after a kernel went through them, is a tenth of ResNet-50 at
+// batch 1.
 #pragma once
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>

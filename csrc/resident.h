@@ -9,8 +9,8 @@
 
 namespace sparsekd {
 
-// An uninitialised contiguous CPU tensor. Pages are shared in the order of the calls, which is that of a network's layers,
-// and end with the last of their tensors.
+// An uninitialised contiguous CPU tensor. Pages are shared in the order of the calls, which is that of a network's
+// layers, and end with the last of their tensors.
 inline at::Tensor empty_resident(at::IntArrayRef sizes, const at::TensorOptions& options) {
   struct Pages {
     explicit Pages(size_t wanted) : bytes(wanted), data(static_cast<char*>(take_pages(bytes))) {}

@@ -31,7 +31,8 @@ at::Tensor empty(at::IntArrayRef size, const at::Tensor& like, bool last) {
 
 // So many of a plan's entries: what narrow() gives, without its way through the dispatcher, which a small layer feels.
 at::Tensor entries(const at::Tensor& plan, int64_t from, int64_t count) {
-  at::Tensor view = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(plan.storage()), plan.key_set(), plan.dtype());
+  at::Tensor view =
+      at::detail::make_tensor<c10::TensorImpl>(c10::Storage(plan.storage()), plan.key_set(), plan.dtype());
   view.unsafeGetTensorImpl()->set_storage_offset(plan.storage_offset() + from);
   view.unsafeGetTensorImpl()->set_sizes_contiguous(count);
   return view;
@@ -46,8 +47,9 @@ at::Tensor wide_channels(const OptionalTensor& tensor, const char* name, const a
 // A tiling of the ops: whether entries lie block by block, and what they depend on.
 struct PlanKind {
   PlanKind(at::IntArrayRef numbers, const Conv2dShape& shape) {
-    TORCH_CHECK_VALUE(static_cast<int64_t>(numbers.size()) == shape.taps() + 3, "Expected a tiling of conv2d_tiling with ",
-                      shape.taps() + 3, " numbers for ", shape.taps(), " taps, got ", numbers.size());
+    TORCH_CHECK_VALUE(static_cast<int64_t>(numbers.size()) == shape.taps() + 3,
+                      "Expected a tiling of conv2d_tiling with ", shape.taps() + 3, " numbers for ", shape.taps(),
+                      " taps, got ", numbers.size());
     for (const int64_t number : numbers) {
       TORCH_CHECK_VALUE(number >= 0 && number <= std::numeric_limits<int32_t>::max(),
                         "Expected a tiling of numbers from 0 to 2^31 - 1, got ", number);
@@ -60,7 +62,9 @@ struct PlanKind {
   }
   // Numbers in a plan [crow_indices | col_indices | starts | offsets | 0 | order], the last ones as in OffsetPlan; the
   // kernel reads one offset ahead.
-  int64_t starts(int64_t row_groups) const { return ordered ? tiling[1] * row_groups + 1 : (tiling[1] + 1) * row_groups; }
+  int64_t starts(int64_t row_groups) const {
+    return ordered ? tiling[1] * row_groups + 1 : (tiling[1] + 1) * row_groups;
+  }
   int64_t size(int64_t row_groups, int64_t vectors) const {
     return row_groups + 1 + (ordered ? 3 : 2) * vectors + starts(row_groups) + 1;
   }
@@ -131,14 +135,16 @@ std::vector<int64_t> conv2d_tiling_cpu(const at::Tensor& col_indices, int64_t ve
   // It depends on how many entries there are, not on where.
   at::Tensor crow = at::zeros({groups * ceil_div(out_channels / groups, vector) + 1}, at::kInt);
   crow[-1] = col_indices.size(0);
-  Tiling tiling = direct_tiling(shape, Pattern(crow, col_indices, {}, out_channels, groups, vector), at::empty({0}, at::kFloat));
+  Tiling tiling =
+      direct_tiling(shape, Pattern(crow, col_indices, {}, out_channels, groups, vector), at::empty({0}, at::kFloat));
   tiling.insert(tiling.begin(), 0);
   return tiling;
 }
 
 at::Tensor conv2d_plan_cpu(const at::Tensor& crow_indices, const at::Tensor& col_indices, at::IntArrayRef tiling,
-                           int64_t vector, at::IntArrayRef input_size, int64_t out_channels, at::IntArrayRef kernel_size,
-                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+                           int64_t vector, at::IntArrayRef input_size, int64_t out_channels,
+                           at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                           at::IntArrayRef dilation, int64_t groups) {
   const Conv2dShape shape = checked_shape(input_size, out_channels, kernel_size, stride, padding, dilation, groups);
   check_dim(col_indices, "col_indices", 1);
   const Pattern pattern(crow_indices, col_indices, {}, out_channels, groups, vector);
@@ -169,14 +175,14 @@ at::Tensor conv2d_planned_cpu(const at::Tensor& input, const at::Tensor& values,
   const Conv2dShape shape = checked_shape(input.sizes(), out_channels, kernel_size, stride, padding, dilation, groups);
   const PlanKind kind(tiling, shape);
   const int64_t rows = groups * ceil_div(out_channels / groups, values.size(1)), count = values.size(0);
-  TORCH_CHECK_VALUE(plan.size(0) == kind.size(rows, count), "Expected a plan of conv2d_plan with ", kind.size(rows, count),
-                    " entries for ", rows, " row groups, ", count, " vectors and ", kind.tiling[1], " blocks, got ",
-                    plan.size(0));
+  TORCH_CHECK_VALUE(plan.size(0) == kind.size(rows, count), "Expected a plan of conv2d_plan with ",
+                    kind.size(rows, count), " entries for ", rows, " row groups, ", count, " vectors and ",
+                    kind.tiling[1], " blocks, got ", plan.size(0));
   const int32_t* const starts = plan.const_data_ptr<int32_t>() + rows + 1 + count;
   const int32_t* const after = starts + kind.starts(rows);
   const OffsetPlan offsets{kind.tiling, starts, after, kind.ordered ? after + count + 1 : nullptr};
-  return run_conv2d(input, values, entries(plan, 0, rows + 1), entries(plan, rows + 1, count), row_indices, scale, shift,
-                    "shift", residual, activation_of(activation), out_channels,
+  return run_conv2d(input, values, entries(plan, 0, rows + 1), entries(plan, rows + 1, count), row_indices, scale,
+                    shift, "shift", residual, activation_of(activation), out_channels,
                     {kernel_size, stride, padding, dilation, groups}, &offsets);
 }
 

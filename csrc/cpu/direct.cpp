@@ -1,8 +1,9 @@
 // Direct convolution with a sparse weight in vector-CSR and dense activations, forward and backward.
 //
-//   output[n, k, oh, ow]  = bias[k] + sum over non-zeros (c, r, s) of row k of  w * input[n, c, oh*st + r*dil - pad, ...]
-//   grad_input            = the same kernel on the transposed pattern, once per phase of the stride
-//   grad_values[i]        = sum over images and pixels of  grad_output[n, k, p] * input at the non-zero's offset
+//   output[n, k, oh, ow] = bias[k] + sum over non-zeros (c, r, s) of row k of
+//                          w * input[n, c, oh*st + r*dil - pad, ...]
+//   grad_input           = the same kernel on the transposed pattern, once per phase of the stride
+//   grad_values[i]       = sum over images and pixels of  grad_output[n, k, p] * input at the non-zero's offset
 //
 // No im2col: inputs are copied once into planes of vectors (lanes.h), where a non-zero is one constant distance for all
 // pixels, and a register tile of pixels goes through all non-zeros of an output channel (spmm.inc). After SkimCaffe
@@ -34,7 +35,8 @@ void forward(const Conv2dShape& shape, const Pattern& pattern, const OffsetPlan*
   const Batch<T> result{output, shape.batch, shape.out_channels, shape.output, channels_last};
   const T* start = bias ? init.data() : nullptr;
   const GridKey key = grid_key(kForwardGrid, shape, pass.rows, channels_last);
-  if (is_flat(shape)) return over_pixels(key, source, shape.stride, shape.output, {1, 1}, passes, start, epilogue, result);
+  if (is_flat(shape))
+    return over_pixels(key, source, shape.stride, shape.output, {1, 1}, passes, start, epilogue, result);
   run_passes<T>(
       key, source, shape.output,
       [&](const Pair& positions, std::vector<Pass<T>>* of) {
@@ -49,7 +51,8 @@ void forward(const Conv2dShape& shape, const Pattern& pattern, const OffsetPlan*
 template <class T>
 std::vector<Pass<T>> split(const Rows<T>& rows, const Transposed& transposed, const T* values,
                            const std::vector<InputGradPhase>& phases) {
-  const bool all = std::all_of(phases[0].taps.begin(), phases[0].taps.end(), [](const Tap& tap) { return tap.phase >= 0; });
+  const bool all =
+      std::all_of(phases[0].taps.begin(), phases[0].taps.end(), [](const Tap& tap) { return tap.phase >= 0; });
   if (all && phases.size() == 1) {
     Pass<T> only;
     only.rows = rows;
@@ -177,8 +180,8 @@ void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const Offs
     const bool scaled = finish.scale.defined();
     const Epilogue<T> epilogue{data(finish.scale), scaled ? data(finish.shift) : nullptr, data(finish.residual),
                                finish.activation};
-    forward<T>(shape, pattern, plan, nullptr, input.const_data_ptr<T>(), values.const_data_ptr<T>(), scaled ? nullptr : data(finish.shift),
-            epilogue, channels_last, output.mutable_data_ptr<T>());
+    forward<T>(shape, pattern, plan, nullptr, input.const_data_ptr<T>(), values.const_data_ptr<T>(),
+               scaled ? nullptr : data(finish.shift), epilogue, channels_last, output.mutable_data_ptr<T>());
   });
 }
 

@@ -21,8 +21,8 @@ struct Finish {
 // transpose_pattern.
 void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const OffsetPlan* plan, const at::Tensor& input,
                     const at::Tensor& values, const Finish& finish, bool channels_last, at::Tensor& output);
-// How an input of this shape, contiguous and in the dtype of `like`, will lie, and where the pattern's columns then are:
-// an OffsetPlan's parts, of which `order` may be null.
+// How an input of this shape, contiguous and in the dtype of `like`, will lie, and where the pattern's columns then
+// are: an OffsetPlan's parts, of which `order` may be null.
 Tiling direct_tiling(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& like);
 void plan_offsets(const Conv2dShape& shape, const Pattern& pattern, const Tiling& tiling, int32_t* starts,
                   int32_t* offset, int32_t* order);

@@ -43,8 +43,8 @@ int64_t count_labels(const int64_t* target, int64_t rows, int64_t classes, int64
 
 // The sum of the rows' losses; their gradient goes to `grad`, which may be `student`, unless it is null.
 template <class T>
-double rows_loss(const KDLossSettings& settings, const T* student, const T* teacher, T* grad, const int64_t* target, int64_t rows,
-                 int64_t ignore_index, bool distill_ignored) {
+double rows_loss(const KDLossSettings& settings, const T* student, const T* teacher, T* grad, const int64_t* target,
+                 int64_t rows, int64_t ignore_index, bool distill_ignored) {
   const int64_t classes = settings.classes, pitch = (classes + 15) / 16 * 16;
   constexpr int64_t kLine = 64 / sizeof(double);
   std::vector<double> losses(rows);
@@ -91,8 +91,8 @@ double mean_loss(const at::Tensor& student, const at::Tensor& teacher, const int
   return nothing ? std::numeric_limits<double>::quiet_NaN() : loss;
 }
 
-// Memory as large as this the allocator gives back, so each gradient's is new, and a page of 4 KiB at a time takes longer
-// to get than its gradient to compute.
+// Memory as large as this the allocator gives back, so each gradient's is new, and a page of 4 KiB at a time takes
+// longer to get than its gradient to compute.
 void ask_for_large_pages(const at::Tensor& tensor) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2 << 20, kLeast = 4 * kPage;

@@ -1,7 +1,8 @@
 // The inner loops that are compiled once per instruction set, and the table through which the ops reach them.
 //
 // Every sparse operator on the CPU comes down to two loops. Pixels lie in the lanes of vectors (lanes.h), so that a
-// column of the packed weight (channel c, tap r, s) is a whole vector at a fixed distance from that of the output pixel:
+// column of the packed weight (channel c, tap r, s) is a whole vector at a fixed distance from that of the output
+// pixel:
 //
 //   spmm    output[row][p]     = init[row] + sum_i values[i][row] * input[offset[i] + p],  offset[i] = table[col[i]]
 //   sddmm   grad_values[i][row] +=           sum_p grad[row][p]   * input[table[col[i]] + p]
@@ -10,13 +11,13 @@
 // weight gradient at the non-zeros. Constant distances are the idea of SkimCaffe (Park et al., "Faster CNNs with direct
 // sparse convolutions and guided pruning", ICLR 2017) and Escoin (Chen, 2018).
 //
-// A tile is a rectangle of `lines` x `width` positions, each one vector. A block of input channels stays in L1 while all
-// rows pass: both loops go through the columns (or offsets, which rise as they do) below a limit and leave the cursor of
-// each row there, or through as many as a plan says. A column that is outside the table is below no limit, so that a row
-// that stops short of its end tells of it; nothing outside is read.
+// A tile is a rectangle of `lines` x `width` positions, each one vector. A block of input channels stays in L1 while
+// all rows pass: both loops go through the columns (or offsets, which rise as they do) below a limit and leave the
+// cursor of each row there, or through as many as a plan says. A column that is outside the table is below no limit, so
+// that a row that stops short of its end tells of it; nothing outside is read.
 //
-// Under AVX-512 there are both loops for vectors of 64 bytes and, with twice the registers, of 32: on small maps more lanes
-// may be idle than the wider vectors gain.
+// Under AVX-512 there are both loops for vectors of 64 bytes and, with twice the registers, of 32: on small maps more
+// lanes may be idle than the wider vectors gain.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -51,12 +52,13 @@ struct SpmmTile {
   int64_t partial_pitch;
   T* output;             // as partial, and may be the same
   int64_t output_pitch;
-  // Where the vectors of a row go if these are finished results: elements from the row's output on, rising. What a vector
-  // reaches beyond its own pixels is overwritten by those that follow. Null: side by side.
+  // Where the vectors of a row go if these are finished results: elements from the row's output on, rising. What a
+  // vector reaches beyond its own pixels is overwritten by those that follow. Null: side by side.
   const int32_t* places;  // [lines * width]
   int tail;               // elements of the last one that may be stored, or 0 for all
   const T* residual;      // added to finished results; lies as the output does; or null
-  // What the next tile reads, fetched while this one is computed: `ahead_lines` lines of a cache in each of so many channels.
+  // What the next tile reads, fetched while this one is computed: `ahead_lines` lines of a cache in each of so many
+  // channels.
   const T* ahead;
   int64_t ahead_pitch, ahead_channels;
   int ahead_lines;

@@ -36,8 +36,8 @@ constexpr LaneKernels<T> widths[] = {narrow::lane_kernels<T>};
 
 template <class T>
 constexpr TypeKernels<T> type_kernels(int count, const LaneKernels<T>* lanes) {
-  return {count, lanes, &spmv<T>, &narrow::transpose<T>, &narrow::split<T>, &narrow::spread<T>, &copy_lines<T>, &epilogue<T>, &max_pool2d<T>,
-          &kd_loss_row<T>};
+  return {count,          lanes,        &spmv<T>,       &narrow::transpose<T>, &narrow::split<T>, &narrow::spread<T>,
+          &copy_lines<T>, &epilogue<T>, &max_pool2d<T>, &kd_loss_row<T>};
 }
 }  // namespace
 

@@ -13,7 +13,8 @@
 #include "kernels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bw"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bw"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bw")
 #endif
@@ -40,8 +41,8 @@ constexpr LaneKernels<T> widths[] = {wide::lane_kernels<T>, narrow::lane_kernels
 
 template <class T>
 constexpr TypeKernels<T> type_kernels(int count, const LaneKernels<T>* lanes) {
-  return {count, lanes, &spmv<T>, &narrow::transpose<T>, &narrow::split<T>, &narrow::spread<T>, &copy_lines<T>, &epilogue<T>, &max_pool2d<T>,
-          &kd_loss_row<T>};
+  return {count,          lanes,        &spmv<T>,       &narrow::transpose<T>, &narrow::split<T>, &narrow::spread<T>,
+          &copy_lines<T>, &epilogue<T>, &max_pool2d<T>, &kd_loss_row<T>};
 }
 }  // namespace
 

@@ -1,7 +1,7 @@
 // Pixels in the lanes of vectors, so that every column of a packed weight is one aligned vector at a fixed distance.
 //
-// Strips: an image is cut into `down` x `across` strips, and `images` of them lie side by side. Lane l of position (y, x)
-// holds pixel (y, x) of strip l, so that a tap moves whole vectors and a tile never meets a border:
+// Strips: an image is cut into `down` x `across` strips, and `images` of them lie side by side. Lane l of position (y,
+// x) holds pixel (y, x) of strip l, so that a tap moves whole vectors and a tile never meets a border:
 //
 //   image of 4 x 4 pixels, 2 x 2 strips, 4 lanes        position (0, 0)   a c i k
 //     a b | c d                                         position (0, 1)   b d j l
@@ -10,10 +10,11 @@
 //     i j | k l        neighbours' pixels around it,
 //     m n | o p        or zeros (planes.h)
 //
-// Runs: a vector is as many pixels as it has lanes, one after the other as they lie in a padded plane. A tap moves single
-// elements, so that loads straddle cache lines, but nothing is turned around on the way in and out. Lines share their
-// padding (planes.h). Where they begin at a multiple of a vector, only taps to the sides straddle, and a tile may leave
-// the rest of the lines out; where they don't, a run goes on over their ends, and the few results between are thrown away:
+// Runs: a vector is as many pixels as it has lanes, one after the other as they lie in a padded plane. A tap moves
+// single elements, so that loads straddle cache lines, but nothing is turned around on the way in and out. Lines share
+// their padding (planes.h). Where they begin at a multiple of a vector, only taps to the sides straddle, and a tile may
+// leave the rest of the lines out; where they don't, a run goes on over their ends, and the few results between are
+// thrown away:
 //
 //   image, one channel            its plane (padding 1, 3 x 3 taps)
 //     a b c                         0 0 0 0
@@ -82,8 +83,8 @@ inline int64_t footprint_of(const Work& work, const Grid& grid) {
   return positions * work.bytes;
 }
 
-// Cycles of a row of a tile: two FMAs a cycle, or as many as two loads a cycle allow, fewer where what a tile reads of a
-// block of channels isn't in L1 whole; and what a column and a block cost besides.
+// Cycles of a row of a tile: two FMAs a cycle, or as many as two loads a cycle allow, fewer where what a tile reads of
+// a block of channels isn't in L1 whole; and what a column and a block cost besides.
 inline double row_cycles(const Work& work, const Grid& grid, int64_t blocks) {
   const double sums = static_cast<double>(grid.strip[0]) / grid.tiles[0] * grid.strip[1] / grid.tiles[1];
   const double passes = ceil_div(work.vector, grid.rows), lines = work.bytes / 64.0;
@@ -95,8 +96,8 @@ inline double row_cycles(const Work& work, const Grid& grid, int64_t blocks) {
   return work.vectors_per_row * column + blocks * (kRow * passes + kSum * (1 + lines) / 2 * sums * work.vector);
 }
 
-// Blocks of channels: the more, the more of what a tile reads of one stays in L1 while all rows pass, and the more often
-// partial sums come and go.
+// Blocks of channels: the more, the more of what a tile reads of one stays in L1 while all rows pass, and the more
+// often partial sums come and go.
 inline int64_t blocks_of(const Work& work, const Grid& grid) {
   int64_t best = 1;
   double least = row_cycles(work, grid, 1);
@@ -110,8 +111,8 @@ inline int64_t blocks_of(const Work& work, const Grid& grid) {
   return best;
 }
 
-// Cycles of a whole pass, roughly: its rows, and what each line and vector costs on its way in and out, more where it is
-// turned around.
+// Cycles of a whole pass, roughly: its rows, and what each line and vector costs on its way in and out, more where it
+// is turned around.
 inline double cycles(const Work& work, const Grid& grid) {
   const double row = row_cycles(work, grid, grid.blocks);
   const auto lanes = static_cast<double>(grid.lanes), phases = static_cast<double>(work.planes->phases.size());
@@ -241,8 +242,8 @@ inline Grid best_grid(const Work& work, const TileShape& shape, int64_t bands, b
 // What a grid was chosen for.
 using GridKey = std::vector<int64_t>;
 
-// The best of the grids that `grid_of(kernels)` finds for each width of vectors. To look for it takes a few percent of a
-// small layer's time, so that a thread remembers what it found.
+// The best of the grids that `grid_of(kernels)` finds for each width of vectors. To look for it takes a few percent of
+// a small layer's time, so that a thread remembers what it found.
 template <class T, class GridOf>
 Grid best_width(const GridKey& key, GridOf grid_of) {
   constexpr size_t kMost = 1024;

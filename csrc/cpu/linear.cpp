@@ -2,8 +2,8 @@
 //
 //   output [N, out] = input [N, in] @ weight^T + bias, weight [out, in] in vector-CSR
 //
-// One row of activations is a dot product per output (spmv.inc). More rows are the pixels of a 1 x 1 convolution over one
-// image in channels_last.
+// One row of activations is a dot product per output (spmv.inc). More rows are the pixels of a 1 x 1 convolution over
+// one image in channels_last.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -24,7 +24,8 @@ Conv2dShape pixels_of_rows(int64_t rows, int64_t in_features, int64_t out_featur
 }
 
 void check_index_range(int64_t features) {
-  TORCH_CHECK_VALUE(features <= std::numeric_limits<int32_t>::max(), "Expected fewer than 2^31 features, got ", features);
+  TORCH_CHECK_VALUE(features <= std::numeric_limits<int32_t>::max(), "Expected fewer than 2^31 features, got ",
+                    features);
 }
 
 // What the product with single rows needs of a packed matrix: the weight in the forward, its transposed pattern in the
@@ -65,7 +66,8 @@ void one_row(const Packed<T>& packed, const T* input, T* output, const char* nam
   });
 }
 
-constexpr int64_t kSingly = 2;  // rows that are faster one by one than in the lanes, most of which they would leave idle
+// Rows that are faster one by one than in the lanes, most of which they would leave idle.
+constexpr int64_t kSingly = 2;
 
 template <class T>
 void product(const Packed<T>& packed, int64_t count, const T* input, T* output, const char* name) {
@@ -91,8 +93,8 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& values, const a
   const at::Tensor wide_input = widened(input), wide_values = widened(values);
   at::Tensor output = at::empty({input.size(0), out_features}, wide_input.options());
   if (input.size(0) > kSingly) {
-    direct_forward(pixels_of_rows(input.size(0), input.size(1), out_features), pattern, nullptr, wide_input, wide_values,
-                   {{}, bias ? widened(*bias) : at::Tensor(), {}}, true, output);
+    direct_forward(pixels_of_rows(input.size(0), input.size(1), out_features), pattern, nullptr, wide_input,
+                   wide_values, {{}, bias ? widened(*bias) : at::Tensor(), {}}, true, output);
     return output.to(input.scalar_type());
   }
   dispatch(wide_input, [&](auto zero) {
@@ -128,7 +130,8 @@ at::Tensor linear_input_grad_cpu(const at::Tensor& grad_output, const at::Tensor
   const at::Tensor wide_grad = widened(grad_output), wide_values = widened(values);
   at::Tensor grad_input = at::empty({rows, in_features}, wide_grad.options());
   if (rows > kSingly) {
-    direct_input_grad(pixels_of_rows(rows, in_features, out_features), pattern, wide_grad, wide_values, true, grad_input);
+    direct_input_grad(pixels_of_rows(rows, in_features, out_features), pattern, wide_grad, wide_values, true,
+                      grad_input);
     return grad_input.to(grad_output.scalar_type());
   }
   std::vector<int64_t> row_of(in_features);

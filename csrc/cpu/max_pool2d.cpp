@@ -22,7 +22,8 @@ void planes(MaxPool2d pool, int64_t count, const T* in, T* out) {
   constexpr int64_t kGrain = 32768;  // pixels that pay for another thread
   at::parallel_for(0, count, std::max<int64_t>(kGrain / from, 1), [&](int64_t begin, int64_t end) {
     Buffer<T> scratch(2 * pool.stride[1] * pool.pitch);
-    for (int64_t i = begin; i < end; ++i) type_kernels<T>().max_pool2d(pool, in + i * from, out + i * to, scratch.get());
+    for (int64_t i = begin; i < end; ++i)
+      type_kernels<T>().max_pool2d(pool, in + i * from, out + i * to, scratch.get());
   });
 }
 

@@ -71,8 +71,8 @@ struct Epilogue {
   }
 };
 
-// Pixels first .. first + count - 1 of all images one after the other, for a 1 x 1 kernel, which sees every stride-th pixel
-// of each line and column: out[c][pixel], zeros from `count` on to `pitch`.
+// Pixels first .. first + count - 1 of all images one after the other, for a 1 x 1 kernel, which sees every stride-th
+// pixel of each line and column: out[c][pixel], zeros from `count` on to `pitch`.
 template <class T>
 void pack_flat(const Batch<const T>& batch, const Pair& stride, const Pair& pixels, int64_t first, int64_t count,
                int64_t begin, int64_t end, int64_t pitch, T* out) {
@@ -91,12 +91,12 @@ void pack_flat(const Batch<const T>& batch, const Pair& stride, const Pair& pixe
     if (batch.last) {
       for (int64_t i = 0; i < together; ++i) {
         const T* const from = image + (at + i * stride[0] * batch.size[1]) * batch.channels + begin;
-        type_kernels<T>().transpose(from, run, end - begin, stride[1] * batch.channels, out + begin * pitch + done + i * run,
-                                    pitch);
+        type_kernels<T>().transpose(from, run, end - begin, stride[1] * batch.channels,
+                                    out + begin * pitch + done + i * run, pitch);
       }
     } else if (every) {
-      type_kernels<T>().copy_lines({image + begin * plane + at, plane, out + begin * pitch + done, pitch, end - begin, run,
-                                    1, 0, run, kAhead * plane});
+      type_kernels<T>().copy_lines({image + begin * plane + at, plane, out + begin * pitch + done, pitch, end - begin,
+                                    run, 1, 0, run, kAhead * plane});
     } else {
       for (int64_t c = begin; c < end; ++c) {
         type_kernels<T>().copy_lines({image + c * plane + at, stride[0] * batch.size[1], out + c * pitch + done, run,
@@ -105,7 +105,8 @@ void pack_flat(const Batch<const T>& batch, const Pair& stride, const Pair& pixe
     }
     done += run * together;
   }
-  for (int64_t c = begin; count < pitch && c < end; ++c) std::fill(out + c * pitch + count, out + (c + 1) * pitch, T(0));
+  for (int64_t c = begin; count < pitch && c < end; ++c)
+    std::fill(out + c * pitch + count, out + (c + 1) * pitch, T(0));
 }
 
 // Copies channels [H, W] of images of one size into their planes, for positions from line `first` on.

@@ -45,8 +45,9 @@ struct Pass {
   std::vector<int32_t> crow, col;  // likewise
 };
 
-// Runs `fill(unit, from channel, to channel, buffer)`, then `multiply(pass, unit, buffer, from row, to row)` for each unit
-// (an image, a band of pixels, or several images): units side by side, or one at a time with its rows side by side.
+// Runs `fill(unit, from channel, to channel, buffer)`, then `multiply(pass, unit, buffer, from row, to row)` for each
+// unit (an image, a band of pixels, or several images): units side by side, or one at a time with its rows side by
+// side.
 template <class T, class Fill, class Multiply>
 void run_units(int64_t units, int64_t channels, int64_t elements, const std::vector<Pass<T>>& passes, Fill fill,
                Multiply multiply) {
@@ -76,7 +77,8 @@ void run_units(int64_t units, int64_t channels, int64_t elements, const std::vec
 }
 
 template <class T>
-Work work_of(const Rows<T>& rows, int64_t batch, const Pair& pixels, int64_t width, const Planes& planes, int64_t lanes) {
+Work work_of(const Rows<T>& rows, int64_t batch, const Pair& pixels, int64_t width, const Planes& planes,
+             int64_t lanes) {
   const double vectors = static_cast<double>(rows.crow[rows.packed()]) / std::max<int64_t>(rows.packed(), 1);
   return {batch, pixels, width, &planes, rows.channels_per_group, rows.packed_per_group, vectors, rows.vector,
           lanes * static_cast<int64_t>(sizeof(T))};
@@ -125,8 +127,8 @@ SpmmTile<T> tile_of(const Grid& grid, int64_t ty, int64_t tx, const T* init) {
   return tile;
 }
 
-// All passes over strips of the source. `planes_for(positions, passes)` gives the planes of so many pixels, and the passes
-// their taps' places in them.
+// All passes over strips of the source. `planes_for(positions, passes)` gives the planes of so many pixels, and the
+// passes their taps' places in them.
 template <class T, class PlanesFor>
 void over_strips(const Grid& grid, const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for,
                  std::vector<Pass<T>>& passes, const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
@@ -253,8 +255,8 @@ GridKey grid_key(int64_t kind, const Conv2dShape& shape, const Rows<T>& rows, bo
 enum GridKind : int64_t { kForwardGrid, kInputGradGrid, kWeightGradGrid };
 
 template <class T, class PlanesFor>
-void run_passes(const GridKey& key, const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for, std::vector<Pass<T>>& passes,
-                const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
+void run_passes(const GridKey& key, const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for,
+                std::vector<Pass<T>>& passes, const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
   auto entries = [](const Pass<T>& pass) { return pass.rows.crow[pass.rows.packed()]; };
   const Pass<T>& main = *std::max_element(passes.begin(), passes.end(), [&](const Pass<T>& a, const Pass<T>& b) {
     return entries(a) < entries(b);
@@ -269,8 +271,8 @@ void run_passes(const GridKey& key, const Batch<const T>& source, const Pair& pi
   over_strips(grid, source, pixels, planes_for, passes, init, epilogue, result);
 }
 
-// One pass of a 1 x 1 kernel without padding, over runs of the source's pixels: those of an image where they lie, or those
-// of all images one after the other. `pixels` are every stride-th of the source, and every step-th of the result.
+// One pass of a 1 x 1 kernel without padding, over runs of the source's pixels: those of an image where they lie, or
+// those of all images one after the other. `pixels` are every stride-th of the source, and every step-th of the result.
 template <class T>
 void over_pixels(GridKey key, const Batch<const T>& source, const Pair& stride, const Pair& pixels, const Pair& step,
                  std::vector<Pass<T>>& passes, const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
@@ -301,7 +303,8 @@ void over_pixels(GridKey key, const Batch<const T>& source, const Pair& stride, 
   pass.blocks = grid.blocks;
   // What is packed is so in bands of whole tiles.
   const int64_t channel_bytes = std::max<int64_t>(source.channels, 1) * widest * static_cast<int64_t>(sizeof(T));
-  const int64_t tiles_in_band = in_place ? grid.tiles[1] : std::clamp<int64_t>(kBandBudget / channel_bytes, 1, grid.tiles[1]);
+  const int64_t tiles_in_band =
+      in_place ? grid.tiles[1] : std::clamp<int64_t>(kBandBudget / channel_bytes, 1, grid.tiles[1]);
   const int64_t bands = ceil_div(grid.tiles[1], tiles_in_band);
   const int64_t pitch = in_place ? count : spread<T>(tiles_in_band * widest);
   pass.taps = planes.taps;

@@ -15,8 +15,8 @@ namespace {
 void check_crow(const int32_t* crow, int64_t entries, int64_t count, const char* name) {
   TORCH_CHECK_VALUE(crow[0] == 0, "Expected ", name, "[0] to be 0, got ", crow[0]);
   for (int64_t i = 1; i < entries; ++i) {
-    TORCH_CHECK_VALUE(crow[i] >= crow[i - 1], "Expected non-decreasing ", name, ", got ", crow[i - 1], " before ", crow[i],
-                      " at ", i);
+    TORCH_CHECK_VALUE(crow[i] >= crow[i - 1], "Expected non-decreasing ", name, ", got ", crow[i - 1], " before ",
+                      crow[i], " at ", i);
   }
   TORCH_CHECK_VALUE(crow[entries - 1] == count, "Expected the last of ", name, " to be ", count,
                     " (the number of vectors), got ", crow[entries - 1]);
@@ -114,7 +114,8 @@ at::Tensor transpose_pattern(const at::Tensor& crow_indices, const at::Tensor& c
       const int64_t group = row / pattern.rows_per_group;
       for (int64_t i = pattern.crow[packed]; i < pattern.crow[packed + 1]; ++i) {
         const int64_t column = pattern.col[i];
-        TORCH_CHECK_INDEX(column >= 0 && column < columns, "Expected col_indices in 0..", columns - 1, ", got ", column);
+        TORCH_CHECK_INDEX(column >= 0 && column < columns, "Expected col_indices in 0..", columns - 1, ", got ",
+                          column);
         entry(group * channels_per_group + column / taps,
               (row % pattern.rows_per_group) * taps + column % taps, i * vector + position % vector);
       }

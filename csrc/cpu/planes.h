@@ -164,7 +164,8 @@ inline Planes input_grad_planes(const Conv2dShape& shape, const Pair& positions,
       for (int64_t r = 0; r < shape.kernel[0]; ++r) {
         for (int64_t s = 0; s < shape.kernel[1]; ++s) {
           const bool reached = h.reached[r] && w.reached[s];
-          phase.taps.push_back(reached ? Tap{0, h.shifts[r] - plane.origin[0], w.shifts[s] - plane.origin[1]} : Tap{-1, 0, 0});
+          phase.taps.push_back(reached ? Tap{0, h.shifts[r] - plane.origin[0], w.shifts[s] - plane.origin[1]}
+                                       : Tap{-1, 0, 0});
         }
       }
       phases.push_back(std::move(phase));

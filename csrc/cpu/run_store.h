@@ -61,9 +61,9 @@ class RunStore {
   void add(int64_t source, int64_t n, int64_t pixel, int64_t count) { runs.push_back({source, n, pixel, count}); }
   bool empty() const { return runs.empty(); }
 
-  // Where row groups begin .. end - 1 of the tile go: straight to the result if each of its vectors lies in one run. What
-  // one of them has beyond its run spills over the pixels that follow, if `spills`, for those are stored later; but it
-  // stays before pixel `limit`, where another thread's may begin.
+  // Where row groups begin .. end - 1 of the tile go: straight to the result if each of its vectors lies in one run.
+  // What one of them has beyond its run spills over the pixels that follow, if `spills`, for those are stored later;
+  // but it stays before pixel `limit`, where another thread's may begin.
   void aim(SpmmTile<T>& tile, T* scratch, int64_t begin, int64_t end, int64_t lanes, int64_t limit, bool spills) {
     const int64_t* row_of = rows.row_of + begin * rows.vector;
     const int64_t vectors = int64_t{tile.lines} * tile.width;
@@ -91,7 +91,8 @@ class RunStore {
       if (!result.last && (epilogue.clamps() || !epilogue.any())) return;
       for (const Run& run : runs) {
         if (result.last) {
-          store_pixels(rows, tile.output + run.source, tile.output_pitch, row_of, made, result, run.n, run.pixel, run.count);
+          store_pixels(rows, tile.output + run.source, tile.output_pitch, row_of, made, result, run.n, run.pixel,
+                       run.count);
         }
         if (epilogue.any()) finish_rows(rows, row_of, made, epilogue, result, run.n, run.pixel, run.count);
       }

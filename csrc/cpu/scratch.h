@@ -8,8 +8,8 @@
 
 namespace sparsekd::cpu {
 
-// A thread's stack of buffers, kept from one call to the next: fresh pages cost more than what is done in them, and what
-// the last call wrote is still in the caches, where the next one writes.
+// A thread's stack of buffers, kept from one call to the next: fresh pages cost more than what is done in them, and
+// what the last call wrote is still in the caches, where the next one writes.
 class Scratch {
  public:
   static constexpr size_t kKept = size_t{32} << 20;  // bytes that a thread keeps at most

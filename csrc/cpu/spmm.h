@@ -34,7 +34,8 @@ struct Rows {
 // from a position to each tap.
 using Tiling = std::vector<int64_t>;
 
-inline Tiling tiling_of(int64_t pitch, int64_t blocks, const std::vector<Tap>& taps, const Layout& layout, int64_t step) {
+inline Tiling tiling_of(int64_t pitch, int64_t blocks, const std::vector<Tap>& taps, const Layout& layout,
+                        int64_t step) {
   Tiling tiling{pitch, blocks};
   // A tap that takes no part has no entry that points here.
   for (const Tap& tap : taps) tiling.push_back(tap.phase < 0 ? 0 : layout.at(tap) * step);
@@ -100,8 +101,8 @@ bool starts_fit(const Rows<T>& rows, const OffsetPlan& plan) {
   return fit;
 }
 
-// Where each row's entries of each block of channels begin, [blocks + 1, row groups]. Columns rise in a row; of one that
-// is outside nothing is told here.
+// Where each row's entries of each block of channels begin, [blocks + 1, row groups]. Columns rise in a row; of one
+// that is outside nothing is told here.
 template <class T>
 void count_starts(const Rows<T>& rows, int64_t blocks, int32_t* starts) {
   const int64_t count = rows.packed();

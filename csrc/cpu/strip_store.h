@@ -51,7 +51,8 @@ struct StripStore {
       const int64_t row = row_of[r];
       if (row < 0) continue;
       if (!index.empty()) {
-        kernels.select(from + r * pitch, lines * width * grid.lanes, index.data(), plane, batch.image(first) + row * plane);
+        kernels.select(from + r * pitch, lines * width * grid.lanes, index.data(), plane,
+                       batch.image(first) + row * plane);
         continue;
       }
       for (int64_t h = 0; h < lines; ++h) {

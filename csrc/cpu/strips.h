@@ -68,7 +68,8 @@ class StripPacker {
         part.shift[d] = floor_div(plane.origin[d], step);
         part.first[d] = plane.origin[d] - part.shift[d] * step;
         part.size[d] = ceil_div(batch.size[d] - part.first[d], step);
-        const bool inside = part.size[d] <= covered[d] && part.shift[d] <= 0 && part.shift[d] + plane.size[d] >= grid.strip[d];
+        const bool inside =
+            part.size[d] <= covered[d] && part.shift[d] <= 0 && part.shift[d] + plane.size[d] >= grid.strip[d];
         if (!inside || part.size[d] < 1) return parts.clear(), false;
       }
       part.place = place;
@@ -174,7 +175,8 @@ class StripPacker {
     };
     std::vector<Runs> runs(small ? 0 : parts.size());
     for (int64_t c = begin; c < end; ++c) {
-      for (int64_t i = 0; step > 1 && i < images; ++i) draw_apart(batch.image(first + i) + c * pixels, apart.get() + i * drawn);
+      for (int64_t i = 0; step > 1 && i < images; ++i)
+        draw_apart(batch.image(first + i) + c * pixels, apart.get() + i * drawn);
       // Channels lie far apart from each other's lines, so that nothing foresees where the next one's are.
       for (int64_t i = 0; c + 1 < end && i < images; ++i) fetch_line(batch.image(first + i) + (c + 1) * pixels, pixels);
       T* to = out + c * pitch;
@@ -269,7 +271,8 @@ class StripPacker {
             const int64_t n = first + image_of(lane);
             const int64_t row = (down_of(lane) * grid.strip[0] + y) * plane.step[0] + plane.origin[0];
             const int64_t column = (across_of(lane) * grid.strip[1] + x) * plane.step[1] + plane.origin[1];
-            const bool inside = n < batch.count && row >= 0 && row < batch.size[0] && column >= 0 && column < batch.size[1];
+            const bool inside =
+                n < batch.count && row >= 0 && row < batch.size[0] && column >= 0 && column < batch.size[1];
             from[lane] = zeros.data();
             if (inside) from[lane] = tail.readable(batch.image(n) + (row * batch.size[1] + column) * batch.channels);
           }

@@ -2,8 +2,8 @@
 //
 //   grad_values[i] = sum over images and pixels of  grad_output[n, k, p] * input at the non-zero's distance
 //
-// Input and gradient lie in the same lanes (lanes.h), so that a tile of the gradient stays in registers for all non-zeros
-// of its row (sddmm.inc).
+// Input and gradient lie in the same lanes (lanes.h), so that a tile of the gradient stays in registers for all
+// non-zeros of its row (sddmm.inc).
 #include "../check.h"
 #include "passes.h"
 
@@ -36,15 +36,18 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
   const Planes of_image = input_planes(shape, shape.output);
   // Pixels of so many images lie side by side that few lanes stay idle.
   const int64_t flat_images = std::clamp<int64_t>(kFlatPixels / pixels, 1, shape.batch);
-  auto work_for = [&](int64_t lanes) { return work_of(rows, shape.batch, shape.output, shape.input[1], of_image, lanes); };
-  const Grid grid = best_width<T>(grid_key(kWeightGradGrid, shape, rows, channels_last), [&](const LaneKernels<T>& kernels) {
-    const TileShape tile_shape = kernels.grad_tile_shape();
-    const Work work = work_for(tile_shape.lanes);
-    if (flat) return flat_grid(work, tile_shape, flat_images * pixels);
-    // What is packed of both lies in L2 until all rows have passed.
-    const int64_t fit = channels_last ? 1 : bands_of(work, tile_shape, shape.in_channels + shape.out_channels);
-    return best_grid(work, tile_shape, ceil_div(shape.output[0], ceil_div(shape.output[0], fit)), !channels_last);
-  });
+  auto work_for = [&](int64_t lanes) {
+    return work_of(rows, shape.batch, shape.output, shape.input[1], of_image, lanes);
+  };
+  const Grid grid =
+      best_width<T>(grid_key(kWeightGradGrid, shape, rows, channels_last), [&](const LaneKernels<T>& kernels) {
+        const TileShape tile_shape = kernels.grad_tile_shape();
+        const Work work = work_for(tile_shape.lanes);
+        if (flat) return flat_grid(work, tile_shape, flat_images * pixels);
+        // What is packed of both lies in L2 until all rows have passed.
+        const int64_t fit = channels_last ? 1 : bands_of(work, tile_shape, shape.in_channels + shape.out_channels);
+        return best_grid(work, tile_shape, ceil_div(shape.output[0], ceil_div(shape.output[0], fit)), !channels_last);
+      });
   const int64_t bands = grid.bands, band_lines = ceil_div(shape.output[0], bands);
   const int64_t lanes = grid.lanes, images_per_unit = flat ? flat_images : grid.images;
   const bool runs = grid.runs && !flat;
@@ -56,7 +59,8 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
   in.stride = shape.stride;
   in.planes = input_planes(shape, runs ? band : strip);
   in.whole = input_planes(shape, grid.covered());
-  in.layout = runs ? shared_layout(in.planes, shape.input[1], shape.output[1], lanes, grid.aligned) : plain_layout(in.planes);
+  in.layout =
+      runs ? shared_layout(in.planes, shape.input[1], shape.output[1], lanes, grid.aligned) : plain_layout(in.planes);
   grad.images = {grad_output, shape.batch, shape.out_channels, shape.output, channels_last};
   grad.planes.phases = {Plane{runs ? band : strip, {1, 1}, {0, 0}}};
   grad.whole.phases = {Plane{grid.covered(), {1, 1}, {0, 0}}};

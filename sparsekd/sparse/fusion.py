@@ -6,6 +6,7 @@
     dropout and stochastic depth in eval mode, Identity gone
     convolutions of a few input channels                computed by the sparse kernels, too: few_channels.py
     large activations                                   in the memory of those of the last forward: arena.py
+    runs of such layers                                 without Python between them: sequence.py
 
 The model is traced by torch.fx, as a whole or, where control flow forbids it, child by child. A traced piece is used
 only if it gives what the original gave on the example inputs.
@@ -22,10 +23,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils import fusion as folding
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..measure.machine import clock
 from ..measure.timing import compare
@@ -34,6 +34,7 @@ from .arena import reuse_memory, reuses
 from .convert import Choices, choices, convert, keep_choices, to_dense
 from .few_channels import packed_whole
 from .modules import FusedConv2d, MaxPool2d, SparseConv2d, SparseModule
+from .recorded import check_calls, check_near, record_calls
 from .sequence import run_in_sequence
 from .surgery import call, copied
 
@@ -61,10 +62,12 @@ def optimize_for_inference(
     """A copy of the model for inference, with pruned layers sparse where that is faster and their neighbours fused.
 
     Batch-norm is folded into convolutions and linear layers; ReLU, ReLU6, SiLU, Hardswish and residual additions are
-    done by the sparse convolutions before them; max-pool goes by slices; the convolution of an image's few channels,
-    though dense, may go through the sparse kernels. What is fused is kept only if the network is
-    faster so. Parts that torch.fx cannot trace stay as :func:`convert` makes them, which is said in a warning. Memory
-    of activations of 1 MiB or more is kept from one forward to the next, as much as a forward takes at once.
+    done by the sparse convolutions before them; max-pool is an operator of ours; the convolution of an image's few
+    channels, though dense, may go through the sparse kernels. What is fused is kept only if the network is faster so.
+    Parts that torch.fx cannot trace stay as :func:`convert` makes them, which is said in a warning. Memory of
+    activations of 1 MiB or more is kept from one forward to the next, as much as a forward takes at once. From the
+    third forward of a size on, layers that follow each other run without Python between them (hooks, replaced layers
+    and other parameters are seen; a forward with any of them goes layer by layer).
 
     Args:
         example_inputs: a tensor, or a tuple of positional, or a dict of named arguments of the forward.
@@ -113,7 +116,7 @@ def _traced(module: nn.Module, name: str, run: Callable[[], object], untraced: d
     """
     if not list(module.children()):
         return module
-    calls = _record_calls(module, run)
+    calls = record_calls(module, run)
     try:
         if not calls:  # a list of modules, perhaps
             raise RuntimeError("it is not called")
@@ -121,7 +124,7 @@ def _traced(module: nn.Module, name: str, run: Callable[[], object], untraced: d
         piece = fx.GraphModule(module, _Tracer().trace(module), type(module).__name__)
         _erase_identities(piece)
         _fold_batch_norms(piece)
-        _check_calls(piece, calls)
+        check_calls(piece, calls)
         return piece
     except Exception as error:  # torch.fx raises many kinds, among them its users' own
         if calls:
@@ -132,55 +135,6 @@ def _traced(module: nn.Module, name: str, run: Callable[[], object], untraced: d
         if any(isinstance(m, (*CONVOLUTIONS, nn.Linear)) for m in child.modules()) and list(child.children()):
             setattr(module, child_name, _traced(child, full, run, untraced))
     return module
-
-
-def _record_calls(module: nn.Module, run: Callable[[], object]) -> list[tuple[tuple, dict, object]]:
-    """Arguments and results of each call of the module, as they were before anything changed them in place."""
-    given, calls = [], []
-
-    def before(_, args, kwargs):
-        given.append(_cloned((args, kwargs)))
-
-    def after(_, args, kwargs, output):
-        calls.append((*given.pop(), _cloned(output)))
-
-    handles = [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after, with_kwargs=True),
-    ]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _cloned(value: object) -> object:
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
-
-
-def _check_calls(piece: nn.Module, calls: list[tuple[tuple, dict, object]]) -> None:
-    with torch.no_grad():
-        for args, kwargs, output in calls:
-            _check_near(output, piece(*args, **kwargs))
-
-
-def _check_near(expected: object, got: object) -> None:
-    """Raises unless results are the same up to rounding."""
-    for one, other in zip(_tensors(expected), _tensors(got), strict=True):
-        if one.shape != other.shape:
-            raise RuntimeError(f"Expected a result of shape {tuple(one.shape)}, got {tuple(other.shape)}")
-        if one.is_floating_point() and one.numel():
-            scale, error = float(one.abs().max()), float((one - other).abs().max())
-            # Rounding differs from layer to layer; a wrong graph would be off by the size of the result.
-            if not error <= 1e-3 * scale + 1e-6 and not torch.equal(one, other):
-                raise RuntimeError(f"Expected the results of the original, got {error:.3g} off (largest {scale:.3g})")
-
-
-def _tensors(value: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 # What follows changes graphs. A node's module:
@@ -308,13 +262,13 @@ def _disturbed(graph: fx.GraphModule, chain: list[fx.Node], order: dict[fx.Node,
     return False
 
 
-def _slice_pools(graph: fx.GraphModule) -> None:
+def _replace_pools(graph: fx.GraphModule) -> None:
     for node in list(graph.graph.nodes):
         pool = _module(graph, node)
         if not _plain(pool, (nn.MaxPool2d,)) or pool.ceil_mode or pool.return_indices:
             continue
         pair = torch.nn.modules.utils._pair
-        # Slices of a kernel of 1 x 1 would be the input itself, which something may change in place.
+        # Of a kernel of 1 x 1 the result may be the input itself, which something may change in place.
         if pair(pool.dilation) == (1, 1) and pair(pool.kernel_size) != (1, 1):
             geometry = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding))
             graph.set_submodule(node.target, MaxPool2d(*geometry))
@@ -361,7 +315,7 @@ def _fused(model: nn.Module, channels_last: bool, turn: bool, lanes: bool = Fals
     model = copy.deepcopy(model)
     for piece in [m for m in model.modules() if isinstance(m, fx.GraphModule)]:
         _fuse_epilogues(piece)
-        _slice_pools(piece)
+        _replace_pools(piece)
         if turn:
             _turn_edges(piece)
         if lanes:
@@ -389,14 +343,13 @@ def _fastest(converted: nn.Module, example_inputs: object) -> nn.Module:
             networks["packed"] = _fused(packed, False, False)
     if _on_tensor_cores(converted):
         networks["lanes"] = _fused(converted, False, False, lanes=True)
-    for network in networks.values():
-        for piece in network.modules():
-            if isinstance(piece, fx.GraphModule):
-                run_in_sequence(piece)
+    for piece in [piece for network in networks.values() for piece in network.modules()]:
+        if isinstance(piece, fx.GraphModule):
+            run_in_sequence(piece)
     with torch.no_grad():
         expected = call(converted, example_inputs)
         for network in networks.values():
-            _check_near(expected, call(network, example_inputs))
+            check_near(expected, call(network, example_inputs))
         engines = {name: partial(call, network, example_inputs) for name, network in networks.items()}
         timings = compare(engines, rounds=9, min_time=0.005, warmup=2, clock=clock())
     return networks[min(timings, key=lambda name: timings[name].min)]
