@@ -1,6 +1,7 @@
 """Sequences of remembered layers: taken where they do what the network's own code does, and by nothing else."""
 
 import copy
+from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.func import functional_call
 from torch.overrides import BaseTorchFunctionMode
 
 import sparsekd
-from sparsekd.sparse import sequence
+from sparsekd.sparse import fusion, sequence
 from sparsekd.sparse.modules import FusedConv2d, MaxPool2d, SparseConv2d
 from sparsekd.sparse.sequence import Programs
 
@@ -32,16 +33,15 @@ class Network(nn.Module):
 
 
 @pytest.fixture
-def network():
+def network(monkeypatch):
+    # The fused one, whichever was faster at the moment.
+    monkeypatch.setattr(fusion, "compare", lambda names, **_: {name: Namespace(min=name != "lines") for name in names})
     model = Network().eval()
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.data *= torch.rand_like(module.weight) < 0.3
     mapping = {"*": {"kernel": "sparse"}}
-    found = sparsekd.optimize_for_inference(model, torch.randn(SIZE), mapping=mapping)
-    if not any(isinstance(module, FusedConv2d) for module in found.modules()):
-        pytest.fail("Expected a fused network")
-    return found
+    return sparsekd.optimize_for_inference(model, torch.randn(SIZE), mapping=mapping)
 
 
 @pytest.fixture
