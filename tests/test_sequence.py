@@ -24,12 +24,14 @@ class Network(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
         self.one, self.two = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("offset", torch.ones(1))
         self.short, self.last = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 3, stride=2)
 
     def forward(self, x):
         x = self.stem(x)
         y = F.relu(self.two(F.relu(self.one(x))) + self.short(x))
-        return self.last(y).mean((2, 3)), y
+        return self.last(y).mean((2, 3)) * self.scale + self.offset, y
 
 
 @pytest.fixture
@@ -132,6 +134,14 @@ def replace_values(network):
     conv.values = nn.Parameter(conv.values * 2, requires_grad=False)
 
 
+def replace_own_parameter(network):
+    network.scale = nn.Parameter(network.scale * 2, requires_grad=False)
+
+
+def replace_own_buffer(network):
+    network.offset = network.offset + 1
+
+
 def change_activation(network):
     first(network, FusedConv2d).activation = "none"
 
@@ -153,6 +163,16 @@ def change_pool(network):
 def replace_forward(network):
     fused = first(network, FusedConv2d)
     fused.forward = lambda *args: type(fused).forward(fused, *args) * 2
+
+
+@pytest.mark.parametrize("change", [replace_own_parameter, replace_own_buffer], ids=lambda change: change.__name__)
+def test_changes_of_the_networks_own_tensors_are_seen(network, x, change):
+    before = met(network, x)[0].clone()
+    change(network)
+    with torch.no_grad():
+        after = network(x)
+    assert not torch.equal(after[0], before)
+    same(after, fresh(network, x))
 
 
 @pytest.mark.parametrize(
@@ -188,9 +208,10 @@ class Constant(nn.Module):
 def test_other_parameters_are_put_in(network, x):
     before = met(network, x)
     doubled = {name: parameter * 2 for name, parameter in network.named_parameters()}
-    with torch.no_grad():
-        got = functional_call(network, doubled, (x,))
-    assert not torch.equal(got[1], before[1])
+    for given in (doubled, {"scale": doubled["scale"]}):
+        with torch.no_grad():
+            got = functional_call(network, given, (x,))
+        assert not torch.equal(got[0], before[0])
     same(met(network, x), before)
 
 

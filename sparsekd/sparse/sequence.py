@@ -116,6 +116,11 @@ class Program:
         for node in network.graph.nodes:
             if node.op == "call_module":
                 _expect_path(program, network, node.target, paths)
+            elif node.op == "get_attr":  # of which the program has what lay there when it was made
+                *path, name = node.target.split(".")
+                owner = _expect_path(program, network, ".".join(path), paths)
+                for dictionary in (owner._parameters, owner._buffers, owner.__dict__):
+                    _expect(program.always, dictionary, name, dictionary.get(name))
         for run in runs:
             for node in run:
                 steps[node].expect(program)
@@ -146,14 +151,15 @@ def _hold(places: tuple[list, list, list]) -> bool:
     return all(map(is_, map(dict.get, dictionaries, keys), values))
 
 
-def _expect_path(program: Program, root: nn.Module, path: str, known: set[tuple[int, str]]) -> None:
+def _expect_path(program: Program, root: nn.Module, path: str, known: set[tuple[int, str]]) -> nn.Module:
     module = root
-    for name in path.split("."):
+    for name in filter(None, path.split(".")):
         child = module._modules.get(name)
         if (id(module), name) not in known:
             known.add((id(module), name))
             _expect(program.always, module._modules, name, child)
         module = child
+    return module
 
 
 class _Step:
