@@ -395,12 +395,3 @@ def test_an_unfinished_run_is_kept_when_a_new_one_begins(monkeypatch, capsys):
     assert run(*words) == 0
     assert "is kept as model.safetensors.checkpoint.old" in capsys.readouterr().out
     assert Path("model.safetensors.checkpoint.old").read_bytes() == left
-
-
-def test_an_interrupt_where_nothing_can_be_resumed(monkeypatch, capsys):
-    def interrupt(findings):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("sparsekd.measure.doctor.print_report", interrupt)
-    assert run("doctor") == 130
-    assert capsys.readouterr().err == "interrupted\n"

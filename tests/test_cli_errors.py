@@ -105,3 +105,12 @@ def test_weights_that_need_more_classes(capsys):
     assert run("convert", "--weights", "twelve.safetensors") == 1
     assert "fc2" in capsys.readouterr().err
     assert run("convert", "--weights", "twelve.safetensors", "--num-classes", 12) == 0
+
+
+def test_an_interrupt_where_nothing_can_be_resumed(monkeypatch, capsys):
+    def interrupt(findings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsekd.measure.doctor.print_report", interrupt)
+    assert run("doctor") == 130
+    assert capsys.readouterr().err == "interrupted\n"

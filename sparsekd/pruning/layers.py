@@ -129,8 +129,8 @@ def check_count(what: str, got: object) -> None:
         raise ValueError(f"Expected {what} to be a whole number from 0 on, got {got!r}")
 
 
-def first_lost(model: nn.Module, owners: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> str | None:
-    """The first of these weights, by name, that its module, or the model, has no longer."""
+def check_kept(model: nn.Module, owners: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
+    """An error if a module, or the model, has one of these weights no longer: its mask would hold nothing, silently."""
     for name, module in owners.items():
         weight = weights[name]
         lost = module._parameters.get("weight") is not weight
@@ -138,5 +138,8 @@ def first_lost(model: nn.Module, owners: Mapping[str, nn.Module], weights: Mappi
             # A layer may go on under another name, for instance when torch.compile wraps a block.
             lost = not any(weight is parameter for parameter in model.parameters())
         if lost:
-            return name
-    return None
+            raise RuntimeError(
+                f"Expected {name} to be the Parameter that the Pruner was made with, got another: make the Pruner (and "
+                "the optimizer) after the model is sharded, reparametrised, given other layers or loaded with "
+                "assign=True"
+            )

@@ -19,7 +19,7 @@ from .budget import Budget, Caps, check_scores, check_sparsity, plain
 from .gatherers import GradientGatherer, InputGatherer
 from .importance import Importance, find_importance, score, statistic_of
 from .latency import LatencyBudget
-from .layers import Ignored, find_prunable, first_lost, layers_left_dense, unwrap
+from .layers import Ignored, check_kept, find_prunable, layers_left_dense, unwrap
 from .mask_keeper import MaskKeeper
 from .optimizers import moved_by
 from .patterns import Layout, Units, find_pattern
@@ -194,7 +194,7 @@ class Pruner:
             ValueError: scores are NaN or of another shape than the weight. The masks are then as before.
         """
         self._check_in_use("step")
-        self._check_weights()
+        check_kept(self._model, self._owners, self._weights)
         changed = False
         if not self._finished:
             step = self._steps + 1
@@ -308,7 +308,7 @@ class Pruner:
         """
         self._check_in_use("apply_masks")
         if model is None:
-            self._check_weights()
+            check_kept(self._model, self._owners, self._weights)
             return self._keeper.hold()
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
@@ -322,7 +322,7 @@ class Pruner:
         """
         if self._squashed:
             return
-        self._check_weights()
+        check_kept(self._model, self._owners, self._weights)
         self._keeper.hold()
         if self._gatherer is not None:
             self._gatherer.detach()
@@ -357,7 +357,7 @@ class Pruner:
             RuntimeError: the weights are no longer those of the constructor; the masks are squashed.
         """
         self._check_in_use("load_state_dict")
-        self._check_weights()
+        check_kept(self._model, self._owners, self._weights)
         last = self._importance_steps if self._schedule is None else self._schedule.end
         permutations = check_state(state, self._settings, self._weights, self._layouts, self._model.state_dict(), last)
         if self._gatherer is not None:
@@ -382,16 +382,6 @@ class Pruner:
     def _check_in_use(self, method: str) -> None:
         if self._squashed:
             raise RuntimeError(f"Expected {method}() before squash_mask(), got a Pruner without masks")
-
-    def _check_weights(self) -> None:
-        # Masks of parameters that the model no longer uses would hold nothing, silently.
-        name = first_lost(self._model, self._owners, self._weights)
-        if name is not None:
-            raise RuntimeError(
-                f"Expected {name} to be the Parameter that the Pruner was made with, got another: make the Pruner (and "
-                "the optimizer) after the model is sharded, reparametrised, given other layers or loaded with "
-                "assign=True"
-            )
 
     def __reduce_ex__(self, protocol: int) -> object:
         raise TypeError("Expected a Pruner to be saved by state_dict(), got copy or pickle: it is bound to its model")
