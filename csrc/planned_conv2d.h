@@ -5,17 +5,17 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/index_select.h>
 #include <c10/core/GradMode.h>
 #include <torch/custom_class.h>
 
-#include <mutex>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "cpu/in_strips.h"
 #include "geometry.h"
-#include "resident.h"
+#include "ordered_values.h"
 
 namespace sparsekd {
 
@@ -31,7 +31,7 @@ class PlannedConv2d : public torch::CustomClassHolder {
                 Numbers padding, Numbers dilation, int64_t groups)
       : plan_(std::move(plan)),
         tiling_(std::move(tiling)),
-        order_(std::move(order)),
+        ordered_(order ? std::make_unique<OrderedValues>(std::move(*order)) : nullptr),
         row_indices_(std::move(row_indices)),
         activation_(std::move(activation)),
         input_size_(std::move(input_size)),
@@ -46,37 +46,45 @@ class PlannedConv2d : public torch::CustomClassHolder {
     output_size_ = {shape.batch, out_channels_, shape.output[0], shape.output[1]};
   }
 
+  // Whether nothing but the operator itself is wanted at the moment.
+  static bool plain() {
+    return !at::GradMode::is_enabled() && !at::autocast::is_autocast_enabled(at::kCPU) &&
+           !at::impl::torch_function_mode_enabled();
+  }
   // act(conv2d + shift + residual); None for a call that wants more than the operator at once, and goes the long way:
   // with gradients, under autocast or a mode that overrides functions, of another dtype or size, with a residual that
   // is broadcast.
   OptionalTensor run(const at::Tensor& input, const at::Tensor& values, const OptionalTensor& shift,
                      const OptionalTensor& residual) const {
-    const bool plain = !at::GradMode::is_enabled() && !at::autocast::is_autocast_enabled(at::kCPU) &&
-                       !at::impl::torch_function_mode_enabled();
-    if (!plain || !fits(input, input_size_) || (residual && !fits(*residual, output_size_))) return std::nullopt;
+    if (!plain() || !fits(input, input_size_) || (residual && !fits(*residual, output_size_))) return std::nullopt;
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("sparsekd::conv2d_planned", "").typed<Signature>();
     const at::AutoDispatchBelowAutograd below;  // its autograd formula is in Python
-    return op.call(input, ordered(values), plan_, tiling_, row_indices_, {}, shift, residual, activation_, false,
-                   out_channels_, numbers(kernel_size_), numbers(stride_), numbers(padding_), numbers(dilation_),
+    return op.call(input, ordered_ ? ordered_->of(values) : values, plan_, tiling_, row_indices_, {}, shift, residual,
+                   activation_, false, out_channels_, numbers(kernel_size_), numbers(stride_), numbers(padding_), numbers(dilation_),
                    groups_);
   }
 
+  // What a sequence has to know for keeping activations in strips, if the layer can do so at all: with values that are
+  // kept in an order, by epilogues that are done where results are stored.
+  std::optional<cpu::StripLayer> in_strips(const at::Tensor& values) const {
+    cpu::StripLayer layer;
+    layer.activation = activation_of(activation_);
+    const bool clamps = layer.activation != Activation::silu && layer.activation != Activation::hardswish;
+    if (!ordered_ || row_indices_ || !clamps) return std::nullopt;
+    layer.shape = checked_shape(input_size_, out_channels_, kernel_size_, stride_, padding_, dilation_, groups_);
+    layer.vector = values.size(1);
+    const int64_t row_groups = groups_ * ceil_div(out_channels_ / groups_, layer.vector);
+    layer.crow_indices = plan_.narrow(0, 0, row_groups + 1);
+    layer.col_indices = plan_.narrow(0, row_groups + 1, ordered_->order().size(0));
+    return layer;
+  }
+  const Numbers& output_size() const { return output_size_; }
+
  private:
-  // The values in the plan's order: those of the last call if they are the same tensor, unchanged since.
-  at::Tensor ordered(const at::Tensor& values) const {
-    if (!order_) return values;
-    const std::lock_guard<std::mutex> guard(mutex_);
-    // Tensors made in inference mode do not count their changes.
-    const bool counts = !values.is_inference();
-    const bool known = counts && source_.is_same(values) && version_ == values._version();
-    if (!known) {
-      arranged_ = empty_resident(values.sizes(), values.options());
-      at::index_select_out(arranged_, values, 0, *order_);
-      source_ = counts ? values : at::Tensor();
-      version_ = counts ? values._version() : 0;
-    }
-    return arranged_;
+  static bool fits(const at::Tensor& tensor, const Numbers& size) {
+    return tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.scalar_type() == at::kFloat &&
+           tensor.sizes() == at::IntArrayRef(size);
   }
 
   using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::IntArrayRef,
@@ -84,24 +92,16 @@ class PlannedConv2d : public torch::CustomClassHolder {
                                const OptionalTensor&, c10::string_view, bool, c10::SymInt, c10::SymIntArrayRef,
                                c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymInt);
 
-  static bool fits(const at::Tensor& tensor, const Numbers& size) {
-    return tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.scalar_type() == at::kFloat &&
-           tensor.sizes() == at::IntArrayRef(size);
-  }
-
   static c10::SymIntArrayRef numbers(const Numbers& values) { return c10::fromIntArrayRefSlow(values); }
 
   const at::Tensor plan_;
   const Numbers tiling_;
-  const OptionalTensor order_;
+  const std::unique_ptr<OrderedValues> ordered_;
   const OptionalTensor row_indices_;
   const std::string activation_;
   const Numbers input_size_, kernel_size_, stride_, padding_, dilation_;
   const int64_t out_channels_, groups_;
   Numbers output_size_;
-  mutable std::mutex mutex_;
-  mutable at::Tensor source_, arranged_;
-  mutable uint32_t version_ = 0;
 };
 
 }  // namespace sparsekd

@@ -1,6 +1,6 @@
 // Layers of a network one after the other, without Python between them: what it does for a layer, 5 us where its
 // objects are in the caches and several times that after a kernel went through them, is a tenth of ResNet-50 at
-// batch 1.
+// batch 1. Between layers that allow it activations stay in strips (cpu/strip_chain.h).
 #pragma once
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
@@ -8,9 +8,11 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <utility>
 #include <vector>
 
+#include "cpu/strip_chain.h"
 #include "planned_conv2d.h"
 
 namespace sparsekd {
@@ -38,8 +40,8 @@ class PlannedSequence : public torch::CustomClassHolder {
     return add(std::move(step));
   }
 
-  // What run() gives, by place.
-  void output(Numbers places) {
+  // What run() gives, by place. Activations stay in strips where that is faster, or wherever it is possible.
+  void output(Numbers places, bool always_in_strips) {
     for (const int64_t place : places) check_place(place);
     outputs_ = std::move(places);
     ends_.assign(steps_.size(), {});
@@ -54,21 +56,36 @@ class PlannedSequence : public torch::CustomClassHolder {
       const bool kept = std::find(outputs_.begin(), outputs_.end(), place) != outputs_.end();
       if (!kept && last[place] >= 0) ends_[last[place]].push_back(place);
     }
+    keep_strips(always_in_strips);
+  }
+
+  // The steps whose results stay in strips, by place of those.
+  Numbers in_strips() const {
+    Numbers places;
+    for (const Step& step : steps_) {
+      if (!step.chain) continue;
+      const int64_t first = inputs_ + (&step - steps_.data());
+      for (int64_t place = first; place < inputs_ + static_cast<int64_t>(step.past); ++place) places.push_back(place);
+    }
+    return places;
   }
 
   // None where a layer wants more than its planned call does (PlannedConv2d::run).
   std::optional<std::vector<at::Tensor>> run(std::vector<at::Tensor> activations) const {
     TORCH_CHECK_VALUE(static_cast<int64_t>(activations.size()) == inputs_, "Expected ", inputs_, " inputs, got ",
                       activations.size());
-    activations.reserve(places_);
-    for (size_t i = 0; i < steps_.size(); ++i) {
-      std::optional<at::Tensor> result = steps_[i].run(activations);
-      if (!result) return std::nullopt;
-      activations.push_back(std::move(*result));
-      for (const int64_t place : ends_[i]) activations[place] = at::Tensor();
+    if (chained_ && !PlannedConv2d::plain()) return std::nullopt;
+    std::vector<cpu::Lying> lying(places_);
+    for (int64_t place = 0; place < inputs_; ++place) lying[place].images = std::move(activations[place]);
+    for (size_t i = 0; i < steps_.size();) {
+      const size_t end = steps_[i].chain ? steps_[i].past : i + 1;
+      if (!(steps_[i].chain ? steps_[i].chain->run(lying) : make(i, lying))) return std::nullopt;
+      for (; i < end; ++i) {
+        for (const int64_t place : ends_[i]) lying[place] = {};
+      }
     }
     std::vector<at::Tensor> results;
-    for (const int64_t place : outputs_) results.push_back(activations[place]);
+    for (const int64_t place : outputs_) results.push_back(lying[place].images);
     return results;
   }
 
@@ -79,11 +96,15 @@ class PlannedSequence : public torch::CustomClassHolder {
     at::Tensor values;
     std::optional<at::Tensor> shift;
     std::array<Numbers, 3> geometry;
+    std::shared_ptr<const cpu::StripChain> chain;  // of this step and those up to `past`, if not null
+    size_t past = 0;
 
-    std::optional<at::Tensor> run(const std::vector<at::Tensor>& activations) const {
-      const at::Tensor& input = activations[reads[0]];
-      if (!conv) return pooled(input);
-      return conv->run(input, values, shift, reads[1] < 0 ? std::nullopt : std::optional(activations[reads[1]]));
+    // A max-pool as a layer in strips, if the size of its input is known.
+    std::optional<cpu::StripLayer> pool(const Numbers& size) const {
+      if (size.empty()) return std::nullopt;
+      cpu::StripLayer layer;
+      layer.shape = checked_shape(size, size[1], geometry[0], geometry[1], geometry[2], {1, 1}, size[1]);
+      return layer;
     }
 
     at::Tensor pooled(const at::Tensor& input) const {
@@ -94,6 +115,85 @@ class PlannedSequence : public torch::CustomClassHolder {
       return op.call(input, geometry[0], geometry[1], geometry[2]);
     }
   };
+
+  // Whether a step was made.
+  bool make(size_t i, std::vector<cpu::Lying>& lying) const {
+    const Step& step = steps_[i];
+    const auto [input, residual] = step.reads;
+    at::Tensor& result = lying[inputs_ + i].images;
+    if (!step.conv) {
+      result = step.pooled(lying[input].images);
+      return true;
+    }
+    const auto added = residual < 0 ? std::nullopt : std::optional(lying[residual].images);
+    auto made = step.conv->run(lying[input].images, step.values, step.shift, added);
+    if (made) result = std::move(*made);
+    return made.has_value();
+  }
+
+  // Makes chains of the steps whose activations stay in strips.
+  void keep_strips(bool always) {
+    std::vector<cpu::StripLayer> layers;
+    std::vector<cpu::StripChain::Weights> weights;
+    std::vector<size_t> step_of;
+    std::vector<bool> elsewhere(places_, false);
+    std::vector<Numbers> sizes(places_);  // as far as they are known
+    for (const int64_t place : outputs_) elsewhere[place] = true;
+    for (size_t i = 0; i < steps_.size(); ++i) {
+      const Step& step = steps_[i];
+      const auto [input, residual] = step.reads;
+      std::optional<cpu::StripLayer> layer = step.conv ? step.conv->in_strips(step.values) : step.pool(sizes[input]);
+      if (layer) {
+        layer->input = input;
+        layer->residual = residual;
+        layer->output = inputs_ + static_cast<int64_t>(i);
+        const Conv2dShape& shape = layer->shape;
+        sizes[layer->output] = {shape.batch, shape.out_channels, shape.output[0], shape.output[1]};
+        layers.push_back(std::move(*layer));
+        weights.push_back({step.values, step.shift});
+        step_of.push_back(i);
+      } else {
+        if (step.conv) sizes[inputs_ + i] = step.conv->output_size();
+        for (const int64_t place : step.reads) {
+          if (place >= 0) elsewhere[place] = true;
+        }
+      }
+    }
+    using cpu::StripSource;
+    const std::vector<cpu::StripRegion> regions = cpu::plan_strips(layers, elsewhere, always);
+    // What of each place somebody reads: images, by all that is in no region and by members that ask for them; else
+    // strips.
+    std::vector<bool> images = elsewhere, regrouped(places_, false), in_strips(layers.size(), false);
+    std::vector<bool> member_of(layers.size(), false);
+    for (const cpu::StripRegion& region : regions) {
+      for (const auto& member : region.members) {
+        member_of[member.layer] = true;
+        in_strips[member.layer] = member.source != StripSource::images;
+        if (member.source == StripSource::regrouped) regrouped[layers[member.layer].input] = true;
+      }
+    }
+    for (size_t i = 0; i < layers.size(); ++i) {
+      if (!in_strips[i]) images[layers[i].input] = true;
+      if (!member_of[i] && layers[i].residual >= 0) images[layers[i].residual] = true;
+    }
+    for (const cpu::StripRegion& region : regions) {
+      const auto& members = region.members;
+      auto step_at = [&](size_t member) { return step_of[members[member].layer]; };
+      for (size_t first = 0, last; first < members.size(); first = last) {
+        for (last = first + 1; last < members.size() && step_at(last) == step_at(last - 1) + 1;) ++last;
+        std::vector<bool> strips = regrouped;  // that are read after this chain
+        for (size_t i = last; i < members.size(); ++i) {
+          const cpu::StripLayer& layer = layers[members[i].layer];
+          if (members[i].source != StripSource::images) strips[layer.input] = true;
+          if (layer.residual >= 0) strips[layer.residual] = true;
+        }
+        Step& step = steps_[step_at(first)];
+        step.chain = std::make_shared<cpu::StripChain>(layers, weights, region, first, last, images, strips);
+        step.past = step_at(last - 1) + 1;
+        chained_ = true;
+      }
+    }
+  }
 
   void check_place(int64_t place) const {
     TORCH_CHECK_VALUE(place >= 0 && place < places_, "Expected a place in 0..", places_ - 1, ", got ", place);
@@ -117,6 +217,7 @@ class PlannedSequence : public torch::CustomClassHolder {
   std::vector<Step> steps_;
   std::vector<Numbers> ends_;  // by step: the places that nothing reads after it
   Numbers outputs_;
+  bool chained_ = false;  // whether any step is
 };
 
 }  // namespace sparsekd

@@ -34,6 +34,12 @@ struct TileShape {
   int rows;       // that are taken together
 };
 
+// Rows that one tile takes together: with several the loads no longer hold the FMAs up.
+static inline constexpr int chunk_rows(int rows) { return rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+
+// Short tiles would wait for their own FMA's latency, so they run several independent sums side by side.
+static inline constexpr int chains(int accumulators) { return accumulators >= 5 ? 1 : accumulators >= 4 ? 2 : 4; }
+
 template <class T>
 struct SpmmTile {
   const T* input;        // at the tile's first position
@@ -201,6 +207,8 @@ struct LaneKernels {
   void (*select)(const T* in, int64_t size, const int32_t* index, int64_t count, T* out);
   bool finishes;  // whether scatter_lanes takes a LaneFinish
   void (*squeeze)(const SqueezedRows<T>&);  // null where there is no fast way to leave lanes out
+  void (*collect)(const T* in, const int32_t* from, int64_t taps, int64_t count, T* out);  // see collect.inc
+  void (*regroup)(const T* in, const int32_t* from, int64_t count, T* out);
 };
 
 template <class T>

@@ -197,20 +197,29 @@ inline void consider_runs(Choice& choice) {
   }
 }
 
-inline void consider_strips(Choice& choice) {
-  const Work& work = choice.work;
-  const int64_t lanes = choice.shape.lanes;
+// All ways to lay strips of images into lanes.
+inline std::vector<Grid> strip_grids(int64_t batch, const Pair& pixels, int64_t lanes) {
+  std::vector<Grid> grids;
   for (int64_t images = 1; images <= lanes; images *= 2) {
-    if (images > 1 && images / 2 >= work.batch) break;
+    if (images > 1 && images / 2 >= batch) break;
     for (int64_t down = 1; images * down <= lanes; down *= 2) {
       Grid grid;
+      grid.lanes = lanes;
       grid.images = images;
       grid.down = down;
       grid.across = lanes / images / down;
-      grid.strip = {ceil_div(work.pixels[0], down), ceil_div(work.pixels[1], grid.across)};
-      grid.halo = work.planes->halo;
-      choice.consider(grid);
+      grid.strip = {ceil_div(pixels[0], down), ceil_div(pixels[1], grid.across)};
+      grids.push_back(grid);
     }
+  }
+  return grids;
+}
+
+inline void consider_strips(Choice& choice) {
+  const Work& work = choice.work;
+  for (Grid& grid : strip_grids(work.batch, work.pixels, choice.shape.lanes)) {
+    grid.halo = work.planes->halo;
+    choice.consider(grid);
   }
 }
 

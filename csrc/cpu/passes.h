@@ -254,6 +254,17 @@ GridKey grid_key(int64_t kind, const Conv2dShape& shape, const Rows<T>& rows, bo
 }
 enum GridKind : int64_t { kForwardGrid, kInputGradGrid, kWeightGradGrid };
 
+// How the pixels of some planes are multiplied by rows that are the most work of all passes.
+template <class T>
+Grid planes_grid(const GridKey& key, const Rows<T>& rows, const Batch<const T>& source, const Pair& pixels,
+                 const Planes& planes) {
+  return best_width<T>(key, [&](const LaneKernels<T>& kernels) {
+    const TileShape shape = kernels.tile_shape(rows.vector);
+    const Work work = work_of(rows, source.count, pixels, source.size[1], planes, shape.lanes);
+    return best_grid(work, shape, bands_of(work, shape, source.channels), !source.last);
+  });
+}
+
 template <class T, class PlanesFor>
 void run_passes(const GridKey& key, const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for,
                 std::vector<Pass<T>>& passes, const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
@@ -261,15 +272,38 @@ void run_passes(const GridKey& key, const Batch<const T>& source, const Pair& pi
   const Pass<T>& main = *std::max_element(passes.begin(), passes.end(), [&](const Pass<T>& a, const Pass<T>& b) {
     return entries(a) < entries(b);
   });
-  const Planes planes = planes_for(pixels, nullptr);
-  const Grid grid = best_width<T>(key, [&](const LaneKernels<T>& kernels) {
-    const TileShape shape = kernels.tile_shape(main.rows.vector);
-    const Work work = work_of(main.rows, source.count, pixels, source.size[1], planes, shape.lanes);
-    return best_grid(work, shape, bands_of(work, shape, source.channels), !source.last);
-  });
+  const Grid grid = planes_grid(key, main.rows, source, pixels, planes_for(pixels, nullptr));
   if (grid.runs) return over_runs(grid, source, pixels, planes_for, passes, init, epilogue, result);
   over_strips(grid, source, pixels, planes_for, passes, init, epilogue, result);
 }
+
+// How the pixels of a 1 x 1 kernel without padding are multiplied: those of an image where they lie, or those of all
+// images one after the other.
+template <class T>
+struct FlatPixels {
+  FlatPixels(GridKey key, const Rows<T>& rows, const Batch<const T>& source, const Pair& stride, const Pair& pixels)
+      : planes{{Plane{pixels, {1, 1}, {0, 0}}}, {Tap{0, 0, 0}}, {0, 0}, {}} {
+    const int64_t count = pixels[0] * pixels[1];
+    // In place if that is aligned. Channels a multiple of 1 KiB apart would share their cache sets.
+    auto lies_well = [&](int64_t lanes) {
+      return !source.last && stride[0] == 1 && stride[1] == 1 && count % lanes == 0 &&
+             count * static_cast<int64_t>(sizeof(T)) % 1024 != 0 &&
+             reinterpret_cast<uintptr_t>(source.data) % (lanes * sizeof(T)) == 0;
+    };
+    key.push_back(reinterpret_cast<uintptr_t>(source.data) % 64);
+    grid = best_width<T>(key, [&](const LaneKernels<T>& kernels) {
+      const TileShape shape = kernels.tile_shape(rows.vector);
+      const int64_t apart = lies_well(shape.lanes) ? source.count : 1;
+      const Work work = work_of(rows, apart, pixels, pixels[1], planes, shape.lanes);
+      return flat_grid(work, shape, source.count / apart * count);
+    });
+    in_place = lies_well(grid.lanes);
+  }
+
+  Planes planes;
+  Grid grid;
+  bool in_place;
+};
 
 // One pass of a 1 x 1 kernel without padding, over runs of the source's pixels: those of an image where they lie, or
 // those of all images one after the other. `pixels` are every stride-th of the source, and every step-th of the result.
@@ -279,26 +313,11 @@ void over_pixels(GridKey key, const Batch<const T>& source, const Pair& stride, 
   Pass<T>& pass = passes[0];
   const Rows<T>& rows = pass.rows;
   const int64_t count = pixels[0] * pixels[1];
-  const Planes planes{{Plane{pixels, {1, 1}, {0, 0}}}, {Tap{0, 0, 0}}, {0, 0}};
-  // In place if that is aligned. Channels a multiple of 1 KiB apart would share their cache sets.
-  auto lies_well = [&](int64_t lanes) {
-    return !source.last && stride[0] == 1 && stride[1] == 1 && count % lanes == 0 &&
-           count * static_cast<int64_t>(sizeof(T)) % 1024 != 0 &&
-           reinterpret_cast<uintptr_t>(source.data) % (lanes * sizeof(T)) == 0;
-  };
-  auto work_for = [&](int64_t lanes) {
-    return work_of(rows, lies_well(lanes) ? source.count : 1, pixels, pixels[1], planes, lanes);
-  };
-  key.push_back(reinterpret_cast<uintptr_t>(source.data) % 64);
-  const Grid grid = best_width<T>(key, [&](const LaneKernels<T>& kernels) {
-    const TileShape shape = kernels.tile_shape(rows.vector);
-    const Work work = work_for(shape.lanes);
-    return flat_grid(work, shape, source.count / work.batch * count);
-  });
+  const FlatPixels<T> flat(std::move(key), rows, source, stride, pixels);
+  const Grid& grid = flat.grid;
+  const bool in_place = flat.in_place;
   const int64_t lanes = grid.lanes, bytes = lanes * static_cast<int64_t>(sizeof(T));
-  const bool in_place = lies_well(lanes);
-  const Work work = work_for(lanes);
-  const int64_t images = source.count / work.batch, all = images * count;  // of a grid
+  const int64_t images = in_place ? 1 : source.count, all = images * count;  // of a grid
   const int64_t widest = grid.largest() * lanes;
   pass.blocks = grid.blocks;
   // What is packed is so in bands of whole tiles.
@@ -307,8 +326,8 @@ void over_pixels(GridKey key, const Batch<const T>& source, const Pair& stride, 
       in_place ? grid.tiles[1] : std::clamp<int64_t>(kBandBudget / channel_bytes, 1, grid.tiles[1]);
   const int64_t bands = ceil_div(grid.tiles[1], tiles_in_band);
   const int64_t pitch = in_place ? count : spread<T>(tiles_in_band * widest);
-  pass.taps = planes.taps;
-  if (!locate(pass, pitch, plain_layout(planes), 1)) return;
+  pass.taps = flat.planes.taps;
+  if (!locate(pass, pitch, plain_layout(flat.planes), 1)) return;
   auto band_begin = [&](int64_t band) { return grid.begin(1, std::min(band * tiles_in_band, grid.tiles[1])) * lanes; };
   run_units(
       source.count / images * bands, source.channels, in_place ? 0 : source.channels * pitch, passes,

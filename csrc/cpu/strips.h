@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "borders.h"
 #include "packing.h"
 
 namespace sparsekd::cpu {
@@ -18,11 +19,11 @@ class StripPacker {
   // `planes` are those of a strip, `whole` those of all of an image's strips together.
   StripPacker(const Batch<const T>& batch, const Planes& planes, const Planes& whole, const Grid& grid)
       : batch(batch), planes(planes), whole(whole), grid(grid), kernels(type_kernels<T>().lanes[grid.width]),
-        pixels(batch.size[0] * batch.size[1]) {
+        pixels(batch.size[0] * batch.size[1]), borders(grid) {
     if (batch.last || !lends_borders()) return;
     small = kernels.select && grid.images == 1;
     for (const Part& part : parts) small &= part.size[0] * part.size[1] <= kSmallMap;
-    for (size_t p = 0; p < parts.size(); ++p) small ? index_pixels(parts[p]) : list_moves(parts[p]);
+    for (size_t p = 0; p < parts.size(); ++p) small ? index_pixels(parts[p]) : place_middle(parts[p]);
   }
 
   // Channels begin .. end - 1 of the images from `first` on, `pitch` elements between channels.
@@ -53,7 +54,6 @@ class StripPacker {
   int64_t image_of(int64_t lane) const { return lane / (grid.down * grid.across); }
   int64_t down_of(int64_t lane) const { return lane / grid.across % grid.down; }
   int64_t across_of(int64_t lane) const { return lane % grid.across; }
-  static int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
   // Whether every pixel lies in a strip, and a plane holds all of its strip's. Then makes the parts.
   bool lends_borders() {
@@ -93,45 +93,9 @@ class StripPacker {
     }
   }
 
-  // Lane (image, d, a) of a border is lane (image, d + down, a + across) of the pixels in the middle.
-  int32_t neighbours(int64_t down, int64_t across) {
-    const Pair key{down, across};
-    const auto known = std::find(patterns.begin(), patterns.end(), key);
-    if (known != patterns.end()) return static_cast<int32_t>(known - patterns.begin());
-    patterns.push_back(key);
-    for (int64_t lane = 0; lane < grid.lanes; ++lane) {
-      const int64_t d = down_of(lane) + down, a = across_of(lane) + across;
-      const bool exists = d >= 0 && d < grid.down && a >= 0 && a < grid.across;
-      sources.push_back(exists ? static_cast<LaneIndex<T>>(lane + down * grid.across + across) : -1);
-    }
-    return static_cast<int32_t>(patterns.size()) - 1;
-  }
-
-  void list_moves(Part& part) {
-    const Pair& shift = part.shift;
-    auto place = [&](int64_t y, int64_t x) {
-      return static_cast<int32_t>(((y - shift[0]) * size()[1] + x - shift[1]) * grid.lanes);
-    };
-    part.middle = place(0, 0);
-    // What a strip has beyond the end of a line is the next line's.
-    if (const int64_t own = part.size[1] % grid.strip[1]; own > 0) {
-      const auto cut = static_cast<int32_t>(patterns.size());
-      patterns.push_back({std::numeric_limits<int64_t>::max(), 0});
-      for (int64_t lane = 0; lane < grid.lanes; ++lane) {
-        sources.push_back(across_of(lane) == part.size[1] / grid.strip[1] ? -1 : static_cast<LaneIndex<T>>(lane));
-      }
-      for (int64_t y = 0; y < grid.strip[0]; ++y) {
-        for (int64_t x = own; x < grid.strip[1]; ++x) part.moves.push_back({place(y, x), place(y, x), cut});
-      }
-    }
-    for (int64_t y = shift[0]; y < shift[0] + size()[0]; ++y) {
-      for (int64_t x = shift[1]; x < shift[1] + size()[1]; ++x) {
-        const int64_t down = floor_div(y, grid.strip[0]), across = floor_div(x, grid.strip[1]);
-        if (down == 0 && across == 0) continue;
-        const int32_t from = place(y - down * grid.strip[0], x - across * grid.strip[1]);
-        part.moves.push_back({from, place(y, x), neighbours(down, across)});
-      }
-    }
+  void place_middle(Part& part) {
+    part.middle = (-part.shift[0] * size()[1] - part.shift[1]) * grid.lanes;
+    part.moves = borders.moves(part.size, size(), part.shift, true);
   }
 
   // The end of a tensor, of which runs of `size` elements are read up to `need` elements past their ends.
@@ -197,7 +161,7 @@ class StripPacker {
           kernels.gather_lanes((y < runs[p].whole_lines ? runs[p].upper : runs[p].lower).data(), y * part.size[1],
                                grid.strip[1], to + part.middle + y * size()[1] * grid.lanes, grid.lanes);
         }
-        kernels.move_lanes(to, part.moves.data(), static_cast<int64_t>(part.moves.size()), sources.data());
+        kernels.move_lanes(to, part.moves.data(), static_cast<int64_t>(part.moves.size()), borders.sources().data());
       }
     }
   }
@@ -291,8 +255,7 @@ class StripPacker {
   bool small = false;
   int64_t step = 1, drawn = 0;        // of an image that was drawn apart: its elements
   std::vector<Part> parts;            // by phase; none if it is to be padded
-  std::vector<Pair> patterns;
-  std::vector<LaneIndex<T>> sources;  // [pattern, lane]
+  Borders<T> borders;
 };
 
 }  // namespace sparsekd::cpu

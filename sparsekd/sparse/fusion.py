@@ -6,7 +6,8 @@
     dropout and stochastic depth in eval mode, Identity gone
     convolutions of a few input channels                computed by the sparse kernels, too: few_channels.py
     large activations                                   in the memory of those of the last forward: arena.py
-    runs of such layers                                 without Python between them: sequence.py
+    runs of such layers                                 without Python between them: sequence.py; activations stay as
+                                                        the kernels read them, image by image
 
 The model is traced by torch.fx, as a whole or, where control flow forbids it, child by child. A traced piece is used
 only if it gives what the original gave on the example inputs.

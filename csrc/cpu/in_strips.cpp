@@ -1,0 +1,312 @@
+#include "in_strips.h"
+
+#include <ATen/ops/empty.h>
+
+#include <numeric>
+
+#include "borders.h"
+#include "passes.h"
+
+namespace sparsekd::cpu {
+namespace {
+
+constexpr int64_t kGrain = 32768;  // elements that pay for another thread
+
+template <class Body>
+void over_channels(int64_t channels, int64_t elements, Body body) {
+  at::parallel_for(0, channels, std::max<int64_t>(kGrain / std::max<int64_t>(elements, 1), 1), body);
+}
+
+// Planes around strips of so many positions, and around all strips of an image.
+Planes whole_planes(const StripLayout& layout, const Pair& strips) {
+  const Pair size{strips[0] + 2 * layout.halo[0], strips[1] + 2 * layout.halo[1]};
+  return {{Plane{size, {1, 1}, {-layout.halo[0], -layout.halo[1]}}}, {}, {0, 0}, {}};
+}
+
+class ToStrips : public UnitStep {
+ public:
+  ToStrips(const StripLayout& layout, int64_t channels)
+      : layout_(layout),
+        channels_(channels),
+        planes_(whole_planes(layout, layout.grid.strip)),
+        whole_(whole_planes(layout, layout.grid.covered())) {}
+
+  void run(const UnitCall& call) const override {
+    const Batch<const float> source{call.input, layout_.batch, channels_, layout_.image, false};
+    const StripPacker<float> packer(source, planes_, whole_, layout_.grid);
+    over_channels(channels_, layout_.pitch(), [&](int64_t from, int64_t end) {
+      packer.pack(call.unit * layout_.grid.images, from, end, layout_.pitch(), call.output);
+    });
+  }
+
+ private:
+  const StripLayout layout_;
+  const int64_t channels_;
+  const Planes planes_, whole_;
+};
+
+class FromStrips : public UnitStep {
+ public:
+  FromStrips(const StripLayout& layout, int64_t channels) : layout_(layout), row_of_(channels) {
+    std::iota(row_of_.begin(), row_of_.end(), 0);
+  }
+
+  void run(const UnitCall& call) const override {
+    const Grid& grid = layout_.grid;
+    const auto channels = static_cast<int64_t>(row_of_.size());
+    const Batch<float> result{call.output, layout_.batch, channels, layout_.image, false};
+    const int64_t pitch = layout_.pitch();
+    const int64_t together = layout_.flat() ? grid.strip[0] : 1;  // lines without a border between them
+    over_channels(channels, pitch, [&](int64_t begin, int64_t end) {
+      StripStore<float> store(result, {layout_.image, {1, 1}, {0, 0}}, grid, {});
+      for (int64_t y = 0; y < grid.strip[0]; y += together) {
+        store.at(call.unit * grid.images, y, 0, together, grid.strip[1]);
+        store.store(call.input + begin * pitch + layout_.at(y, 0), pitch, row_of_.data() + begin, end - begin, true);
+      }
+    });
+  }
+
+ private:
+  const StripLayout layout_;
+  std::vector<int64_t> row_of_;
+};
+
+class PoolStrips : public UnitStep {
+ public:
+  PoolStrips(const StripLayer& layer, const StripLayout& input, const StripLayout& output)
+      : channels_(layer.shape.in_channels),
+        taps_(layer.shape.taps()),
+        input_(input),
+        output_(output),
+        borders_(output.grid) {
+    const Conv2dShape& shape = layer.shape;
+    for (int64_t y = 0; y < output.grid.strip[0]; ++y) {
+      for (int64_t x = 0; x < output.grid.strip[1]; ++x) {
+        for (int64_t r = 0; r < shape.kernel[0]; ++r) {
+          for (int64_t s = 0; s < shape.kernel[1]; ++s) {
+            from_.push_back(static_cast<int32_t>(
+                input.at(y * shape.stride[0] - shape.padding[0] + r, x * shape.stride[1] - shape.padding[1] + s)));
+          }
+        }
+      }
+    }
+    if (!output.flat())
+      moves_ = borders_.moves(output.image, output.plane(), {-output.halo[0], -output.halo[1]}, false);
+  }
+
+  void run(const UnitCall& call) const override {
+    const LaneKernels<float>& kernels = type_kernels<float>().lanes[output_.grid.width];
+    const Pair& strip = output_.grid.strip;
+    over_channels(channels_, input_.pitch(), [&](int64_t from, int64_t end) {
+      for (int64_t c = from; c < end; ++c) {
+        const float* const in = call.input + c * input_.pitch();
+        float* const plane = call.output + c * output_.pitch();
+        for (int64_t y = 0; y < strip[0]; ++y) {
+          kernels.collect(in, from_.data() + y * strip[1] * taps_, taps_, strip[1], plane + output_.at(y, 0));
+        }
+        kernels.move_lanes(plane, moves_.data(), static_cast<int64_t>(moves_.size()), borders_.sources().data());
+      }
+    });
+  }
+
+ private:
+  const int64_t channels_, taps_;
+  const StripLayout input_, output_;
+  Borders<float> borders_;
+  std::vector<int32_t> from_;  // [position, tap]
+  std::vector<LaneMove> moves_;
+};
+
+// Where the vectors of `planes` over an output's strips lie in a plane of the input's; -1 for those that no tap reads.
+std::vector<int32_t> drawn_apart(const Planes& planes, const StripLayout& input) {
+  std::vector<int32_t> from;
+  const Pair& strip = input.grid.strip;
+  for (const Plane& plane : planes.phases) {
+    for (int64_t y = 0; y < plane.size[0]; ++y) {
+      for (int64_t x = 0; x < plane.size[1]; ++x) {
+        const int64_t row = y * plane.step[0] + plane.origin[0], column = x * plane.step[1] + plane.origin[1];
+        const bool held = row >= -input.halo[0] && row < strip[0] + input.halo[0] && column >= -input.halo[1] &&
+                          column < strip[1] + input.halo[1];
+        from.push_back(held ? static_cast<int32_t>(input.at(row, column)) : -1);
+      }
+    }
+  }
+  return from;
+}
+
+// Where the pixels of `planes` over an output's strips, of its first unit, lie in strips of another grid; -1 for zeros.
+std::vector<int32_t> regrouped(const Planes& planes, const Grid& grid, const StripLayout& input, int64_t channels) {
+  const Grid& from = input.grid;
+  std::vector<int32_t> places;
+  for (const Plane& plane : planes.phases) {
+    for (int64_t y = 0; y < plane.size[0]; ++y) {
+      for (int64_t x = 0; x < plane.size[1]; ++x) {
+        for (int64_t lane = 0; lane < grid.lanes; ++lane) {
+          const int64_t image = lane / (grid.down * grid.across), down = lane / grid.across % grid.down;
+          const int64_t row = (down * grid.strip[0] + y) * plane.step[0] + plane.origin[0];
+          const int64_t column = (lane % grid.across * grid.strip[1] + x) * plane.step[1] + plane.origin[1];
+          const bool inside = row >= 0 && row < input.image[0] && column >= 0 && column < input.image[1];
+          if (!inside) {
+            places.push_back(-1);
+            continue;
+          }
+          const int64_t strip =
+              (image % from.images * from.down + row / from.strip[0]) * from.across + column / from.strip[1];
+          places.push_back(static_cast<int32_t>(image / from.images * channels * input.pitch() +
+                                                input.at(row % from.strip[0], column % from.strip[1]) + strip));
+        }
+      }
+    }
+  }
+  return places;
+}
+
+}  // namespace
+
+int64_t StripLayout::pitch() const { return spread<float>(plane()[0] * plane()[1] * grid.lanes); }
+
+std::unique_ptr<UnitStep> to_strips(const StripLayout& output, int64_t channels) {
+  return std::make_unique<ToStrips>(output, channels);
+}
+
+std::unique_ptr<UnitStep> from_strips(const StripLayout& input, int64_t channels) {
+  return std::make_unique<FromStrips>(input, channels);
+}
+
+std::unique_ptr<UnitStep> pool_strips(const StripLayer& layer, const StripLayout& input, const StripLayout& output) {
+  return std::make_unique<PoolStrips>(layer, input, output);
+}
+
+ConvStrips::ConvStrips(const StripLayer& layer, StripSource source, const Grid& grid, const StripLayout& input,
+                       int64_t input_channels, const StripLayout& output)
+    : shape_(layer.shape),
+      crow_(layer.crow_indices),
+      col_(layer.col_indices),
+      pattern_(crow_, col_, {}, shape_.out_channels, shape_.groups, layer.vector),
+      activation_(layer.activation),
+      source_(source),
+      grid_(grid),
+      input_(input),
+      output_(output),
+      planes_(input_planes(shape_, output.grid.strip)) {
+  const int64_t lanes = grid.lanes, vectors = pattern_.n_vectors;
+  Tiling tiling;
+  if (source == StripSource::strips) {
+    pitch_ = input.pitch();
+    line_ = input.plane()[1] * lanes;
+    tiling = {pitch_, grid.blocks};
+    for (int64_t r = 0; r < shape_.kernel[0]; ++r) {
+      for (int64_t s = 0; s < shape_.kernel[1]; ++s) {
+        tiling.push_back(
+            input.at(r * shape_.dilation[0] - shape_.padding[0], s * shape_.dilation[1] - shape_.padding[1]));
+      }
+    }
+  } else {
+    const Layout layout = plain_layout(planes_);
+    pitch_ = spread<float>(layout.channel() * lanes);
+    line_ = layout.pitch * lanes;
+    tiling = tiling_of(pitch_, grid.blocks, planes_.taps, layout, lanes);
+    if (source == StripSource::apart) apart_ = drawn_apart(planes_, input);
+    if (source == StripSource::regrouped) apart_ = regrouped(planes_, output.grid, input, input_channels);
+  }
+  const at::TensorOptions options = crow_.options();
+  starts_ = empty_resident({grid.blocks * pattern_.groups * pattern_.packed_per_group + 1}, options);
+  offsets_ = empty_resident({vectors + 1}, options);  // the kernel reads one ahead
+  order_ = at::empty({vectors}, options);
+  int32_t* const offsets = offsets_.mutable_data_ptr<int32_t>();
+  offsets[vectors] = 0;
+  plan_offsets(shape_, pattern_, tiling, starts_.mutable_data_ptr<int32_t>(), offsets,
+               order_.mutable_data_ptr<int32_t>());
+
+  const int64_t width = output.grid.strip[1], line = output.plane()[1];
+  for (int64_t ty = 0; ty < grid.tiles[0]; ++ty) {
+    for (int64_t tx = 0; tx < grid.tiles[1]; ++tx) {
+      std::vector<int32_t>& places = places_.emplace_back();
+      for (int64_t h = 0; h < grid.count(0, ty); ++h) {
+        for (int64_t w = 0; w < grid.count(1, tx); ++w) {
+          const int64_t y = grid.begin(0, ty) + h, x = grid.begin(1, tx) + w;  // of a strip in one line or in its own
+          places.push_back(static_cast<int32_t>(((y + x / width) * line + x % width) * lanes));
+        }
+      }
+    }
+  }
+  Borders<float> borders(output.grid);
+  if (!output.flat()) moves_ = borders.moves(output.image, output.plane(), {-output.halo[0], -output.halo[1]}, false);
+  sources_ = borders.sources();
+}
+
+bool ConvStrips::fits(const at::Tensor& values, const std::optional<at::Tensor>& shift) const {
+  auto floats = [](const at::Tensor& tensor, at::IntArrayRef size) {
+    return tensor.is_cpu() && tensor.scalar_type() == at::kFloat && tensor.sizes() == size && tensor.is_contiguous();
+  };
+  return floats(values, {pattern_.n_vectors, pattern_.vector}) && (!shift || floats(*shift, {shape_.out_channels}));
+}
+
+void ConvStrips::run(const UnitCall& call) const {
+  const LaneKernels<float>& kernels = type_kernels<float>().lanes[grid_.width];
+  const Buffer<float> packed(source_ == StripSource::strips ? 0 : shape_.in_channels * pitch_);
+  const auto positions = static_cast<int64_t>(apart_.size());
+  if (source_ == StripSource::regrouped) {
+    const Grid& from = input_.grid;
+    const int64_t image = call.unit * grid_.images;
+    const float* const first =
+        call.input + image / from.images * call.input_unit + image % from.images * from.down * from.across;
+    over_channels(shape_.in_channels, pitch_, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        kernels.regroup(first + c * input_.pitch(), apart_.data(), positions, packed.get() + c * pitch_);
+      }
+    });
+  } else if (source_ == StripSource::apart) {
+    over_channels(shape_.in_channels, pitch_, [&](int64_t from, int64_t end) {
+      for (int64_t c = from; c < end; ++c) {
+        kernels.collect(call.input + c * input_.pitch(), apart_.data(), 1, positions, packed.get() + c * pitch_);
+      }
+    });
+  } else if (source_ == StripSource::images) {
+    const Batch<const float> source{call.input, shape_.batch, shape_.in_channels, shape_.input, false};
+    const Planes whole = input_planes(shape_, output_.grid.covered());
+    const StripPacker<float> packer(source, planes_, whole, output_.grid);
+    over_channels(shape_.in_channels, pitch_, [&](int64_t from, int64_t end) {
+      packer.pack(call.unit * grid_.images, from, end, pitch_, packed.get());
+    });
+  }
+  const float* const source = source_ == StripSource::strips ? call.input : packed.get();
+  const Rows<float> rows = rows_of(shape_, pattern_, call.values);
+  Offsets offsets;
+  offsets.offset = offsets_.const_data_ptr<int32_t>();
+  offsets.starts = starts_.const_data_ptr<int32_t>();
+  offsets.next = 1;
+  offsets.pitch = pitch_;
+  offsets.limit = std::numeric_limits<uint32_t>::max();  // all were checked when they were made
+  Epilogue<float> epilogue;
+  epilogue.activation = activation_;
+  const int64_t out_pitch = output_.pitch(), elements = grid_.largest() * grid_.lanes;
+  parallel_rows(rows, [&](int64_t from, int64_t to) {
+    std::vector<int32_t> cursor;
+    const Buffer<float> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * elements);
+    for_chunks(rows, elements, from, to, [&](int64_t group, int64_t begin, int64_t end) {
+      const int64_t before = begin * rows.vector * out_pitch;
+      auto places = places_.begin();
+      for (int64_t ty = 0; ty < grid_.tiles[0]; ++ty) {
+        for (int64_t tx = 0; tx < grid_.tiles[1]; ++tx) {
+          SpmmTile<float> tile = tile_of(grid_, ty, tx, call.init);
+          tile.input = source + group * rows.channels_per_group * pitch_ + grid_.begin(0, ty) * line_ +
+                       grid_.begin(1, tx) * grid_.lanes;
+          tile.line = line_;
+          tile.output = call.output + before + output_.middle();
+          tile.output_pitch = out_pitch;
+          tile.places = (places++)->data();
+          epilogue.clamp(tile, tile.output, tile.output);
+          if (call.residual) tile.residual = call.residual + before + output_.middle();
+          multiply_tile(grid_, rows, offsets, grid_.blocks, tile, begin, end, scratch.get(), cursor);
+        }
+      }
+      for (int64_t r = 0; !moves_.empty() && r < (end - begin) * rows.vector; ++r) {
+        kernels.move_lanes(call.output + before + r * out_pitch, moves_.data(), static_cast<int64_t>(moves_.size()),
+                           sources_.data());
+      }
+    });
+  });
+}
+
+}  // namespace sparsekd::cpu

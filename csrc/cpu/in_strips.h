@@ -1,0 +1,102 @@
+// Layers one after the other whose activations stay in strips (lanes.h) between them: results go from the registers to
+// where the next layer reads them, and only what lies beside the strips is moved.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "../geometry.h"
+#include "../ordered_values.h"
+#include "lanes.h"
+#include "pattern.h"
+#include "spmm.h"
+
+namespace sparsekd::cpu {
+
+// How activations [N, C, H, W] lie: [unit of grid.images images][channel][position of a plane][lane], floats. A plane
+// is a strip with so many positions more on each of its sides.
+struct StripLayout {
+  Grid grid;
+  int64_t batch = 0;
+  Pair image{0, 0}, halo{0, 0};
+
+  int64_t units() const { return ceil_div(batch, grid.images); }
+  Pair plane() const { return {grid.strip[0] + 2 * halo[0], grid.strip[1] + 2 * halo[1]}; }
+  int64_t pitch() const;  // elements from one channel to the next
+  int64_t middle() const { return at(0, 0); }
+  // Elements before a position of the strip, or of what lies around it.
+  int64_t at(int64_t y, int64_t x) const { return ((y + halo[0]) * plane()[1] + x + halo[1]) * grid.lanes; }
+  bool flat() const { return halo == Pair{0, 0}; }
+};
+
+// A convolution or a max-pool as far as it matters where its activations lie. Those have places 0, 1, ...
+struct StripLayer {
+  Conv2dShape shape;
+  Activation activation = Activation::none;
+  at::Tensor crow_indices, col_indices;  // undefined for a max-pool, which has as many groups as channels
+  int64_t vector = 1;
+  int64_t input = -1, residual = -1, output = -1;  // places; a residual of -1 is none
+  bool pools() const { return !crow_indices.defined(); }
+  // Channels of its results, with those that pad rows.
+  int64_t made_channels() const { return ceil_div(shape.out_channels / shape.groups, vector) * vector * shape.groups; }
+};
+
+// How a layer gets its input: where strips lie (stride 1), from strips that are drawn apart, from those of another
+// grid, or from images.
+enum class StripSource { strips, apart, regrouped, images };
+
+// What one step of a chain does for one unit of its images.
+struct UnitCall {
+  int64_t unit;
+  const float* input;     // the unit's strips, or all strips of another grid, or all images
+  int64_t input_unit;     // of strips: elements from one unit to the next
+  const float* residual;  // null, or the unit's strips as those of the output
+  float* output;          // as the input
+  const float* values;    // a convolution's, in its order
+  const float* init;      // null, or its shift by packed row
+};
+
+class UnitStep {
+ public:
+  virtual ~UnitStep() = default;
+  virtual void run(const UnitCall& call) const = 0;
+};
+
+std::unique_ptr<UnitStep> to_strips(const StripLayout& output, int64_t channels);
+std::unique_ptr<UnitStep> from_strips(const StripLayout& input, int64_t channels);
+// The padding of a pooled input is zero.
+std::unique_ptr<UnitStep> pool_strips(const StripLayer& layer, const StripLayout& input, const StripLayout& output);
+
+// act(conv2d + shift + residual). `input` is not looked at if that comes from images; `input_channels` are those of its
+// units with what pads them.
+class ConvStrips : public UnitStep {
+ public:
+  ConvStrips(const StripLayer& layer, StripSource source, const Grid& grid, const StripLayout& input,
+             int64_t input_channels, const StripLayout& output);
+
+  // The entry of the pattern whose values are wanted at each place, [n_vectors].
+  const at::Tensor& order() const { return order_; }
+  // Whether these are this layer's.
+  bool fits(const at::Tensor& values, const std::optional<at::Tensor>& shift) const;
+  void run(const UnitCall& call) const override;
+
+ private:
+  const Conv2dShape shape_;
+  const at::Tensor crow_, col_;
+  const Pattern pattern_;
+  const Activation activation_;
+  const StripSource source_;
+  const Grid grid_;
+  const StripLayout input_, output_;
+  const Planes planes_;         // of what is packed
+  int64_t pitch_, line_;        // of what is read: elements from one channel and one line to the next
+  std::vector<int32_t> apart_;  // where the vectors, or if regrouped the elements, of a packed channel lie in the input
+  at::Tensor starts_, offsets_, order_;
+  std::vector<std::vector<int32_t>> places_;  // by tile: where its vectors go in a plane of the output
+  std::vector<LaneMove> moves_;               // that give a plane its borders
+  std::vector<int32_t> sources_;
+};
+
+}  // namespace sparsekd::cpu

@@ -1,0 +1,185 @@
+#include "strip_chain.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "scratch.h"
+
+namespace sparsekd::cpu {
+namespace {
+
+at::Tensor empty_floats(at::IntArrayRef size) {
+  at::Tensor result = at::empty(size, at::kFloat);
+  prefer_huge_pages(result.mutable_data_ptr(), result.nbytes());
+  return result;
+}
+
+bool floats(const at::Tensor& tensor, at::IntArrayRef size) {
+  return tensor.defined() && tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.scalar_type() == at::kFloat &&
+         tensor.sizes() == size;
+}
+
+}  // namespace
+
+struct StripChain::Built {
+  const StripRegion& region;
+  const std::vector<bool>& strips_wanted;
+  std::map<int64_t, int64_t> channels = {};  // of the strips that earlier chains left, by place
+};
+
+void StripChain::add(Op op) {
+  const size_t at = ops_.size();
+  for (const int64_t place : {op.from_images ? -1 : op.input, op.residual, op.to_images ? -1 : op.output}) {
+    if (place < 0) continue;
+    Strips& strips = strips_.at(place);
+    if (strips.last == 0) strips.first = at;
+    strips.last = at + 1;
+  }
+  ops_.push_back(std::move(op));
+}
+
+// Has strips of a place from here on.
+void StripChain::want_strips(Built& built, int64_t place, int64_t channels) {
+  const StripLayout& layout = *built.region.layouts[place];
+  const bool before = built.channels.count(place) > 0;
+  const int64_t made = before ? built.channels.at(place) : channels;
+  if (!strips_.try_emplace(place, Strips{layout, made, before || built.strips_wanted[place]}).second || before) return;
+  Op op;
+  op.step = to_strips(layout, channels);
+  op.input = op.output = place;
+  op.from_images = true;
+  given_[place] = {layout.batch, channels, layout.image[0], layout.image[1]};
+  add(std::move(op));
+}
+
+StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<Weights>& weights,
+                       const StripRegion& region, size_t first, size_t last, const std::vector<bool>& images_wanted,
+                       const std::vector<bool>& strips_wanted) {
+  Built built{region, strips_wanted};
+  for (size_t i = 0; i < first; ++i) {
+    const StripLayer& layer = layers[region.members[i].layer];
+    built.channels[layer.output] = layer.made_channels();
+  }
+  for (size_t i = first; i < last; ++i) {
+    const StripRegion::Member& member = region.members[i];
+    const StripLayer& layer = layers[member.layer];
+    const Conv2dShape& shape = layer.shape;
+    const StripLayout& output = *region.layouts[layer.output];
+    const bool from_images = member.source == StripSource::images;
+    units_ = output.units();
+    StripLayout input;
+    if (from_images) {
+      const Pair& size = shape.input;
+      if (!made_.count(layer.input)) given_[layer.input] = {shape.batch, shape.in_channels, size[0], size[1]};
+    } else if (member.source == StripSource::regrouped) {
+      input = *member.from;
+      strips_.try_emplace(layer.input, Strips{input, member.from_channels, true});
+    } else {
+      input = *region.layouts[layer.input];
+      want_strips(built, layer.input, shape.in_channels);
+    }
+    if (layer.residual >= 0) want_strips(built, layer.residual, shape.out_channels);
+    Op op;
+    if (layer.pools()) {
+      op.step = pool_strips(layer, input, output);
+    } else {
+      auto conv = std::make_unique<ConvStrips>(layer, member.source, member.grid, input, member.from_channels, output);
+      op.conv = conv.get();
+      op.weights = weights[member.layer];
+      op.ordered = std::make_unique<OrderedValues>(conv->order());
+      op.step = std::move(conv);
+    }
+    op.input = layer.input;
+    op.residual = layer.residual;
+    op.output = layer.output;
+    op.from_images = from_images;
+    op.made = layer.made_channels();
+    op.regroups = member.source == StripSource::regrouped;
+    strips_.emplace(layer.output, Strips{output, op.made, strips_wanted[layer.output]});
+    add(std::move(op));
+    if (!images_wanted[layer.output]) continue;
+    Op back;
+    back.step = from_strips(output, shape.out_channels);
+    back.input = back.output = layer.output;
+    back.to_images = true;
+    made_[layer.output] = {shape.batch, shape.out_channels, shape.output[0], shape.output[1]};
+    add(std::move(back));
+  }
+  share_memory();
+}
+
+// Gives each place that does not outlive a unit the first gap that is free while it lives.
+void StripChain::share_memory() {
+  std::vector<Strips*> placed;
+  for (size_t at = 0; at < ops_.size(); ++at) {
+    for (auto& [_, strips] : strips_) {
+      if (strips.outlives || strips.first != at) continue;
+      std::vector<std::pair<int64_t, int64_t>> taken;  // begin, end
+      for (const Strips* other : placed) {
+        if (other->last > at) taken.push_back({other->offset, other->offset + other->size()});
+      }
+      std::sort(taken.begin(), taken.end());
+      for (const auto& [begin, end] : taken) {
+        if (strips.offset + strips.size() <= begin) break;
+        strips.offset = std::max(strips.offset, end);
+      }
+      memory_ = std::max(memory_, strips.offset + strips.size());
+      placed.push_back(&strips);
+    }
+  }
+}
+
+bool StripChain::run(std::vector<Lying>& lying) const {
+  for (const auto& [place, size] : given_) {
+    if (!floats(lying[place].images, size)) return false;
+  }
+  for (const Op& op : ops_) {
+    if (op.conv && !op.conv->fits(op.weights.values, op.weights.shift)) return false;
+  }
+  for (const auto& [place, size] : given_) lying[place].images = lying[place].images.contiguous();
+  for (const auto& [place, size] : made_) lying[place].images = empty_floats(size);
+  for (const auto& [place, strips] : strips_) {
+    at::Tensor& held = lying[place].strips;
+    if (strips.outlives && !held.defined()) held = empty_floats({units_, strips.channels, strips.layout.pitch()});
+  }
+  std::vector<at::Tensor> values(ops_.size());
+  std::vector<std::vector<float>> init(ops_.size());
+  for (size_t i = 0; i < ops_.size(); ++i) {
+    if (!ops_[i].conv) continue;
+    const auto& [own, shift] = ops_[i].weights;
+    values[i] = ops_[i].ordered->of(own);
+    if (!shift) continue;
+    init[i].assign(ops_[i].made, 0);
+    std::copy_n(shift->const_data_ptr<float>(), shift->numel(), init[i].begin());
+  }
+  auto run_unit = [&](int64_t unit) {
+    const Buffer<float> memory(memory_);
+    // All images, or a unit's strips.
+    auto at = [&](int64_t place, bool images, int64_t of) -> float* {
+      if (images) return lying[place].images.data_ptr<float>();
+      const Strips& strips = strips_.at(place);
+      if (!strips.outlives) return memory.get() + strips.offset;
+      return lying[place].strips.data_ptr<float>() + of * strips.size();
+    };
+    for (size_t i = 0; i < ops_.size(); ++i) {
+      const Op& op = ops_[i];
+      op.step->run({unit, at(op.input, op.from_images, op.regroups ? 0 : unit),
+                    op.from_images ? 0 : strips_.at(op.input).size(),
+                    op.residual < 0 ? nullptr : at(op.residual, false, unit), at(op.output, op.to_images, unit),
+                    op.conv ? values[i].const_data_ptr<float>() : nullptr, init[i].empty() ? nullptr : init[i].data()});
+    }
+  };
+  if (units_ >= at::get_num_threads()) {
+    at::parallel_for(0, units_, 1, [&](int64_t from, int64_t to) {
+      for (int64_t unit = from; unit < to; ++unit) run_unit(unit);
+    });
+  } else {
+    for (int64_t unit = 0; unit < units_; ++unit) run_unit(unit);
+  }
+  return true;
+}
+
+}  // namespace sparsekd::cpu

@@ -1,0 +1,65 @@
+// Layers that follow each other in strips, one unit of images after the other: what a unit's layer writes is still in
+// the caches when the next one reads it.
+#pragma once
+#include <map>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "in_strips.h"
+#include "strip_plan.h"
+
+namespace sparsekd::cpu {
+
+// An activation as it lies: one way, or both.
+struct Lying {
+  at::Tensor images, strips;
+};
+
+class StripChain {
+ public:
+  struct Weights {
+    at::Tensor values;
+    std::optional<at::Tensor> shift;
+  };
+
+  // The layers are those of the region's members `first` .. `last` - 1. By place: whether somebody reads its images, or
+  // its strips after this chain.
+  StripChain(const std::vector<StripLayer>& layers, const std::vector<Weights>& weights, const StripRegion& region,
+             size_t first, size_t last, const std::vector<bool>& images_wanted, const std::vector<bool>& strips_wanted);
+
+  // All layers on activations by place, to which their results are added. False, and nothing is done, if one is not
+  // what the chain was made for.
+  bool run(std::vector<Lying>& lying) const;
+
+ private:
+  struct Op {
+    std::unique_ptr<UnitStep> step;
+    const ConvStrips* conv = nullptr;  // `step`, if it is one
+    Weights weights;
+    std::unique_ptr<OrderedValues> ordered;
+    int64_t input = -1, residual = -1, output = -1;  // places
+    bool from_images = false, regroups = false, to_images = false;
+    int64_t made = 0;  // channels, with those that pad rows
+  };
+  struct Strips {  // of a place
+    StripLayout layout;
+    int64_t channels;            // with those that pad rows
+    bool outlives;               // the chain, or a unit of it
+    size_t first = 0, last = 0;  // ops that touch it
+    int64_t offset = 0;          // in a unit's memory, if it does not
+    int64_t size() const { return channels * layout.pitch(); }
+  };
+  struct Built;  // what is known while a chain is made
+
+  void want_strips(Built& built, int64_t place, int64_t channels);
+  void add(Op op);
+  void share_memory();
+
+  int64_t units_ = 0, memory_ = 0;  // elements that a unit needs
+  std::vector<Op> ops_;
+  std::map<int64_t, Strips> strips_;                      // by place
+  std::map<int64_t, std::vector<int64_t>> given_, made_;  // sizes of images, by place
+};
+
+}  // namespace sparsekd::cpu

@@ -1,0 +1,325 @@
+#include "strip_plan.h"
+
+#include <map>
+#include <memory>
+#include <numeric>
+
+#include "passes.h"
+
+namespace sparsekd::cpu {
+namespace {
+
+// Cycles that a vector costs on its way from an image into a strip, and back; and from a strip to its neighbour's.
+constexpr double kPacked = 8, kUnpacked = 10, kMoved = 2;
+// A vector of a max-pool of images, and each of a window's where it is one of strips.
+constexpr double kPooled = 48, kCollected = 1.5;
+
+// What the activations of a layer cost if they don't stay in L2, and of those what doesn't stay in L3: so much of it is
+// one thread's.
+double far_cycles(int64_t bytes) {
+  constexpr double kL3Line = 6;
+  constexpr int64_t kL3Share = 8;  // L2 budgets
+  const double beyond_l2 = static_cast<double>(std::max<int64_t>(bytes - l2_budget(), 0));
+  const double beyond_l3 = static_cast<double>(std::max<int64_t>(bytes - kL3Share * l2_budget(), 0));
+  return (kL3Line * beyond_l2 + kFarLine * beyond_l3) / 64;
+}
+
+// Sums that a tile of so many positions makes side by side, for each of the passes that its rows take.
+std::vector<int> sums_of(int vector, int64_t positions) {
+  std::vector<int> sums;
+  for (int row = 0; row < vector; row += chunk_rows(vector - row)) {
+    sums.push_back(chains(static_cast<int>(chunk_rows(vector - row) * positions)));
+  }
+  return sums;
+}
+
+// The same of all of a grid's tiles; empty if they differ.
+std::vector<int> sums_of(int vector, const Grid& grid) {
+  const int64_t least = (grid.strip[0] / grid.tiles[0]) * (grid.strip[1] / grid.tiles[1]);
+  const std::vector<int> sums = sums_of(vector, grid.largest());
+  return least > 0 && sums_of(vector, least) == sums ? sums : std::vector<int>{};
+}
+
+bool one_sum(const std::vector<int>& sums) { return !sums.empty() && *std::max_element(sums.begin(), sums.end()) == 1; }
+
+// Where a layer's input comes from in an arrangement of strips. `taken`: places that lie in others already.
+StripSource source_of(const StripLayer& layer, const Grid& strips, const std::vector<bool>& taken) {
+  const Conv2dShape& shape = layer.shape;
+  if (taken[layer.input]) return StripSource::images;
+  if (shape.stride == Pair{1, 1}) return shape.input == shape.output ? StripSource::strips : StripSource::images;
+  const Pair cut{strips.down, strips.across};
+  for (int d = 0; d < 2; ++d) {
+    // Every strip's results are of the pixels in it and around it.
+    const int64_t farthest = (shape.kernel[d] - 1) * shape.dilation[d] - shape.padding[d] - shape.stride[d];
+    const bool halves = shape.input[d] == shape.output[d] * shape.stride[d] && shape.output[d] % cut[d] == 0;
+    if (!halves || farthest >= shape.padding[d]) return StripSource::images;
+  }
+  return StripSource::apart;
+}
+
+// The grid of an arrangement for images of this size.
+Grid for_images(Grid strips, const Pair& image) {
+  strips.strip = {ceil_div(image[0], strips.down), ceil_div(image[1], strips.across)};
+  return strips;
+}
+
+// A layer by itself, and in strips.
+class Layer {
+ public:
+  explicit Layer(const StripLayer& of)
+      : of(of),
+        shape(of.shape),
+        planes_(input_planes(shape, shape.output)),
+        vectors_(static_cast<double>(shape.batch * shape.out_channels * shape.output[0] * shape.output[1]) / 16) {
+    if (of.pools()) {
+      alone = kPooled * vectors_;
+      return;
+    }
+    pattern_.emplace(of.crow_indices, of.col_indices, std::nullopt, shape.out_channels, shape.groups, of.vector);
+    rows_ = rows_of<float>(shape, *pattern_, nullptr);
+    const Batch<const float> source{nullptr, shape.batch, shape.in_channels, shape.input, false};
+    const GridKey key = grid_key(kForwardGrid, shape, rows_, false);
+    grid_ = is_flat(shape) ? FlatPixels<float>(key, rows_, source, shape.stride, shape.output).grid
+                           : planes_grid(key, rows_, source, shape.output, planes_);
+    alone = grid_.cost * static_cast<double>(shape.groups);
+  }
+
+  // The tiles over the strips of a grid for the output, or over their pixels in one line, and what all of it costs;
+  // null if none makes sums as they are made by itself.
+  std::optional<Grid> in(const Grid& strips, StripSource source, bool one_line) {
+    const auto [known, added] =
+        found_.try_emplace({strips.width, strips.images, strips.down, static_cast<int64_t>(source), one_line});
+    if (added) known->second = search(strips, source, one_line);
+    return known->second;
+  }
+
+  const StripLayer& of;
+  const Conv2dShape& shape;
+  double alone;  // cycles
+
+ private:
+  std::optional<Grid> search(const Grid& strips, StripSource source, bool one_line) const {
+    Grid grid = strips, best;
+    const double units = ceil_div(shape.batch, strips.images);
+    const double made = static_cast<double>(strips.strip[0] * strips.strip[1] * strips.lanes) * sizeof(float);
+    const double read =
+        static_cast<double>(shape.input[0] * shape.input[1]) / (shape.output[0] * shape.output[1]) * made;
+    const double far = units * far_cycles(static_cast<int64_t>(shape.in_channels * read +
+                                                               shape.out_channels * made * (of.residual < 0 ? 1 : 2)));
+    if (of.pools()) {
+      if (source == StripSource::images) return std::nullopt;
+      grid.cost = far + kCollected *
+                            static_cast<double>(shape.taps() * shape.out_channels * strips.strip[0] * strips.strip[1]) *
+                            units;
+      return grid;
+    }
+    const TileShape most = type_kernels<float>().lanes[strips.width].tile_shape(rows_.vector);
+    const Work work = work_of(rows_, shape.batch, shape.output, shape.input[1], planes_, strips.lanes);
+    const std::vector<int> sums = sums_of(rows_.vector, grid_);
+    if (sums.empty()) return std::nullopt;
+    grid.rows = most.rows;
+    grid.halo = planes_.halo;
+    if (one_line) grid.strip = {1, strips.strip[0] * strips.strip[1]};
+    double packing = 0;
+    if (source != StripSource::strips) {
+      const double phases = static_cast<double>(planes_.phases.size());
+      const double pixels = phases * static_cast<double>(strips.strip[0] * strips.strip[1]);
+      const double all =
+          phases * static_cast<double>((strips.strip[0] + grid.halo[0]) * (strips.strip[1] + grid.halo[1]));
+      packing = source == StripSource::apart ? kMoved * all : kPacked * pixels + kMoved * (all - pixels);
+      packing *= static_cast<double>(shape.in_channels);
+    }
+    for (int64_t lines = 1; lines <= std::min<int64_t>(most.lines, grid.strip[0]); ++lines) {
+      for (int64_t width = 1; width <= std::min<int64_t>(most.positions / lines, grid.strip[1]); ++width) {
+        grid.tiles = {ceil_div(grid.strip[0], lines), ceil_div(grid.strip[1], width)};
+        if (sums_of(rows_.vector, grid) != sums) continue;
+        grid.blocks = one_sum(sums) ? blocks_of(work, grid) : grid_.blocks;
+        const double tiles = static_cast<double>(shape.groups * grid.tiles[0] * grid.tiles[1]);
+        grid.cost =
+            far + units * (packing + static_cast<double>(work.rows) * tiles * row_cycles(work, grid, grid.blocks));
+        if (grid.cost < best.cost) best = grid;
+      }
+    }
+    return best.cost < std::numeric_limits<double>::max() ? std::optional(best) : std::nullopt;
+  }
+
+  Planes planes_;
+  double vectors_;
+  std::optional<Pattern> pattern_;
+  Rows<float> rows_;
+  Grid grid_;
+  std::map<GridKey, std::optional<Grid>> found_;
+};
+
+// Places that belong together.
+struct Sets {
+  explicit Sets(size_t count) : parent(count) { std::iota(parent.begin(), parent.end(), 0); }
+  int64_t of(int64_t place) {
+    while (parent[place] != place) place = parent[place] = parent[parent[place]];
+    return place;
+  }
+  void join(int64_t a, int64_t b) { parent[of(a)] = of(b); }
+  std::vector<int64_t> parent;
+};
+
+// Whether a layer's results can lie in strips one channel after the other.
+bool may_take_part(const StripLayer& layer) {
+  const Conv2dShape& shape = layer.shape;
+  if (layer.pools()) return shape.batch > 0;
+  const bool whole = shape.groups == 1 || shape.out_channels / shape.groups % layer.vector == 0;
+  return whole && shape.batch > 0 && layer.col_indices.numel() > 0;
+}
+
+// A region, and the cycles that it gains.
+struct Gain {
+  StripRegion region;
+  double cycles = 0;
+  bool operator>(const Gain& other) const { return !region.members.empty() && cycles > other.cycles; }
+};
+
+using Layers = std::vector<std::pair<size_t, Layer*>>;
+
+// Layers that are connected, in one arrangement of strips, without those that do not fit into it. A place lies in the
+// strips of one region at most.
+Gain gain_of(Layers layers, const Grid& strips, std::vector<bool> elsewhere, const std::vector<bool>& taken) {
+  Sets alike(elsewhere.size());  // a residual lies as its result does
+  std::vector<Pair> halo(elsewhere.size(), {0, 0});
+  std::vector<bool> made(elsewhere.size(), false);
+  for (const auto& [_, layer] : layers) {
+    if (layer->of.residual >= 0) alike.join(layer->of.residual, layer->of.output);
+  }
+  for (const auto& [_, layer] : layers) {
+    made[layer->of.output] = true;
+    if (source_of(layer->of, strips, taken) == StripSource::images) continue;
+    Pair& most = halo[alike.of(layer->of.input)];
+    for (int d = 0; d < 2; ++d) most[d] = std::max(most[d], layer->shape.padding[d]);
+  }
+  Gain gain;
+  for (const auto& [index, layer] : layers) {
+    const StripSource source = source_of(layer->of, strips, taken);
+    const bool lines = source == StripSource::strips && halo[alike.of(layer->of.input)] != Pair{0, 0};
+    const bool fits = !taken[layer->of.output] && (layer->of.residual < 0 || !taken[layer->of.residual]);
+    const auto grid = fits ? layer->in(for_images(strips, layer->shape.output), source, is_flat(layer->shape) && !lines)
+                           : std::nullopt;
+    if (!grid) {
+      elsewhere[layer->of.input] = true;
+      if (layer->of.residual >= 0) elsewhere[layer->of.residual] = true;
+      layers.erase(std::find(layers.begin(), layers.end(), std::pair(index, layer)));
+      return gain_of(std::move(layers), strips, std::move(elsewhere), taken);
+    }
+    gain.region.members.push_back({index, source, *grid});
+    gain.cycles += layer->alone - grid->cost;
+  }
+  gain.region.layouts.resize(elsewhere.size());
+  auto lay = [&](int64_t place, const Pair& image, int64_t batch, int64_t channels) {
+    std::optional<StripLayout>& layout = gain.region.layouts[place];
+    if (layout) return;
+    layout = StripLayout{for_images(strips, image), batch, image, halo[alike.of(place)]};
+    const Pair& strip = layout->grid.strip;
+    const int64_t inner = strip[0] * strip[1], border = layout->plane()[0] * layout->plane()[1] - inner;
+    const double turned = !made[place] ? kPacked : elsewhere[place] ? kUnpacked : 0;
+    gain.cycles -= static_cast<double>(layout->units() * channels) * (kMoved * border + turned * inner);
+  };
+  for (const StripRegion::Member& member : gain.region.members) {
+    const StripLayer& of = std::find_if(layers.begin(), layers.end(), [&](const auto& one) {
+                             return one.first == member.layer;
+                           })->second->of;
+    const Conv2dShape& shape = of.shape;
+    if (member.source != StripSource::images) lay(of.input, shape.input, shape.batch, shape.in_channels);
+    for (const int64_t place : {of.residual, of.output}) {
+      if (place >= 0) lay(place, shape.output, shape.batch, shape.out_channels);
+    }
+  }
+  return gain;
+}
+
+// The best region in one arrangement of strips, if it is better than `best`.
+Gain best_in(std::map<size_t, Layer>& layers, const Grid& strips, std::vector<bool> elsewhere,
+             const std::vector<bool>& taken, Gain best) {
+  Sets together(elsewhere.size());
+  for (const auto& [_, layer] : layers) {
+    if (source_of(layer.of, strips, taken) == StripSource::images) {
+      elsewhere[layer.of.input] = true;
+    } else {
+      together.join(layer.of.input, layer.of.output);
+    }
+    if (layer.of.residual >= 0) together.join(layer.of.residual, layer.of.output);
+  }
+  std::map<int64_t, Layers> groups;
+  for (auto& [i, layer] : layers) groups[together.of(layer.of.output)].push_back({i, &layer});
+  for (auto& [_, group] : groups) {
+    Gain gain = gain_of(std::move(group), strips, elsewhere, taken);
+    if (gain > best) best = std::move(gain);
+  }
+  return best;
+}
+
+// What one region reads of another's needs no images in between.
+void regroup(const std::vector<StripLayer>& layers, std::vector<StripRegion>& regions) {
+  std::map<int64_t, std::pair<StripLayout, int64_t>> made;
+  for (const StripRegion& region : regions) {
+    for (const auto& member : region.members) {
+      const StripLayer& layer = layers[member.layer];
+      made.try_emplace(layer.output, *region.layouts[layer.output], layer.made_channels());
+    }
+  }
+  for (StripRegion& region : regions) {
+    for (auto& member : region.members) {
+      const auto from = made.find(layers[member.layer].input);
+      if (member.source != StripSource::images || from == made.end()) continue;
+      const auto& [layout, channels] = from->second;
+      const bool fits = layout.grid.lanes == member.grid.lanes &&
+                        layout.batch * channels * layout.pitch() <= std::numeric_limits<int32_t>::max() &&
+                        layout.batch % std::max(layout.grid.images, member.grid.images) == 0;
+      if (!fits) continue;
+      member.source = StripSource::regrouped;
+      member.from = layout;
+      member.from_channels = channels;
+    }
+  }
+}
+
+}  // namespace
+
+std::vector<StripRegion> plan_strips(const std::vector<StripLayer>& layers, const std::vector<bool>& elsewhere,
+                                     bool always) {
+  std::vector<bool> read = elsewhere;  // by others than the layers that are left
+  std::vector<bool> taken(elsewhere.size(), false), positive(elsewhere.size(), false);
+  std::map<size_t, Layer> left;
+  auto leave = [&](size_t i) {
+    left.erase(i);
+    read[layers[i].input] = true;
+    if (layers[i].residual >= 0) read[layers[i].residual] = true;
+  };
+  for (size_t i = 0; i < layers.size(); ++i) {
+    // Zeros around a map change nothing in a largest value of it if that isn't negative.
+    const Activation activation = layers[i].activation;
+    const bool pools = layers[i].pools();
+    positive[layers[i].output] =
+        pools ? positive[layers[i].input] : activation == Activation::relu || activation == Activation::relu6;
+    if (may_take_part(layers[i]) && (!pools || positive[layers[i].input])) {
+      left.try_emplace(i, layers[i]);
+    } else {
+      leave(i);
+    }
+  }
+  std::vector<StripRegion> regions;
+  while (!left.empty()) {
+    Gain best{{}, always ? std::numeric_limits<double>::lowest() : 0};
+    for (int width = 0; width < type_kernels<float>().widths; ++width) {
+      const int64_t lanes = type_kernels<float>().lanes[width].tile_shape(1).lanes;
+      for (Grid strips : strip_grids(left.begin()->second.shape.batch, {1, 1}, lanes)) {
+        strips.width = width;
+        best = best_in(left, strips, read, taken, std::move(best));
+      }
+    }
+    if (best.region.members.empty()) break;
+    for (const StripRegion::Member& member : best.region.members) leave(member.layer);
+    for (size_t place = 0; place < taken.size(); ++place) taken[place] = taken[place] || best.region.layouts[place];
+    regions.push_back(std::move(best.region));
+  }
+  regroup(layers, regions);
+  return regions;
+}
+
+}  // namespace sparsekd::cpu
