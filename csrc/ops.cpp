@@ -147,6 +147,7 @@ TORCH_LIBRARY(sparsekd, m) {
       .def(torch::init<int64_t>())
       .def("conv2d", &sparsekd::PlannedSequence::conv2d)
       .def("max_pool2d", &sparsekd::PlannedSequence::max_pool2d)
+      .def("shortcut", &sparsekd::PlannedSequence::shortcut)
       .def("output", &sparsekd::PlannedSequence::output, "",
            {torch::arg("places"), torch::arg("always_in_strips") = false})
       .def("in_strips", &sparsekd::PlannedSequence::in_strips)

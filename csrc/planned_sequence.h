@@ -3,6 +3,8 @@
 // batch 1. Between layers that allow it activations stay in strips (cpu/strip_chain.h).
 #pragma once
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/slice.h>
 #include <c10/util/Exception.h>
 #include <torch/custom_class.h>
 
@@ -37,6 +39,14 @@ class PlannedSequence : public torch::CustomClassHolder {
   int64_t max_pool2d(int64_t input, Numbers kernel_size, Numbers stride, Numbers padding) {
     Step step = next({input, -1});
     step.geometry = {std::move(kernel_size), std::move(stride), std::move(padding)};
+    return add(std::move(step));
+  }
+
+  // Every stride-th pixel, with so many channels of zeros before and after those of the input.
+  int64_t shortcut(int64_t input, Numbers stride, Numbers channels) {
+    Step step = next({input, -1});
+    step.geometry = {std::move(stride), std::move(channels), {}};
+    step.shortcut = true;
     return add(std::move(step));
   }
 
@@ -92,19 +102,32 @@ class PlannedSequence : public torch::CustomClassHolder {
  private:
   struct Step {
     std::array<int64_t, 2> reads;  // places of the input and the residual, or -1
-    c10::intrusive_ptr<PlannedConv2d> conv;  // null: a max-pool
+    c10::intrusive_ptr<PlannedConv2d> conv;  // null: a max-pool, or a shortcut
+    bool shortcut = false;
     at::Tensor values;
     std::optional<at::Tensor> shift;
     std::array<Numbers, 3> geometry;
     std::shared_ptr<const cpu::StripChain> chain;  // of this step and those up to `past`, if not null
     size_t past = 0;
 
-    // A max-pool as a layer in strips, if the size of its input is known.
-    std::optional<cpu::StripLayer> pool(const Numbers& size) const {
+    // A max-pool or a shortcut as a layer in strips, if the size of its input is known.
+    std::optional<cpu::StripLayer> other(const Numbers& size) const {
       if (size.empty()) return std::nullopt;
       cpu::StripLayer layer;
-      layer.shape = checked_shape(size, size[1], geometry[0], geometry[1], geometry[2], {1, 1}, size[1]);
+      const auto& [first, second, padding] = geometry;
+      if (shortcut) {
+        layer.zeros_before = second[0];
+        layer.shape = checked_shape(size, second[0] + size[1] + second[1], {1, 1}, first, {0, 0}, {1, 1}, 1);
+      } else {
+        layer.shape = checked_shape(size, size[1], first, second, padding, {1, 1}, size[1]);
+      }
       return layer;
+    }
+
+    at::Tensor shortened(const at::Tensor& input) const {
+      const auto& [stride, channels, _] = geometry;
+      const at::Tensor pixels = input.slice(2, 0, input.size(2), stride[0]).slice(3, 0, input.size(3), stride[1]);
+      return at::constant_pad_nd(pixels, {0, 0, 0, 0, channels[0], channels[1]});
     }
 
     at::Tensor pooled(const at::Tensor& input) const {
@@ -122,7 +145,7 @@ class PlannedSequence : public torch::CustomClassHolder {
     const auto [input, residual] = step.reads;
     at::Tensor& result = lying[inputs_ + i].images;
     if (!step.conv) {
-      result = step.pooled(lying[input].images);
+      result = step.shortcut ? step.shortened(lying[input].images) : step.pooled(lying[input].images);
       return true;
     }
     const auto added = residual < 0 ? std::nullopt : std::optional(lying[residual].images);
@@ -142,7 +165,7 @@ class PlannedSequence : public torch::CustomClassHolder {
     for (size_t i = 0; i < steps_.size(); ++i) {
       const Step& step = steps_[i];
       const auto [input, residual] = step.reads;
-      std::optional<cpu::StripLayer> layer = step.conv ? step.conv->in_strips(step.values) : step.pool(sizes[input]);
+      std::optional<cpu::StripLayer> layer = step.conv ? step.conv->in_strips(step.values) : step.other(sizes[input]);
       if (layer) {
         layer->input = input;
         layer->residual = residual;

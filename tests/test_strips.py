@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import assert_near
 from torch import nn
 
-from sparsekd.sparse.modules import FusedConv2d, MaxPool2d, SparseConv2d
+from sparsekd.sparse.modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d
 from sparsekd.sparse.modules.fused import ACTIVATIONS
 
 
@@ -42,6 +42,9 @@ class Net:
         for layer, input, residual in self.layers:
             if isinstance(layer, MaxPool2d):
                 sequence.max_pool2d(input, list(layer.kernel_size), list(layer.stride), list(layer.padding))
+                continue
+            if isinstance(layer, Shortcut):
+                sequence.shortcut(input, list(layer.stride), list(layer.new_channels))
                 continue
             conv = layer.conv
             bound = conv._plans.bound[self.values[input].shape, layer.activation]
@@ -85,10 +88,14 @@ def random_net(seed):
             kernel = of.choice([(3, 3), (2, 2), (3, 2)])
             net.add(MaxPool2d(kernel, (2, 2), tuple(k // 2 for k in kernel)), input)
             continue
+        if of.random() < 0.1:
+            new = (groups * of.randint(0, 2), groups * of.randint(0, 2))
+            net.add(Shortcut(of.choice([(2, 2), (2, 2), (1, 1), (1, 2)]), new), input)
+            continue
         kernel = of.choice([(1, 1), (1, 1), (3, 3), (3, 3), (5, 5), (3, 1), (7, 7), (2, 2) if not small else (1, 3)])
         layer = fused(
             value.shape[1],
-            of.choice(channels),
+            of.choice([*channels, value.shape[1]]),
             kernel,
             stride=of.choice([1, 1, 1, 2]) if not small else 1,
             vector=vector,

@@ -74,7 +74,9 @@ class FromStrips : public UnitStep {
 class PoolStrips : public UnitStep {
  public:
   PoolStrips(const StripLayer& layer, const StripLayout& input, const StripLayout& output)
-      : channels_(layer.shape.in_channels),
+      : channels_(layer.shape.out_channels),
+        given_(layer.shape.in_channels),
+        zeros_before_(layer.zeros_before),
         taps_(layer.shape.taps()),
         input_(input),
         output_(output),
@@ -99,8 +101,13 @@ class PoolStrips : public UnitStep {
     const Pair& strip = output_.grid.strip;
     over_channels(channels_, input_.pitch(), [&](int64_t from, int64_t end) {
       for (int64_t c = from; c < end; ++c) {
-        const float* const in = call.input + c * input_.pitch();
         float* const plane = call.output + c * output_.pitch();
+        const int64_t given = c - zeros_before_;
+        if (given < 0 || given >= given_) {
+          std::fill(plane, plane + output_.pitch(), 0.0f);
+          continue;
+        }
+        const float* const in = call.input + given * input_.pitch();
         for (int64_t y = 0; y < strip[0]; ++y) {
           kernels.collect(in, from_.data() + y * strip[1] * taps_, taps_, strip[1], plane + output_.at(y, 0));
         }
@@ -110,7 +117,7 @@ class PoolStrips : public UnitStep {
   }
 
  private:
-  const int64_t channels_, taps_;
+  const int64_t channels_, given_, zeros_before_, taps_;
   const StripLayout input_, output_;
   Borders<float> borders_;
   std::vector<int32_t> from_;  // [position, tap]

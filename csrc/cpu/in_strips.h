@@ -31,14 +31,17 @@ struct StripLayout {
   bool flat() const { return halo == Pair{0, 0}; }
 };
 
-// A convolution or a max-pool as far as it matters where its activations lie. Those have places 0, 1, ...
+// A layer as far as it matters where its activations lie; those have places 0, 1, ... Without indices it is a max-pool,
+// or with a kernel of one pixel a shortcut: every stride-th pixel of its input's channels, with others of zeros before
+// and after them.
 struct StripLayer {
   Conv2dShape shape;
   Activation activation = Activation::none;
-  at::Tensor crow_indices, col_indices;  // undefined for a max-pool, which has as many groups as channels
+  at::Tensor crow_indices, col_indices;
   int64_t vector = 1;
+  int64_t zeros_before = 0;  // channels
   int64_t input = -1, residual = -1, output = -1;  // places; a residual of -1 is none
-  bool pools() const { return !crow_indices.defined(); }
+  bool convolves() const { return crow_indices.defined(); }
   // Channels of its results, with those that pad rows.
   int64_t made_channels() const { return ceil_div(shape.out_channels / shape.groups, vector) * vector * shape.groups; }
 };
@@ -66,7 +69,7 @@ class UnitStep {
 
 std::unique_ptr<UnitStep> to_strips(const StripLayout& output, int64_t channels);
 std::unique_ptr<UnitStep> from_strips(const StripLayout& input, int64_t channels);
-// The padding of a pooled input is zero.
+// A max-pool or a shortcut. The padding of the input is zero.
 std::unique_ptr<UnitStep> pool_strips(const StripLayer& layer, const StripLayout& input, const StripLayout& output);
 
 // act(conv2d + shift + residual). `input` is not looked at if that comes from images; `input_channels` are those of its

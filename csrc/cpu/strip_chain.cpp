@@ -83,7 +83,7 @@ StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<
     }
     if (layer.residual >= 0) want_strips(built, layer.residual, shape.out_channels);
     Op op;
-    if (layer.pools()) {
+    if (!layer.convolves()) {
       op.step = pool_strips(layer, input, output);
     } else {
       auto conv = std::make_unique<ConvStrips>(layer, member.source, member.grid, input, member.from_channels, output);

@@ -71,7 +71,7 @@ class Layer {
         shape(of.shape),
         planes_(input_planes(shape, shape.output)),
         vectors_(static_cast<double>(shape.batch * shape.out_channels * shape.output[0] * shape.output[1]) / 16) {
-    if (of.pools()) {
+    if (!of.convolves()) {
       alone = kPooled * vectors_;
       return;
     }
@@ -106,7 +106,7 @@ class Layer {
         static_cast<double>(shape.input[0] * shape.input[1]) / (shape.output[0] * shape.output[1]) * made;
     const double far = units * far_cycles(static_cast<int64_t>(shape.in_channels * read +
                                                                shape.out_channels * made * (of.residual < 0 ? 1 : 2)));
-    if (of.pools()) {
+    if (!of.convolves()) {
       if (source == StripSource::images) return std::nullopt;
       grid.cost = far + kCollected *
                             static_cast<double>(shape.taps() * shape.out_channels * strips.strip[0] * strips.strip[1]) *
@@ -165,7 +165,7 @@ struct Sets {
 // Whether a layer's results can lie in strips one channel after the other.
 bool may_take_part(const StripLayer& layer) {
   const Conv2dShape& shape = layer.shape;
-  if (layer.pools()) return shape.batch > 0;
+  if (!layer.convolves()) return shape.batch > 0;
   const bool whole = shape.groups == 1 || shape.out_channels / shape.groups % layer.vector == 0;
   return whole && shape.batch > 0 && layer.col_indices.numel() > 0;
 }
@@ -294,10 +294,10 @@ std::vector<StripRegion> plan_strips(const std::vector<StripLayer>& layers, cons
   for (size_t i = 0; i < layers.size(); ++i) {
     // Zeros around a map change nothing in a largest value of it if that isn't negative.
     const Activation activation = layers[i].activation;
-    const bool pools = layers[i].pools();
-    positive[layers[i].output] =
-        pools ? positive[layers[i].input] : activation == Activation::relu || activation == Activation::relu6;
-    if (may_take_part(layers[i]) && (!pools || positive[layers[i].input])) {
+    const bool clamped = activation == Activation::relu || activation == Activation::relu6;
+    positive[layers[i].output] = layers[i].convolves() ? clamped : positive[layers[i].input];
+    const bool padded = !layers[i].convolves() && layers[i].shape.padding != Pair{0, 0};
+    if (may_take_part(layers[i]) && (!padded || positive[layers[i].input])) {
       left.try_emplace(i, layers[i]);
     } else {
       leave(i);

@@ -3,6 +3,7 @@
     conv -> batch-norm -> (+ identity) -> relu          one module, FusedConv2d: batch-norm in the weights, the rest
                                                         done to results while they are in the cache
     max-pool                                            MaxPool2d of modules/fused.py
+    shortcuts without parameters                        Shortcut of modules/fused.py: shortcuts.py
     dropout and stochastic depth in eval mode, Identity gone
     convolutions of a few input channels                computed by the sparse kernels, too: few_channels.py
     large activations                                   in the memory of those of the last forward: arena.py
@@ -34,9 +35,10 @@ from . import ops
 from .arena import reuse_memory, reuses
 from .convert import Choices, choices, convert, keep_choices, to_dense
 from .few_channels import packed_whole
-from .modules import FusedConv2d, MaxPool2d, SparseConv2d, SparseModule
+from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d, SparseModule
 from .recorded import check_calls, check_near, record_calls
 from .sequence import run_in_sequence
+from .shortcuts import replace_shortcuts
 from .surgery import call, copied
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -279,7 +281,7 @@ def _turn_edges(graph: fx.GraphModule) -> None:
     """What sparse convolutions are given by anything else is turned to ``[N, C, H, W]``, once for all of them."""
 
     def sparse(node: fx.Node) -> bool:
-        return isinstance(_module(graph, node), (SparseModule, FusedConv2d))
+        return isinstance(_module(graph, node), (SparseModule, FusedConv2d, Shortcut))
 
     for node in list(graph.graph.nodes):
         users = [user for user in node.users if sparse(user)]
@@ -317,6 +319,7 @@ def _fused(model: nn.Module, channels_last: bool, turn: bool, lanes: bool = Fals
     for piece in [m for m in model.modules() if isinstance(m, fx.GraphModule)]:
         _fuse_epilogues(piece)
         _replace_pools(piece)
+        replace_shortcuts(piece)
         if turn:
             _turn_edges(piece)
         if lanes:

@@ -17,9 +17,10 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode
 
 from . import ops  # noqa: F401  (registers the class)
-from .modules import FusedConv2d, MaxPool2d, SparseConv2d
+from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d
 from .modules.plans import changes
 
+GEOMETRY = {MaxPool2d: ("kernel_size", "stride", "padding"), Shortcut: ("stride", "new_channels")}
 MOST_PROGRAMS = 4  # of a network, for as many sizes of its inputs
 
 
@@ -175,7 +176,7 @@ class _Step:
         nodes = all(isinstance(arg, fx.Node) and shapes.get(arg) is not None for arg in node.args)
         if node.kwargs or not nodes or len(node.args) not in (1, 2):
             return None
-        if kind is MaxPool2d:
+        if kind in (MaxPool2d, Shortcut):
             return _Step(node, module) if len(node.args) == 1 else None
         conv = module._modules.get("conv") if kind is FusedConv2d else module
         if type(conv) is not SparseConv2d or conv.channels_last or (conv is module and len(node.args) != 1):
@@ -193,8 +194,8 @@ class _Step:
     def add(self, sequence, places: dict[fx.Node, int]) -> int:
         input, *residual = (places[arg] for arg in self.node.args)
         if self.conv is None:
-            geometry = (self.module.kernel_size, self.module.stride, self.module.padding)
-            return sequence.max_pool2d(input, *map(list, geometry))
+            step = sequence.max_pool2d if type(self.module) is MaxPool2d else sequence.shortcut
+            return step(input, *(list(getattr(self.module, name)) for name in GEOMETRY[type(self.module)]))
         own = self.conv._parameters
         bound = self.plans.bound[self.key]
         return sequence.conv2d(bound, own["values"], own["bias"], input, *residual or (None,))
@@ -205,7 +206,7 @@ class _Step:
             program.hooks += [module._forward_hooks, module._forward_pre_hooks]
             watched(module.__dict__, "forward", None)
         if self.conv is None:
-            for name in ("kernel_size", "stride", "padding"):
+            for name in GEOMETRY[type(self.module)]:
                 watched(self.module.__dict__, name, getattr(self.module, name))
             return
         for name in ("values", "bias"):

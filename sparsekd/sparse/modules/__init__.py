@@ -6,8 +6,17 @@ pruned weight.
 
 from .conv2d import SparseConv2d
 from .convolution import SparseConv1d
-from .fused import FusedConv2d, MaxPool2d
+from .fused import FusedConv2d, MaxPool2d, Shortcut
 from .linear import SparseLinear
 from .packed import DTYPES, SparseModule
 
-__all__ = ["DTYPES", "FusedConv2d", "MaxPool2d", "SparseConv1d", "SparseConv2d", "SparseLinear", "SparseModule"]
+__all__ = [
+    "DTYPES",
+    "FusedConv2d",
+    "MaxPool2d",
+    "Shortcut",
+    "SparseConv1d",
+    "SparseConv2d",
+    "SparseLinear",
+    "SparseModule",
+]

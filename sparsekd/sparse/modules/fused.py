@@ -141,3 +141,24 @@ class MaxPool2d(Watched):
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+class Shortcut(Watched):
+    """``input[:, :, ::stride, ::stride]`` with channels of zeros before and after its own.
+
+    The shortcut without parameters of He et al., "Deep residual learning for image recognition", CVPR 2016 (option A).
+
+    Args:
+        stride: of lines and columns.
+        new_channels: how many there are before the input's, and after.
+    """
+
+    def __init__(self, stride: tuple[int, int], new_channels: tuple[int, int]) -> None:
+        super().__init__()
+        self.stride, self.new_channels = stride, new_channels
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.pad(input[:, :, :: self.stride[0], :: self.stride[1]], (0, 0, 0, 0, *self.new_channels))
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, new_channels={self.new_channels}"
