@@ -27,7 +27,7 @@ bool floats(const at::Tensor& tensor, at::IntArrayRef size) {
 struct StripChain::Built {
   const StripRegion& region;
   const std::vector<bool>& strips_wanted;
-  std::map<int64_t, int64_t> channels = {};  // of the strips that earlier chains left, by place
+  std::vector<bool> before;  // by place: whether an earlier chain left its strips
 };
 
 void StripChain::add(Op op) {
@@ -44,9 +44,9 @@ void StripChain::add(Op op) {
 // Has strips of a place from here on.
 void StripChain::want_strips(Built& built, int64_t place, int64_t channels) {
   const StripLayout& layout = *built.region.layouts[place];
-  const bool before = built.channels.count(place) > 0;
-  const int64_t made = before ? built.channels.at(place) : channels;
-  if (!strips_.try_emplace(place, Strips{layout, made, before || built.strips_wanted[place]}).second || before) return;
+  const bool before = built.before[place];
+  const Strips strips{layout, built.region.channels[place], before || built.strips_wanted[place]};
+  if (!strips_.try_emplace(place, strips).second || before) return;
   Op op;
   op.step = to_strips(layout, channels);
   op.input = op.output = place;
@@ -58,11 +58,8 @@ void StripChain::want_strips(Built& built, int64_t place, int64_t channels) {
 StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<Weights>& weights,
                        const StripRegion& region, size_t first, size_t last, const std::vector<bool>& images_wanted,
                        const std::vector<bool>& strips_wanted) {
-  Built built{region, strips_wanted};
-  for (size_t i = 0; i < first; ++i) {
-    const StripLayer& layer = layers[region.members[i].layer];
-    built.channels[layer.output] = layer.made_channels();
-  }
+  Built built{region, strips_wanted, std::vector<bool>(region.layouts.size(), false)};
+  for (size_t i = 0; i < first; ++i) built.before[layers[region.members[i].layer].output] = true;
   for (size_t i = first; i < last; ++i) {
     const StripRegion::Member& member = region.members[i];
     const StripLayer& layer = layers[member.layer];
@@ -98,7 +95,7 @@ StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<
     op.from_images = from_images;
     op.made = layer.made_channels();
     op.regroups = member.source == StripSource::regrouped;
-    strips_.emplace(layer.output, Strips{output, op.made, strips_wanted[layer.output]});
+    strips_.emplace(layer.output, Strips{output, region.channels[layer.output], strips_wanted[layer.output]});
     add(std::move(op));
     if (!images_wanted[layer.output]) continue;
     Op back;

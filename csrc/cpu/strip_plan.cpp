@@ -254,13 +254,27 @@ Gain best_in(std::map<size_t, Layer>& layers, const Grid& strips, std::vector<bo
   return best;
 }
 
+// A residual is read with the channels that pad rows, as its result is written.
+void count_channels(const std::vector<StripLayer>& layers, StripRegion& region) {
+  region.channels.assign(region.layouts.size(), 0);
+  auto want = [&](int64_t place, int64_t channels) {
+    if (place >= 0) region.channels[place] = std::max(region.channels[place], channels);
+  };
+  for (const auto& member : region.members) {
+    const StripLayer& layer = layers[member.layer];
+    want(layer.input, layer.shape.in_channels);
+    want(layer.residual, layer.made_channels());
+    want(layer.output, layer.made_channels());
+  }
+}
+
 // What one region reads of another's needs no images in between.
 void regroup(const std::vector<StripLayer>& layers, std::vector<StripRegion>& regions) {
   std::map<int64_t, std::pair<StripLayout, int64_t>> made;
   for (const StripRegion& region : regions) {
     for (const auto& member : region.members) {
       const StripLayer& layer = layers[member.layer];
-      made.try_emplace(layer.output, *region.layouts[layer.output], layer.made_channels());
+      made.try_emplace(layer.output, *region.layouts[layer.output], region.channels[layer.output]);
     }
   }
   for (StripRegion& region : regions) {
@@ -316,6 +330,7 @@ std::vector<StripRegion> plan_strips(const std::vector<StripLayer>& layers, cons
     if (best.region.members.empty()) break;
     for (const StripRegion::Member& member : best.region.members) leave(member.layer);
     for (size_t place = 0; place < taken.size(); ++place) taken[place] = taken[place] || best.region.layouts[place];
+    count_channels(layers, best.region);
     regions.push_back(std::move(best.region));
   }
   regroup(layers, regions);

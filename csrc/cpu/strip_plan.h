@@ -19,6 +19,7 @@ struct StripRegion {
   };
   std::vector<Member> members;                      // in the order of the layers
   std::vector<std::optional<StripLayout>> layouts;  // by place: of all that lies in strips
+  std::vector<int64_t> channels;                    // by place: of these, with what pads rows
 };
 
 // What is faster in strips by the costs of lanes.h. `elsewhere`: by place, whether it is read by others than these
