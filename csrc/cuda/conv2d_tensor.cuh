@@ -61,6 +61,7 @@ __device__ __forceinline__ int first_place(const TensorConv2dParams& p, int plac
 
 template <class T, int kRows, int kGroups, int kPositions, int kRun>
 __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const TensorConv2dParams p) {
+  needs_tensor_cores();
   constexpr int kMatrices = Weights<kRows>::kMatrices;
   // Of one matrix of sums: 8 lanes of a position, or of two.
   constexpr int kPlaces = kRows == 8 ? kPositions / 2 : kPositions;

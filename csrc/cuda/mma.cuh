@@ -11,13 +11,21 @@
 //
 //   metadata:  bits 16 * e + 2 * i and the next, of row g + 8 * e: which of its four columns value i + 8 * h is
 //
-// The architectures before 8.0 lack them: there they trap.
+// The architectures before 8.0 lack them: there they trap, and a kernel that begins with needs_tensor_cores() is nothing
+// else.
 #pragma once
 #include "device.cuh"
 #ifndef __CUDACC__
 #include "mma.h"
 #else
 namespace sparsekd::cuda {
+
+__device__ __forceinline__ void needs_tensor_cores() {
+#if __CUDA_ARCH__ < 800
+  __trap();
+  __builtin_unreachable();
+#endif
+}
 
 using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(const void* p) {
