@@ -1,5 +1,5 @@
 // The input gradient of conv2d on CUDA: the convolution's kernels on the transposed pattern, once for each phase of the
-// stride; and that pattern, which is made on the host.
+// stride, or for the four of stride 2 together; and that pattern, which is made on the host.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 
@@ -43,12 +43,12 @@ namespace {
 
 // Element position * stride + phase of the input had its part in those elements of the output from which
 //   (phase + padding - r * dilation) / stride
-// away it lies, for each r where that leaves no rest. False where there is none.
-bool input_grad_axis(const Conv2dShape& shape, int d, int64_t phase, TapAxis& axis) {
+// away it lies, for each r where that leaves no rest. False where there is none. For `phases` of them from `phase` on.
+bool input_grad_axis(const Conv2dShape& shape, int d, int64_t phase, int64_t phases, TapAxis& axis) {
   const int64_t kernel = shape.kernel[d], stride = shape.stride[d], dilation = shape.dilation[d];
   int64_t least = std::numeric_limits<int64_t>::max(), most = std::numeric_limits<int64_t>::min();
-  for (int64_t r = 0; r < kernel; ++r) {
-    const int64_t t = phase + shape.padding[d] - r * dilation;
+  for (int64_t r = 0; r < kernel * phases; ++r) {
+    const int64_t t = phase + r % phases + shape.padding[d] - r / phases * dilation;
     if (t % stride != 0) continue;
     least = std::min(least, t / stride);
     most = std::max(most, t / stride);
@@ -86,12 +86,28 @@ at::Tensor conv2d_input_grad_cuda(const at::Tensor& grad_output, const at::Tenso
                                      groups);
 
   const auto options = grad_output.options().memory_format(grad_output.suggest_memory_format());
+  if (shape.stride[0] == 2 && shape.stride[1] == 2 && shape.input[0] > 1 && shape.input[1] > 1) {
+    Problem problem{shape.batch, out_channels, shape.in_channels, groups, 1, shape.in_channels, {}, true,
+                    {shape.input[0], shape.input[1]}};
+    for (int d = 0; d < 2; ++d) input_grad_axis(shape, d, 0, 2, problem.axes[d]);
+    const at::Tensor grad_input = at::empty(input_size, options);
+    if (grad_input.numel() == 0) return grad_input;
+    if (choose(problem, pattern.col.size(0), grad_input)) {
+      Call call(grad_output);
+      call.reads(grad_output, "grad_output");
+      read_pattern(call, pattern);
+      call.writes(grad_input, "output gradient");
+      run(call, problem, pattern, grad_output, {}, grad_input);
+      call.finish();
+      return grad_input;
+    }
+  }
   std::vector<std::array<TapAxis, 2>> phases;
   bool all = true;
   for (int64_t py = 0; py < std::min(shape.stride[0], shape.input[0]); ++py) {
     for (int64_t px = 0; px < std::min(shape.stride[1], shape.input[1]); ++px) {
       std::array<TapAxis, 2> axes;
-      const bool any = input_grad_axis(shape, 0, py, axes[0]) && input_grad_axis(shape, 1, px, axes[1]);
+      const bool any = input_grad_axis(shape, 0, py, 1, axes[0]) && input_grad_axis(shape, 1, px, 1, axes[1]);
       if (any) phases.push_back(axes);
       all = all && any;
     }
