@@ -15,6 +15,7 @@
 #include "../geometry.h"
 #include "conv2d_tensor_host.h"
 #include "host.h"
+#include "planar_host.h"
 
 namespace sparsekd::cuda {
 namespace {
@@ -156,8 +157,7 @@ std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const at
     const auto& [y, x] = problem.axes;
     const int64_t height = output_size(problem, 0), width = output_size(problem, 1);
     bool joined = (width == 1 || output.stride(3) == 1) && (height == 1 || output.stride(2) == width);
-    // Interleaved ones are written two at a time.
-    joined = joined && (problem.interleaved ? width % 2 == 0 : y.out_step == 1 && x.out_step == 1);
+    joined = joined && (problem.interleaved || (y.out_step == 1 && x.out_step == 1));
     stores = {output.element_size(), width, joined};
   }
   return choose_tile(problem, n_vectors, stores);
@@ -181,8 +181,9 @@ Lanes lanes_of_output(const Choice& choice, const Problem& problem) {
   return lanes;
 }
 
-at::Tensor to_lanes(Call& call, const Lanes& lanes, const TapAxis (&axes)[2], const at::Tensor& source,
+at::Tensor to_lanes(Call& call, const Lanes& lanes, const TapAxis (&axes)[2], const at::Tensor& images,
                     const char* name) {
+  const at::Tensor source = planar(call, images);
   const at::Tensor to = at::empty({int64_t(lanes.units) * lanes.channels * lanes.lane_groups, lanes.plane, 4},
                                   source.options().dtype(at::kFloat));
   TORCH_CHECK_VALUE(to.numel() / 4 / 256 < std::numeric_limits<int32_t>::max(), "Expected fewer than 2^39 activations, got ",
@@ -237,9 +238,10 @@ Records make_records(Call& call, const Problem& problem, const Pattern& pattern,
   return made;
 }
 
-// One convolution into `output`, whose elements at axes' out_begin + i * out_step it writes.
-void run(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input, const Finish& finish,
-         const at::Tensor& output) {
+namespace {
+
+void run_to_planes(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input,
+                   const Finish& finish, const at::Tensor& output) {
   if (problem.vector >= 8 && input.element_size() == 2 && !pattern.place.defined() &&
       run_on_tensor_cores(call,
                           {problem.batch, problem.in_channels, problem.out_channels, problem.groups, problem.vector,
@@ -301,6 +303,15 @@ void run(Call& call, const Problem& problem, const Pattern& pattern, const at::T
   const int64_t grid_x = int64_t(c.lanes.units) * p.tiles_h * p.tiles_w, grid_y = problem.groups * p.row_blocks;
   TORCH_CHECK_VALUE(grid_x <= limit && grid_y <= 65535, "Expected fewer than 65536 blocks of output channels, got ", grid_y);
   call.launched(sparsekd_conv2d(&p, &c.variant, int(warps), grid_x, int(grid_y), call.stream()));
+}
+
+}  // namespace
+
+void run(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input, const Finish& finish,
+         const at::Tensor& output) {
+  run_planar(call, output, finish.residual, [&](const at::Tensor& to, const at::Tensor& residual) {
+    run_to_planes(call, problem, pattern, input, {finish.scale, finish.shift, residual, finish.activation}, to);
+  });
 }
 
 TapAxis forward_axis(const Conv2dShape& shape, int d) {

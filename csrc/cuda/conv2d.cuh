@@ -154,16 +154,22 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
       const int lane_pitch = strip ? strip : 4 * kPositions, pitch = p.joined ? p.out_size[1] : 2 * p.tile_w;
 #pragma unroll
       for (int j = 0; j < kRun; ++j) {
-        const bool there = inside(j);
+        const bool there = inside(j) && row_of(j) < first_row + tile_rows;
         const int column = 2 * (column_of(j) - (p.joined ? 0 : x0));
+        const bool even = pitch % 2 == 0, second = there && column + 1 < pitch;
         float* to = results + (there ? 2 * (row_of(j) - first_row) * pitch + column : 0);
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) {
 #pragma unroll
           for (int k = 0; k < 4; k += 2) {
             const int at = (i / 4 * kRun + j) * 4 + i % 4;
-            store_vector(reinterpret_cast<float2*>(to + i * lane_pitch + k / 2 * pitch),
-                         float2{sums[k][0][at], sums[k + 1][0][at]}, there);
+            float* two = to + i * lane_pitch + k / 2 * pitch;
+            if (even) {
+              store_vector(reinterpret_cast<float2*>(two), float2{sums[k][0][at], sums[k + 1][0][at]}, there);
+            } else {
+              store_vector(two, sums[k][0][at], there);
+              store_vector(second ? two + 1 : two, sums[k + 1][0][at], second);
+            }
           }
         }
       }

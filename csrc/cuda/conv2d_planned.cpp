@@ -5,6 +5,7 @@
 
 #include "conv2d_tensor_host.h"
 #include "direct.h"
+#include "planar_host.h"
 
 namespace sparsekd::cuda {
 namespace {
@@ -121,7 +122,16 @@ at::Tensor conv2d_planned_cuda(const at::Tensor& input, const at::Tensor& values
   } else {
     call.writes(output, "output");
   }
-  run_planned(call, problem, numbers, operands);
+  if (to_lanes) {
+    run_planned(call, problem, numbers, operands);
+  } else {
+    run_planar(call, output, operands.residual, [&](const at::Tensor& to, const at::Tensor& planes) {
+      TensorOperands of = operands;
+      of.output = to;
+      of.residual = planes;
+      run_planned(call, problem, numbers, of);
+    });
+  }
   call.finish();
   return output;
 }

@@ -96,7 +96,8 @@ Pattern transposed(const at::Tensor& values, const at::Tensor& crow, const at::T
                    const OptionalTensor& transpose, int64_t out_channels, int64_t in_channels, int64_t taps,
                    int64_t groups);
 
-// One convolution into `output`, whose elements at axes' out_begin + i * out_step it writes.
+// One convolution into `output`, whose elements at axes' out_begin + i * out_step it writes; all of them, if it lies in
+// channels-last order.
 void run(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input, const Finish& finish,
          const at::Tensor& output);
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "direct.h"
+#include "planar_host.h"
 
 namespace sparsekd::cuda {
 namespace {
@@ -92,7 +93,8 @@ at::Tensor conv2d_input_grad_cuda(const at::Tensor& grad_output, const at::Tenso
     for (int d = 0; d < 2; ++d) input_grad_axis(shape, d, 0, 2, problem.axes[d]);
     const at::Tensor grad_input = at::empty(input_size, options);
     if (grad_input.numel() == 0) return grad_input;
-    if (choose(problem, pattern.col.size(0), grad_input)) {
+    const bool in_rows = grad_input.is_contiguous() || is_channels_last(grad_input);
+    if (in_rows && choose(problem, pattern.col.size(0), grad_input)) {
       Call call(grad_output);
       call.reads(grad_output, "grad_output");
       read_pattern(call, pattern);
@@ -114,17 +116,20 @@ at::Tensor conv2d_input_grad_cuda(const at::Tensor& grad_output, const at::Tenso
   }
   // A stride may step over elements, which then have no gradient.
   const at::Tensor grad_input = at::empty(input_size, options);
-  if (!all) grad_input.zero_();
   if (grad_input.numel() == 0) return grad_input;
   Call call(grad_output);
   call.reads(grad_output, "grad_output");
   read_pattern(call, pattern);
-  all ? call.writes(grad_input, "output gradient") : call.updates(grad_input, "output gradient");
-  for (const auto& axes : phases) {
-    const Problem problem{shape.batch, out_channels, shape.in_channels, groups, 1, shape.in_channels,
-                          {axes[0], axes[1]}};
-    run(call, problem, pattern, grad_output, {}, grad_input);
-  }
+  all || is_channels_last(grad_input) ? call.writes(grad_input, "output gradient")
+                                      : call.updates(grad_input, "output gradient");
+  const auto run_phases = [&](const at::Tensor& to, const at::Tensor&) {
+    for (const auto& axes : phases) {
+      const Problem problem{shape.batch, out_channels, shape.in_channels, groups, 1, shape.in_channels,
+                            {axes[0], axes[1]}};
+      run(call, problem, pattern, grad_output, {}, to);
+    }
+  };
+  run_planar(call, grad_input, {}, run_phases, !all);
   call.finish();
   return grad_input;
 }
