@@ -117,8 +117,12 @@ Tiling of_whole_rows(const TensorProblem& problem, const TensorVariant& variant,
 
 // By cycles of an SM, counted as at the head of conv2d_tensor.cuh: what shared memory delivers (128 bytes a cycle) to
 // the operands and takes from the copies, or what the tensor cores multiply (1024 a cycle), whichever is more.
-double cost_of(const TensorProblem& problem, const TensorDevice& device, Results results, const Tiling& tiling,
-               const Tile& tile) {
+struct Candidate {
+  Tiling tiling;
+  double cost, sectors;  // of a result
+};
+Candidate candidate_of(const TensorProblem& problem, const TensorDevice& device, Results results, const Tiling& tiling,
+                       const Tile& tile) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
   const double rows = tiling.variant.rows, positions = tiling.positions();
   const int64_t strip_rows = strip_rows_of(problem), strips = ceil_div(int64_t(ay.positions), strip_rows);
@@ -157,7 +161,8 @@ double cost_of(const TensorProblem& problem, const TensorDevice& device, Results
   const double waiting = resident == 1 && tile.blocks == 1 ? std::max(fetched - finished, 0.0) : 0.0;
   const double turns =
       static_cast<double>(ceil_div(tiles * problem.groups * tile.row_blocks, device.multiprocessors * resident));
-  return turns * (std::max(worked, fetched) * static_cast<double>(resident) + waiting) + fetched + 600;
+  const double cost = turns * (std::max(worked, fetched) * static_cast<double>(resident) + waiting) + fetched + 600;
+  return {tiling, cost, results == Results::lanes ? 0.0 : sectors};
 }
 
 }  // namespace
@@ -171,8 +176,7 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
   const int64_t rows = slice_rows(problem.vector);
   const int64_t slices = problem.row_groups * ceil_div(problem.vector, rows) / problem.groups;  // of a group
 
-  std::optional<Tiling> best;
-  double least = 0;
+  std::vector<Candidate> candidates;
   for (const TensorVariant& variant : kTensorVariants) {
     if (variant.rows != rows) continue;
     for (int position_warps = 1; position_warps <= kTensorWarps; position_warps *= 2) {
@@ -195,20 +199,18 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
           tiling.block_planes = int(ceil_div(one.planes, blocks));
           const Tile tile = tile_of(problem, tiling);
           if (tile.buffers.bytes > device.shared_bytes) continue;
-          const double cost = cost_of(problem, device, results, tiling, tile);
-          if (best && least <= cost) continue;
-          best = tiling;
-          least = cost;
+          candidates.push_back(candidate_of(problem, device, results, tiling, tile));
         }
       }
     }
   }
+  const std::optional<Candidate> best = best_of(candidates);
   if (!best) {
     reason = "expected a reach that fits a tile in shared memory";
-  } else if (reason = unfit(problem, tile_of(problem, *best)); !reason.empty()) {
-    best.reset();
+    return {};
   }
-  return best;
+  reason = unfit(problem, tile_of(problem, best->tiling));
+  return reason.empty() ? std::optional<Tiling>(best->tiling) : std::nullopt;
 }
 
 Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, const TensorDevice& device) {

@@ -19,9 +19,12 @@ void turn(Call& call, const at::Tensor& planar, const at::Tensor& last, bool to_
   p.to_last = to_last;
   p.images = planar.size(0);
   p.channel_tiles = int(ceil_div(planar.size(1), int64_t(kPlanarChannels)));
-  p.pixel_tiles = int(ceil_div(pixels, int64_t(kPlanarPixels)));
+  // Nearly even parts.
+  const int64_t tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, int64_t(kPlanarPixels))), int64_t(16)) * 16;
+  p.tile_pixels = int(tile_pixels);
+  p.pixel_tiles = int(ceil_div(pixels, tile_pixels));
   TORCH_CHECK_VALUE(pixels <= limit && planar.size(1) <= limit && p.images * p.channel_tiles * p.pixel_tiles <= limit,
-                    "Expected fewer than 2^31 channels, pixels and tiles of 32 channels and 128 pixels, got shape ",
+                    "Expected fewer than 2^31 channels, pixels and tiles of 32 channels and 224 pixels, got shape ",
                     planar.sizes());
   p.channels = int(planar.size(1));
   p.pixels = int(pixels);

@@ -11,35 +11,41 @@ namespace sparsekd::cuda {
 // T has the size of an element.
 template <class T>
 __global__ void planar_kernel(const PlanarParams p) {
-  constexpr int kPitch = kPlanarPixels + 1;  // so that neither rows nor columns meet in a bank
   constexpr int kSector = 32 / sizeof(T);
-  uint32_t* tile = shared_memory<uint32_t>();  // [kPlanarChannels][kPitch]
+  uint32_t* tile = shared_memory<uint32_t>();  // [kPlanarChannels][pitch]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int pixel0 = static_cast<int>(blockIdx.x % p.pixel_tiles) * kPlanarPixels;
+  const int pixel0 = static_cast<int>(blockIdx.x % p.pixel_tiles) * p.tile_pixels;
   const int channel0 = static_cast<int>(blockIdx.x / p.pixel_tiles % p.channel_tiles) * kPlanarChannels;
   const int64_t image = blockIdx.x / p.pixel_tiles / p.channel_tiles;
-  const int pixels = min(p.pixels - pixel0, kPlanarPixels), channels = min(p.channels - channel0, kPlanarChannels);
-  T* planar = static_cast<T*>(p.planar) + (image * p.channels + channel0) * p.pixels + pixel0;
+  const int pixels = min(p.pixels - pixel0, p.tile_pixels), channels = min(p.channels - channel0, kPlanarChannels);
+  const int64_t first = (image * p.channels + channel0) * p.pixels + pixel0;
+  T* planar = static_cast<T*>(p.planar) + first;
   T* last = static_cast<T*>(p.last) + (image * p.pixels + pixel0) * p.channels + channel0;
 
+  // Planes that a tile has whole are one run. What a warp takes at once begins where a sector does.
+  const bool whole = p.pixel_tiles == 1;
+  // Odd, so that what a warp takes of a column lies in different banks; of a run it does where planes have no gap between.
+  const int pitch = whole && pixels % 2 == 1 ? pixels : kPlanarPixels + 1;
+  const int rows = whole ? 1 : channels, row_size = whole ? channels * pixels : pixels;
   auto each_of_planar = [&](auto take) {
-    for (int c = warp; c < channels; c += warps) {
-      T* row = planar + int64_t(c) * p.pixels;
-      // What the warp takes at once begins where a sector does.
-      const int64_t at = row - static_cast<T*>(p.planar);
-      for (int begin = -static_cast<int>(at % kSector); begin < pixels; begin += 32) {
-        const int i = begin + lane;
-        if (i >= 0 && i < pixels) take(row + i, tile + c * kPitch + i);
+    for (int row = whole ? 0 : warp; row < rows; row += warps) {
+      const int64_t begin_at = int64_t(row) * p.pixels;
+      const int begin = (whole ? warp * 32 : 0) - static_cast<int>((first + begin_at) % kSector);
+      for (int base = begin; base < row_size; base += whole ? warps * 32 : 32) {
+        const int i = base + lane, near = min(max(i, 0), row_size - 1);
+        const int channel = whole ? near / pixels : row, pixel = whole ? near % pixels : near;
+        take(planar + begin_at + near, tile + channel * pitch + pixel, i == near);
       }
     }
   };
   auto each_of_last = [&](auto take) {
+    const int channel = min(lane, channels - 1);
     for (int q = warp; q < pixels; q += warps) {
-      if (lane < channels) take(last + int64_t(q) * p.channels + lane, tile + lane * kPitch + q);
+      take(last + int64_t(q) * p.channels + channel, tile + channel * pitch + q, channel == lane);
     }
   };
-  auto load = [](T* element, uint32_t* word) { *word = *element; };
-  auto store = [](T* element, uint32_t* word) { *element = static_cast<T>(*word); };
+  auto load = [](const T* element, uint32_t* word, bool there) { store_vector(word, uint32_t{*element}, there); };
+  auto store = [](T* element, const uint32_t* word, bool there) { store_vector(element, static_cast<T>(*word), there); };
   if (p.to_last) {
     each_of_planar(load);
     __syncthreads();  // the tile

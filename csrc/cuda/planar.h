@@ -4,7 +4,7 @@
 
 namespace sparsekd::cuda {
 
-constexpr int kPlanarChannels = 32, kPlanarPixels = 128;  // of a tile
+constexpr int kPlanarChannels = 32, kPlanarPixels = 224;  // of a tile, at most
 
 struct PlanarParams {
   void* planar;  // [images][channels][pixels]
@@ -12,7 +12,7 @@ struct PlanarParams {
   bool to_last;
   int64_t images;
   int channels, pixels;
-  int channel_tiles, pixel_tiles;
+  int channel_tiles, pixel_tiles, tile_pixels;
 };
 
 }  // namespace sparsekd::cuda
