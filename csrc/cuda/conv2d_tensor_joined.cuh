@@ -21,37 +21,29 @@ struct JoinedFinisher {
   template <int kStep>
   __device__ __forceinline__ void write(float* to, int place, const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
     constexpr int kPart = kStep % kParts, kHalf = kStep / kParts % (kRows / 8), k = kStep / kParts / (kRows / 8);
-    const int lane_pitch = p.lane_pitch, row_pitch = p.row_pitch;
+    // A lane has rows 2 * t + {0, 1} and lane g of two positions, or row g (and g + 8) and lanes 2 * t + {0, 1} of one.
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const int own_row = kRows == 8 ? 2 * t : g, own_lane = kRows == 8 ? g : 2 * t;
+    const int next = kRows == 8 ? p.row_pitch : p.lane_pitch;  // from the first to the second of its two
+    const bool mine = own_row / kTogether == kPart;
+    float* own = to + own_row % kTogether * p.row_pitch + own_lane * p.lane_pitch;
     int row = place / p.place_pitch, column = place % p.place_pitch;
-    auto next = [&] {
+#pragma unroll
+    for (int i = 0; i < kPositions; ++i) {
+      if (row < p.tile_h && column < p.tile_w) {
+        const int at = row * p.tile_w + column;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float sum;
+          if constexpr (kRows == 8) {
+            sum = sums[k][0][i / 2][i % 2 * 2 + e];
+          } else {
+            sum = sums[k][kHalf / 2][i][kHalf % 2 * 2 + e];
+          }
+          store_vector(own + at + e * next, sum, mine);
+        }
+      }
       if (++column == p.place_pitch) ++row, column = 0;
-    };
-    auto result_at = [&] { return row < p.tile_h && column < p.tile_w ? row * p.tile_w + column : -1; };
-    if constexpr (kRows == 8) {  // rows 2 * t + {0, 1}, lane g, of two positions
-      const bool mine = 2 * t / kTogether == kPart;
-      float* own = to + 2 * t % kTogether * row_pitch + g * lane_pitch;
-#pragma unroll
-      for (int i = 0; i < kPositions; ++i, next()) {
-        const int at = result_at();
-        if (at < 0) continue;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          store_vector(own + at + (mine ? e * row_pitch : 0), sums[k][0][i / 2][i % 2 * 2 + e], mine);
-        }
-      }
-    } else {  // rows g and g + 8, lanes 2 * t + {0, 1}
-      const bool mine = g / kTogether == kPart;
-      float* own = to + g % kTogether * row_pitch + 2 * t * lane_pitch;
-#pragma unroll
-      for (int i = 0; i < kPositions; ++i, next()) {
-        const int at = result_at();
-        if (at < 0) continue;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          store_vector(own + at + e * lane_pitch, sums[k][kHalf / 2][i][kHalf % 2 * 2 + e], mine);
-        }
-      }
     }
   }
 

@@ -79,14 +79,16 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void weight_grad_kernel(const
   float4* buffers = shared_memory<float4>();  // [2][block_channels][kG][plane]
   const int buffer_size = p.block_channels * kG * plane;
   const int64_t planes = int64_t(p.lanes.channels) * kG;
-  // Of each vector of a staged plane; in registers it would leave too few for the loop.
+  // Of each vector of a staged plane, and of each lane within the tile; in registers it would leave too few for the loop.
   int2* const places = reinterpret_cast<int2*>(buffers + 2 * buffer_size);  // [plane] {row and column, distance}
+  int* const own_places = reinterpret_cast<int*>(places + p.plane);         // [32] row and column
+  if (warp == 0) own_places[lane] = lane / p.tile_w << 16 | lane % p.tile_w;
   for (int i = threadIdx.x; i < p.plane; i += blockDim.x) store_vector(places + i, place_in_tile(p, i));
   __syncthreads();  // places
   float grad[kGroups][kV][kG * 4];
   auto load_grad = [&](int tile) {
     const int unit = tile / tiles_of_unit, in_unit = tile % tiles_of_unit;
-    const int place = load_vector(places + own).x;
+    const int place = own_places[lane];
     const int row = in_unit / p.tiles_w * p.tile_h + (place >> 16);
     const int column = in_unit % p.tiles_w * p.tile_w + (place & 0xffff);
     const bool inside = row < p.lanes.strip_rows && column < p.axes[1].positions;
@@ -173,7 +175,7 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void weight_grad_kernel(const
           // One group of lanes after the other, as the reads of all of them would take too many registers.
 #pragma unroll
           for (int g = 0; g < kG; ++g) {
-            if (g == kG / 2 && kGroups > 2) __syncwarp();
+            if (g > 0 && g == kG / 2 && kGroups > 1) __syncwarp();
 #pragma unroll
             for (int c = 0; c < kCount; ++c) {
               const float4 in = load_vector(at[c] + g * plane);
