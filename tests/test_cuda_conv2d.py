@@ -146,7 +146,9 @@ def test_interleaved_input_grad_against_the_oracle(seed):
     """Of stride 2, whose four phases one launch computes."""
     r = random.Random(seed)
     case = dataclasses.replace(draw_wide(seed), stride=(2, 2), batch=r.choice([1, 2, 4, 5, 8, 16]))
-    check_input_grad(dataclasses.replace(case, size=(r.choice([5, 6, 12, 13, 28]), r.choice([7, 14, 28, 41, 56]))), seed)
+    check_input_grad(
+        dataclasses.replace(case, size=(r.choice([5, 6, 12, 13, 28]), r.choice([7, 14, 28, 41, 56]))), seed
+    )
 
 
 def check_input_grad(case, seed):

@@ -1,5 +1,6 @@
 // How the convolution on tensor cores is cut into tiles, and what follows from it.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -247,3 +248,22 @@ Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, con
 }
 
 }  // namespace sparsekd::cuda
+
+int sparsekd_tensor_tiling(const int64_t* sizes, const int* device, int joined, int64_t* numbers) {
+  using namespace sparsekd;
+  using namespace sparsekd::cuda;
+  const auto [batch, in_channels, out_channels, vector, n_vectors, size, kernel, stride] =
+      *reinterpret_cast<const std::array<int64_t, 8>*>(sizes);
+  const int64_t padding = kernel / 2, input[] = {batch, in_channels, size * stride, size * stride};
+  const int64_t both[][2] = {{kernel, kernel}, {stride, stride}, {padding, padding}, {1, 1}};
+  const Conv2dShape shape = checked_shape(input, out_channels, both[0], both[1], both[2], both[3], 1);
+  const TensorProblem problem{batch, in_channels, out_channels, 1, vector, ceil_div(out_channels, vector), n_vectors,
+                              {forward_axis(shape, 0), forward_axis(shape, 1)}};
+  std::string reason;
+  const auto tiling = choose_tiling(problem, {device[0], device[1], device[2]},
+                                    joined ? Results::joined : Results::lanes, reason);
+  if (!tiling) return 0;
+  const std::vector<int64_t> found = tiling->numbers();
+  std::copy(found.begin(), found.end(), numbers);
+  return static_cast<int>(found.size());
+}
