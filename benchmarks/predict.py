@@ -8,10 +8,10 @@ cores layout and preparation of the pattern at every call; on tensor cores, wher
 and the order of the values. "kept" is with activations that stay in lanes from layer to layer, as they do on tensor
 cores after optimize_for_inference in batches divisible by 8. The arithmetic of sparse kernels follows from what nvcc
 made of them (`results/gpu_static.json`) and from the shared-memory wavefronts that the emulator counted
-(`results/gpu_wavefronts.json`); on tensor cores for the tile that the library itself chooses. ASSUMPTIONS says the rest; they are in the file too. Break-even is the sparsity from
-which on the sparse layer is predicted to be faster than the dense one in the same precision, for fp32 than the dense
-one in TF32 too. 2:4 is 50% whatever the sparsity, so that its times don't fall; what it
-does at every call is to put its values in order.
+(`results/gpu_wavefronts.json`); on tensor cores for the tile that the library itself chooses. ASSUMPTIONS says the
+rest; they are in the file too. Break-even is the sparsity from which on the sparse layer is predicted to be faster than
+the dense one in the same precision, for fp32 than the dense one in TF32 too. 2:4 is 50% whatever the sparsity, so that
+its times don't fall; what it does at every call is to put its values in order.
 """
 
 from __future__ import annotations

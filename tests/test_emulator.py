@@ -290,8 +290,9 @@ for batch, seed in ((2, 0), (16, 1)):
     emulator.functions.emulator_set_seed(seed)
     input = torch.randn(batch, 5, 11, 37).contiguous(memory_format=torch.channels_last)
     run("conv2d", input, values, crow, col, rows, None, None, 6, (3, 3), (1, 1), (1, 1), (1, 1), 1)
-    run("conv2d_input_grad", torch.randn(batch, 6, 4, 7), values, crow, col, rows, None, (batch, 5, 11, 20), (3, 3), (3, 3),
-        (1, 1), (1, 1), 1)
+    size = (batch, 5, 11, 20)
+    run("conv2d_input_grad", torch.randn(batch, 6, 4, 7), values, crow, col, rows, None, size, (3, 3), (3, 3), (1, 1),
+        (1, 1), 1)
 """
 
 # Interleaved results, in rectangles and in runs.
@@ -301,8 +302,8 @@ values, crow, col, rows = formats.pack(torch.randn(6, 5, 3, 3), mask, 1, 1)
 for batch, height, width, seed in ((1, 56, 56, 0), (4, 9, 28, 1), (16, 9, 131, 1)):
     emulator.functions.emulator_set_seed(seed)
     grad_output = torch.randn(batch, 6, (height + 1) // 2, (width + 1) // 2)
-    run("conv2d_input_grad", grad_output, values, crow, col, rows, None, (batch, 5, height, width), (3, 3), (2, 2), (1, 1),
-        (1, 1), 1)
+    size = (batch, 5, height, width)
+    run("conv2d_input_grad", grad_output, values, crow, col, rows, None, size, (3, 3), (2, 2), (1, 1), (1, 1), 1)
 """
 
 # Turned to planes and back: tiles of whole planes and of parts.

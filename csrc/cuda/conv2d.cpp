@@ -1,6 +1,6 @@
 // conv2d and conv2d_fused on CUDA: checks, the choice of kernel and tile, launches.
-// Nothing here waits for the device. Indices are not looked at on the host: entries outside the pattern's range are left
-// out by the kernel that prepares them, so that wrong indices give wrong numbers at worst.
+// Nothing here waits for the device. Indices are not looked at on the host: entries outside the pattern's range are
+// left out by the kernel that prepares them, so that wrong indices give wrong numbers at worst.
 #include "direct.h"
 
 #include <ATen/ops/empty.h>
@@ -22,8 +22,8 @@ namespace {
 
 constexpr int64_t kStageBytes = 32 << 10;      // of each of two buffers, so that two blocks share an SM
 constexpr int64_t kMostStageBytes = 48 << 10;  // for kernels with so wide a reach that one channel needs more
-// In cycles of an SM. A read of shared memory by a warp; a vector of 16 bytes that is copied there, with its instructions;
-// a sector that is stored. Copies and stores wait while other warps multiply.
+// In cycles of an SM. A read of shared memory by a warp; a vector of 16 bytes that is copied there, with its
+// instructions; a sector that is stored. Copies and stores wait while other warps multiply.
 constexpr double kReadCost = 4, kStagedCost = 0.16, kStoredCost = 0.5;
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -58,8 +58,8 @@ int64_t output_size(const Problem& problem, int d) {
   return problem.interleaved ? problem.output_size[d] : problem.axes[d].positions;
 }
 
-// Positions in rectangles of 32 or in runs, images or strips in lanes: the way that takes least of reads of shared memory
-// (see the head of conv2d.cuh), copies and stores.
+// Positions in rectangles of 32 or in runs, images or strips in lanes: the way that takes least of reads of shared
+// memory (see the head of conv2d.cuh), copies and stores.
 std::optional<Choice> choose_tile(const Problem& problem, int64_t n_vectors, const std::optional<Stores>& stores) {
   const int64_t vector = problem.vector >= 8 ? 8 : problem.vector >= 3 ? 4 : problem.vector;
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
@@ -186,8 +186,8 @@ at::Tensor to_lanes(Call& call, const Lanes& lanes, const TapAxis (&axes)[2], co
   const at::Tensor source = planar(call, images);
   const at::Tensor to = at::empty({int64_t(lanes.units) * lanes.channels * lanes.lane_groups, lanes.plane, 4},
                                   source.options().dtype(at::kFloat));
-  TORCH_CHECK_VALUE(to.numel() / 4 / 256 < std::numeric_limits<int32_t>::max(), "Expected fewer than 2^39 activations, got ",
-                    to.numel());
+  TORCH_CHECK_VALUE(to.numel() / 4 / 256 < std::numeric_limits<int32_t>::max(),
+                    "Expected fewer than 2^39 activations, got ", to.numel());
   call.writes(to, name);
   ToLanesParams p{lanes, {axes[0], axes[1]}, source.const_data_ptr(), source.stride(0), source.stride(1),
                   source.stride(2), source.stride(3), dtype_of(source), to.mutable_data_ptr<float>()};
@@ -301,7 +301,8 @@ void run_to_planes(Call& call, const Problem& problem, const Pattern& pattern, c
   p.joined = c.joined;
   p.interleaved = problem.interleaved;
   const int64_t grid_x = int64_t(c.lanes.units) * p.tiles_h * p.tiles_w, grid_y = problem.groups * p.row_blocks;
-  TORCH_CHECK_VALUE(grid_x <= limit && grid_y <= 65535, "Expected fewer than 65536 blocks of output channels, got ", grid_y);
+  TORCH_CHECK_VALUE(grid_x <= limit && grid_y <= 65535, "Expected fewer than 65536 blocks of output channels, got ",
+                    grid_y);
   call.launched(sparsekd_conv2d(&p, &c.variant, int(warps), grid_x, int(grid_y), call.stream()));
 }
 

@@ -1,21 +1,21 @@
 // Sparse convolution on CUDA cores: direct, without im2col.
 //
-//   output[n, k, y, x] = sum over the non-zeros (c, r, s) of row k:  value * input[n, c, y * stride + r * dilation, ...]
+//   output[n, k, y, x] = sum over the non-zeros (c, r, s) of row k:  value * input[n, c, y * stride + r * dilation, ..]
 //
-// A block stages all channels of a tile of positions, block of channels by block of channels (cp.async, two buffers), in
-// the layout of conv2d.h, and serves many output rows with it. A lane of a warp owns kRun positions of the tile and the
-// 4 * kG lanes there; a non-zero is one distance within the staged tile, added to the lane's own place. So
+// A block stages all channels of a tile of positions, block of channels by block of channels (cp.async, two buffers),
+// in the layout of conv2d.h, and serves many output rows with it. A lane of a warp owns kRun positions of the tile and
+// the 4 * kG lanes there; a non-zero is one distance within the staged tile, added to the lane's own place. So
 //
 //   per non-zero vector of a warp: kG * kRun 16-byte reads of shared memory feed as many times kV * 4 multiply-adds
 //
 // and neither borders nor strides nor dilation are seen in the loop.
 //
 // A tile is a rectangle of 32 positions (kRun = 1), or a run of 32 * kRun positions of the plane as it lies in memory,
-// row after row in a pitch in which the zeros to the right of a row are those to the left of the next. A run has less of
-// a halo, fewer images in its lanes, and results that lie side by side; what it computes between rows is lost.
+// row after row in a pitch in which the zeros to the right of a row are those to the left of the next. A run has less
+// of a halo, fewer images in its lanes, and results that lie side by side; what it computes between rows is lost.
 //
-// Method: Park et al., "Faster CNNs with direct sparse convolutions and guided pruning", ICLR 2017; Chen, "Escoin", 2018;
-// rows sorted by length: Gale et al., "Sparse GPU kernels for deep learning", SC 2020.
+// Method: Park et al., "Faster CNNs with direct sparse convolutions and guided pruning", ICLR 2017; Chen, "Escoin",
+// 2018; rows sorted by length: Gale et al., "Sparse GPU kernels for deep learning", SC 2020.
 #pragma once
 #include "conv2d_finish.cuh"
 #include "conv2d_records.cuh"
@@ -147,7 +147,8 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
   auto row_of = [&](int j) { return kRun > 1 ? (first + j * 32 + lane) / p.tile_columns : y0 + y; };
   auto column_of = [&](int j) { return kRun > 1 ? (first + j * 32 + lane) % p.tile_columns : x0 + x; };
   auto inside = [&](int j) { return row_of(j) < p.lanes.strip_rows && column_of(j) < p.axes[1].positions; };
-  const int first_row = kRun > 1 ? first / p.tile_columns : y0, tile_rows = kRun > 1 ? p.step / p.tile_columns : p.tile_h;
+  const int first_row = kRun > 1 ? first / p.tile_columns : y0;
+  const int tile_rows = kRun > 1 ? p.step / p.tile_columns : p.tile_h;
 
   if constexpr (kV == 1 && kGroups == 4) {
     if (p.interleaved) {  // [kLanes][4 * kPositions]

@@ -10,8 +10,8 @@ namespace sparsekd::cuda {
 
 // One dimension of a convolution, as the kernels see it: position y reads source element
 //   y * stride + tap(r) + origin,   tap(r) = (add + r * mult) / div - least,   where the division leaves no rest.
-// The forward has tap(r) = r * dilation and origin = -padding. The input gradient is made for one phase of a stride at a
-// time, as a convolution of stride 1 over the output's gradient whose taps go backwards.
+// The forward has tap(r) = r * dilation and origin = -padding. The input gradient is made for one phase of a stride at
+// a time, as a convolution of stride 1 over the output's gradient whose taps go backwards.
 struct TapAxis {
   int kernel = 1, add = 0, mult = 1, div = 1, least = 0;
   int stride = 1, origin = 0, size = 1;          // size of the source
@@ -20,9 +20,9 @@ struct TapAxis {
   int most = 0;                                  // largest tap
 };
 
-// Space to lanes: [unit][channel][kG][phase y][rows][phase x][columns][4] in fp32. The 4 * kG lanes of a unit are the same
-// position of as many images or, of small batches, strips of rows. Every shift by a tap is then a whole 16-byte vector,
-// borders are zeros that lie there, and elements that a stride sees as neighbours are neighbours.
+// Space to lanes: [unit][channel][kG][phase y][rows][phase x][columns][4] in fp32. The 4 * kG lanes of a unit are the
+// same position of as many images or, of small batches, strips of rows. Every shift by a tap is then a whole 16-byte
+// vector, borders are zeros that lie there, and elements that a stride sees as neighbours are neighbours.
 struct Lanes {
   int batch, channels;
   int lane_groups;             // kG
@@ -80,7 +80,8 @@ struct Conv2dParams {
   int out_size[2];
   // Tiles hold whole rows of results, each of which begins where the one before ends.
   bool joined;
-  // A row's four slices are the phases (y, x) of its results, of which position (y, x) has one at (2 * y, 2 * x) + phase.
+  // A row's four slices are the phases (y, x) of its results, of which position (y, x) has one at
+  // (2 * y, 2 * x) + phase.
   bool interleaved;
 };
 

@@ -65,8 +65,8 @@ __device__ __forceinline__ void store_rectangle(const Conv2dParams& p, const flo
   }
 }
 
-// What a tile of whole rows, or a run, has of results, counted from its strip's first one: those between its rows are left
-// out.
+// What a tile of whole rows, or a run, has of results, counted from its strip's first one: those between its rows are
+// left out.
 struct Span {
   int begin, count;
 };
@@ -89,8 +89,8 @@ __device__ __forceinline__ int strip_results(const Conv2dParams& p) {
   return merged ? p.lanes.strip_rows * p.out_size[1] * (p.interleaved ? 2 : 1) : 0;
 }
 
-// Results [rows][kLanes][..] of `lane_pitch` and as many as `row_pitch` floats: of each lane `pieces` of them, each of which
-// lies in one piece in the output, too. What the warp stores at once begins where a sector of 32 bytes does.
+// Results [rows][kLanes][..] of `lane_pitch` and as many as `row_pitch` floats: of each lane `pieces` of them, each of
+// which lies in one piece in the output, too. What the warp stores at once begins where a sector of 32 bytes does.
 template <int kLanes, class Pieces>
 __device__ __forceinline__ void store_pieces(const Conv2dParams& p, const float* results, int rows, int row_pitch,
                                              int lane_pitch, const RowEnd& row_end, int64_t unit, Pieces pieces_of) {

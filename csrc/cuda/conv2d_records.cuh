@@ -1,5 +1,5 @@
-// Of the sparse convolution on CUDA cores (conv2d.cuh): what its loop reads of a pattern, a record [distance | values] of
-// each entry, those of a row one after another and sorted by block of channels.
+// Of the sparse convolution on CUDA cores (conv2d.cuh): what its loop reads of a pattern, a record [distance | values]
+// of each entry, those of a row one after another and sorted by block of channels.
 #pragma once
 #include "conv2d.h"
 #include "element.cuh"

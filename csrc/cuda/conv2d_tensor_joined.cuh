@@ -1,13 +1,13 @@
-// The end of the convolution on tensor cores (conv2d_tensor.cuh) where a tile holds whole rows and goes to images: of each
-// image, or strip of one, its results are one run of memory, which is stored by whole sectors. Strips that a tile takes
-// whole lie one behind the other, too.
+// The end of the convolution on tensor cores (conv2d_tensor.cuh) where a tile holds whole rows and goes to images: of
+// each image, or strip of one, its results are one run of memory, which is stored by whole sectors. Strips that a tile
+// takes whole lie one behind the other, too.
 #pragma once
 #include "conv2d_tensor_finish.cuh"
 
 namespace sparsekd::cuda {
 
-// Some rows of all warps at a time go through shared memory, [rows of a block's warps][8 lanes][results of the tile], from
-// where each warp takes some rows and lanes. The pitches are such that what is written lies in different banks.
+// Some rows of all warps at a time go through shared memory, [rows of a block's warps][8 lanes][results of the tile],
+// from where each warp takes some rows and lanes. The pitches are such that what is written lies in different banks.
 template <class T, int kRows, int kGroups, int kPositions>
 struct JoinedFinisher {
   static constexpr int kMatrices = kRows == 8 ? 1 : kRows / 16, kPlaces = kRows == 8 ? kPositions / 2 : kPositions;
@@ -19,7 +19,8 @@ struct JoinedFinisher {
 
   // Each position's result goes to where the output has it, within the tile; those between rows are left out.
   template <int kStep>
-  __device__ __forceinline__ void write(float* to, int place, const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
+  __device__ __forceinline__ void write(float* to, int place,
+                                        const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
     constexpr int kPart = kStep % kParts, kHalf = kStep / kParts % (kRows / 8), k = kStep / kParts / (kRows / 8);
     // A lane has rows 2 * t + {0, 1} and lane g of two positions, or row g (and g + 8) and lanes 2 * t + {0, 1} of one.
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -84,7 +85,8 @@ struct JoinedFinisher {
         const int in_lanes = together > 1 ? near / strip * p.lane_pitch + near % strip : near;
         float result = from[in_lanes] * scale + shift;
         if (p.residual && place == near) result += to_float(static_cast<const T*>(p.residual)[at + place]);
-        store_vector(static_cast<T*>(p.output) + at + place, from_float<T>(activate(result, p.activation)), place == near);
+        store_vector(static_cast<T*>(p.output) + at + place, from_float<T>(activate(result, p.activation)),
+                     place == near);
       }
     }
   }
@@ -95,7 +97,8 @@ struct JoinedFinisher {
     ((step == kStep ? write<kStep>(to, place, sums) : void()), ...);
   }
 
-  __device__ __forceinline__ void run(const TilePlace& tile, const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
+  __device__ __forceinline__ void run(const TilePlace& tile,
+                                      const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
     const int warp = threadIdx.x / 32, row_warp = warp % p.row_warps, position_warp = warp / p.row_warps;
     float* to = results + row_warp * kTogether * p.row_pitch;
 #pragma unroll 1

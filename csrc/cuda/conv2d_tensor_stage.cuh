@@ -86,7 +86,8 @@ struct Stager {
     if (tile < p.tiles) {
       const TilePlace place = place_of(p, tile);
       const uint4* source = input + place.unit * p.source_channels * p.source_plane;
-      const int y = place.y * p.source[0].step + p.source[0].origin, x = place.x * p.source[1].step + p.source[1].origin;
+      const int y = place.y * p.source[0].step + p.source[0].origin,
+                x = place.x * p.source[1].step + p.source[1].origin;
       for (int i = threadIdx.x / 32; i < p.block_fours; i += blockDim.x / 32) {
         const uint4 four = load_vector(plane_at + block * p.block_fours + i);
         uint4* to = buffers + buffer * p.buffer + i * 4 * p.pitch;

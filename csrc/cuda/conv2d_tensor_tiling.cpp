@@ -54,7 +54,8 @@ Tile tile_of(const TensorProblem& problem, const Tiling& tiling) {
   tile.tile_rows = tiling.tile_h + ay.most / ay.stride;
   tile.tile_columns = tiling.tile_w + ax.most / ax.stride;
   tile.last_place = int(std::min<int64_t>(
-      tiling.whole_rows ? tiling.positions() - 1 : int64_t(tiling.tile_h - 1) * tile.tile_columns + tiling.tile_w - 1, kFar));
+      tiling.whole_rows ? tiling.positions() - 1 : int64_t(tiling.tile_h - 1) * tile.tile_columns + tiling.tile_w - 1,
+      kFar));
   const int64_t reach = int64_t(ay.most / ay.stride) * tile.tile_columns + ax.most / ax.stride;
   tile.plane = int(std::min(std::max(int64_t(tile.tile_rows) * tile.tile_columns, tile.last_place + reach + 1), kFar));
   tile.pitch = tile.plane | 1;
@@ -186,7 +187,8 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
       std::vector<Tiling> shapes;
       // A warp's positions lie in rows of `run` neighbours; where it has but one row, the tile may be wider.
       for (int tile_w = variant.run; tile_w <= (variant.run == variant.positions ? 32 : variant.run); tile_w *= 2) {
-        if (tile_w <= positions) shapes.push_back({variant, int(row_warps), position_warps, positions / tile_w, tile_w, 1});
+        if (tile_w <= positions)
+          shapes.push_back({variant, int(row_warps), position_warps, positions / tile_w, tile_w, 1});
       }
       if (results == Results::joined) shapes.push_back(of_whole_rows(problem, variant, int(row_warps), position_warps));
       for (Tiling& tiling : shapes) {
@@ -227,8 +229,8 @@ Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, con
   const bool known = std::any_of(std::begin(kTensorVariants), std::end(kTensorVariants), [&](const TensorVariant& of) {
     return of.rows == v.rows && of.groups == v.groups && of.positions == v.positions && of.run == v.run;
   });
-  TORCH_CHECK_VALUE(known && v.rows == slice_rows(problem.vector), "Expected a tiling for V = ", problem.vector, ", got ",
-                    numbers);
+  TORCH_CHECK_VALUE(known && v.rows == slice_rows(problem.vector), "Expected a tiling for V = ", problem.vector,
+                    ", got ", numbers);
   const int warps = tiling.row_warps * tiling.position_warps;
   const bool in_rows = tiling.tile_w == v.run || (v.run == v.positions && tiling.tile_w % v.run == 0);
   const TapAxis& ax = problem.axes[1];

@@ -16,9 +16,9 @@ namespace sparsekd::cuda {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// Of images, the sectors of 32 bytes that each of so many stored elements side by side takes, where as many or `apart` lie
-// between the first ones. What does not begin where a sector does takes up to one more.
-// Of tiles that take about as long as the best one, the one that stores fewest sectors is taken: so exact no model is.
+// Of images, the sectors of 32 bytes that each of so many stored elements side by side takes, where as many or `apart`
+// lie between the first ones. What does not begin where a sector does takes up to one more. Of tiles that take about as
+// long as the best one, the one that stores fewest sectors is taken: so exact no model is.
 constexpr double kAsGood = 1.06;
 
 inline double sectors_of_each(int64_t element_size, int64_t elements, int64_t apart) {
@@ -75,7 +75,8 @@ struct Records {
   at::Tensor records, starts, order;
 };
 
-// For results that are stored to `output`, if defined; else of rectangles. None where no tile of any kernel has the reach.
+// For results that are stored to `output`, if defined; else of rectangles. None where no tile of any kernel has the
+// reach.
 std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const at::Tensor& output = {});
 Choice checked_choice(const Problem& problem, int64_t n_vectors, const at::Tensor& output = {});
 
@@ -114,7 +115,8 @@ inline int64_t checked_row_groups(const at::Tensor& crow, const at::Tensor& col,
                            const at::Tensor& like, int64_t out_channels, int64_t groups, int64_t vector) {
   TORCH_CHECK_VALUE(vector >= 1, "Expected values of shape [n_vectors, V] with V >= 1, got V = ", vector);
   TORCH_CHECK_VALUE(out_channels >= groups && out_channels % groups == 0,
-                    "Expected a number of output channels divisible by groups, got ", out_channels, " and groups=", groups);
+                    "Expected a number of output channels divisible by groups, got ", out_channels,
+                    " and groups=", groups);
   const int64_t most = std::max<int64_t>(out_channels / groups, 1024);
   TORCH_CHECK_VALUE(vector <= most, "Expected V of at most ", most, " for ", out_channels / groups,
                     " output channels per group, got V = ", vector);

@@ -28,9 +28,9 @@ at::Tensor transpose_pattern(const at::Tensor& crow, const at::Tensor& col, cons
 Pattern transposed(const at::Tensor& values, const at::Tensor& crow, const at::Tensor& col, const OptionalTensor& rows,
                    const OptionalTensor& transpose, int64_t out_channels, int64_t in_channels, int64_t taps,
                    int64_t groups) {
-  const at::Tensor plan = transpose ? *transpose
-                                    : transpose_pattern(crow, col, rows, values.size(1), out_channels, in_channels, taps,
-                                                        groups);
+  const at::Tensor plan =
+      transpose ? *transpose
+                : transpose_pattern(crow, col, rows, values.size(1), out_channels, in_channels, taps, groups);
   check_indices(plan, "transpose", values);
   const int64_t count = (plan.size(0) - (in_channels + 1)) / 2;
   TORCH_CHECK_VALUE(plan.size(0) == in_channels + 1 + 2 * count && count >= 0,

@@ -35,8 +35,8 @@ void turn(Call& call, const at::Tensor& planar, const at::Tensor& last, bool to_
 
 bool is_channels_last(const at::Tensor& t) {
   const int64_t channels = t.size(1), height = t.size(2), width = t.size(3);
-  return channels >= kLeast && height * width >= kLeast && t.stride(1) == 1 && (width == 1 || t.stride(3) == channels) &&
-         (height == 1 || t.stride(2) == width * channels) &&
+  return channels >= kLeast && height * width >= kLeast && t.stride(1) == 1 &&
+         (width == 1 || t.stride(3) == channels) && (height == 1 || t.stride(2) == width * channels) &&
          (t.size(0) == 1 || t.stride(0) == height * width * channels);
 }
 

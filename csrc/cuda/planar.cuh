@@ -1,7 +1,8 @@
-// Turns activations from channels-last to planar order or back, tile by tile through shared memory, both by whole sectors.
+// Turns activations from channels-last to planar order or back, tile by tile through shared memory, both by whole
+// sectors.
 //
-// The convolutions' kernels take and give planes: a lane owns positions, so that what it reads or writes of channels-last
-// activations would be one element of a sector of 32 bytes.
+// The convolutions' kernels take and give planes: a lane owns positions, so that what it reads or writes of
+// channels-last activations would be one element of a sector of 32 bytes.
 #pragma once
 #include "device.cuh"
 #include "planar.h"
@@ -24,7 +25,8 @@ __global__ void planar_kernel(const PlanarParams p) {
 
   // Planes that a tile has whole are one run. What a warp takes at once begins where a sector does.
   const bool whole = p.pixel_tiles == 1;
-  // Odd, so that what a warp takes of a column lies in different banks; of a run it does where planes have no gap between.
+  // Odd, so that what a warp takes of a column lies in different banks; of a run it does where planes have no gap
+  // between.
   const int pitch = whole && pixels % 2 == 1 ? pixels : kPlanarPixels + 1;
   const int rows = whole ? 1 : channels, row_size = whole ? channels * pixels : pixels;
   auto each_of_planar = [&](auto take) {
@@ -45,7 +47,9 @@ __global__ void planar_kernel(const PlanarParams p) {
     }
   };
   auto load = [](const T* element, uint32_t* word, bool there) { store_vector(word, uint32_t{*element}, there); };
-  auto store = [](T* element, const uint32_t* word, bool there) { store_vector(element, static_cast<T>(*word), there); };
+  auto store = [](T* element, const uint32_t* word, bool there) {
+    store_vector(element, static_cast<T>(*word), there);
+  };
   if (p.to_last) {
     each_of_planar(load);
     __syncthreads();  // the tile

@@ -1,9 +1,10 @@
 // The weight gradient at the non-zeros (a sampled product of two dense matrices, SDDMM).
 //
-//   grad_values[i] = sum over images and positions of  grad_output[n, k, y, x] * input[n, c, y * stride + r * dilation, ..]
+//   grad_values[i] = sum over images and positions of  grad_output[n, k, y, x] * input[n, c, y * stride + r * dilation,
+//   ..]
 //
-// The same tiles, staged by the same copies, as the convolution's (conv2d.cuh). A lane of a warp keeps the gradient of its
-// rows at its own position in registers for all channels; a non-zero is one distance within the staged input, and
+// The same tiles, staged by the same copies, as the convolution's (conv2d.cuh). A lane of a warp keeps the gradient of
+// its rows at its own position in registers for all channels; a non-zero is one distance within the staged input, and
 //
 //   per non-zero vector of a warp: kG 16-byte reads of shared memory feed kV * kG * 4 multiply-adds in each lane
 //
@@ -41,15 +42,16 @@ __device__ __forceinline__ int summed_index(int lane) {
   return index;
 }
 
-// Of a vector of a staged plane: its row (in the upper half) and column, counted from the tile's first, and how far from
-// that it lies in the plane in global memory.
+// Of a vector of a staged plane: its row (in the upper half) and column, counted from the tile's first, and how far
+// from that it lies in the plane in global memory.
 __device__ __forceinline__ int2 place_in_tile(const WeightGradParams& p, int position) {
   const int column = position % p.tile_columns;
   int rest = position / p.tile_columns;
   const int phase_x = rest % p.lanes.phases[1];
   rest /= p.lanes.phases[1];
   const int row = rest % p.tile_rows, phase_y = rest / p.tile_rows;
-  return {row << 16 | column, ((phase_y * p.lanes.rows + row) * p.lanes.phases[1] + phase_x) * p.lanes.columns + column};
+  return {row << 16 | column,
+          ((phase_y * p.lanes.rows + row) * p.lanes.phases[1] + phase_x) * p.lanes.columns + column};
 }
 
 template <int kV, int kG, int kGroups, int kPlane>
@@ -79,7 +81,8 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void weight_grad_kernel(const
   float4* buffers = shared_memory<float4>();  // [2][block_channels][kG][plane]
   const int buffer_size = p.block_channels * kG * plane;
   const int64_t planes = int64_t(p.lanes.channels) * kG;
-  // Of each vector of a staged plane, and of each lane within the tile; in registers it would leave too few for the loop.
+  // Of each vector of a staged plane, and of each lane within the tile; in registers it would leave too few for the
+  // loop.
   int2* const places = reinterpret_cast<int2*>(buffers + 2 * buffer_size);  // [plane] {row and column, distance}
   int* const own_places = reinterpret_cast<int*>(places + p.plane);         // [32] row and column
   if (warp == 0) own_places[lane] = lane / p.tile_w << 16 | lane % p.tile_w;
@@ -106,7 +109,8 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void weight_grad_kernel(const
         }
         const bool real = inside && channel >= 0 && channel < p.out_channels;
         const float4* from = reinterpret_cast<const float4*>(p.grad) +
-                             (int64_t(unit) * p.out_channels + channel) * kG * p.grad_plane + row * p.grad_columns + column;
+                             (int64_t(unit) * p.out_channels + channel) * kG * p.grad_plane + row * p.grad_columns +
+                             column;
 #pragma unroll
         for (int g = 0; g < kG; ++g) {
           const float4 four = real ? load_vector(from + int64_t(g) * p.grad_plane) : float4{0.0f, 0.0f, 0.0f, 0.0f};
