@@ -164,6 +164,7 @@ def test_channels_last_activations_are_turned_by_whole_sectors(dtype, size, vect
             input, values, crow, col, rows, None, None, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1
         )
     assert output.is_contiguous(memory_format=torch.channels_last)
+    assert {key for key in too_much("to_lanes16_kernel") if key[0] == "global"} == set()
     costs = emulated.costs("planar_kernel")
     of_last = {t: t.numel() * t.element_size() // 32 for t in (input, output)}
     turned = [output] if vector == 16 else [output, input]  # tensor cores take the input as it is

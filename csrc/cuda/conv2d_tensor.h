@@ -28,6 +28,8 @@ struct ToLanes16Params {
   const void* source;
   int64_t stride_n, stride_c, stride_h, stride_w;  // elements
   bool channels_last;                              // neighbouring threads take neighbouring channels
+  int channel_blocks;                              // of 16, of which all have threads if channels_last
+  int64_t threads;                                 // one a vector
   void* to;
 };
 

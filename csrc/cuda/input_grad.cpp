@@ -87,23 +87,6 @@ at::Tensor conv2d_input_grad_cuda(const at::Tensor& grad_output, const at::Tenso
                                      groups);
 
   const auto options = grad_output.options().memory_format(grad_output.suggest_memory_format());
-  if (shape.stride[0] == 2 && shape.stride[1] == 2 && shape.input[0] > 1 && shape.input[1] > 1) {
-    Problem problem{shape.batch, out_channels, shape.in_channels, groups, 1, shape.in_channels, {}, true,
-                    {shape.input[0], shape.input[1]}};
-    for (int d = 0; d < 2; ++d) input_grad_axis(shape, d, 0, 2, problem.axes[d]);
-    const at::Tensor grad_input = at::empty(input_size, options);
-    if (grad_input.numel() == 0) return grad_input;
-    const bool in_rows = grad_input.is_contiguous() || is_channels_last(grad_input);
-    if (in_rows && choose(problem, pattern.col.size(0), grad_input)) {
-      Call call(grad_output);
-      call.reads(grad_output, "grad_output");
-      read_pattern(call, pattern);
-      call.writes(grad_input, "output gradient");
-      run(call, problem, pattern, grad_output, {}, grad_input);
-      call.finish();
-      return grad_input;
-    }
-  }
   std::vector<std::array<TapAxis, 2>> phases;
   bool all = true;
   for (int64_t py = 0; py < std::min(shape.stride[0], shape.input[0]); ++py) {
@@ -114,12 +97,19 @@ at::Tensor conv2d_input_grad_cuda(const at::Tensor& grad_output, const at::Tenso
       all = all && any;
     }
   }
-  // A stride may step over elements, which then have no gradient.
   const at::Tensor grad_input = at::empty(input_size, options);
   if (grad_input.numel() == 0) return grad_input;
+  // The four phases of stride 2, if each has a tap and results lie in rows.
+  Problem together{shape.batch, out_channels, shape.in_channels, groups, 1, shape.in_channels, {}, true,
+                   {shape.input[0], shape.input[1]}};
+  bool interleaved = all && shape.stride[0] == 2 && shape.stride[1] == 2 && phases.size() == 4 &&
+                     (grad_input.is_contiguous() || is_channels_last(grad_input));
+  for (int d = 0; interleaved && d < 2; ++d) input_grad_axis(shape, d, 0, 2, together.axes[d]);
+  interleaved = interleaved && choose(together, pattern.col.size(0), grad_input);
   Call call(grad_output);
   call.reads(grad_output, "grad_output");
   read_pattern(call, pattern);
+  // A stride may step over elements, which then have no gradient.
   all || is_channels_last(grad_input) ? call.writes(grad_input, "output gradient")
                                       : call.updates(grad_input, "output gradient");
   const auto run_phases = [&](const at::Tensor& to, const at::Tensor&) {
@@ -129,7 +119,11 @@ at::Tensor conv2d_input_grad_cuda(const at::Tensor& grad_output, const at::Tenso
       run(call, problem, pattern, grad_output, {}, to);
     }
   };
-  run_planar(call, grad_input, {}, run_phases, !all);
+  if (interleaved) {
+    run(call, together, pattern, grad_output, {}, grad_input);
+  } else {
+    run_planar(call, grad_input, {}, run_phases, !all);
+  }
   call.finish();
   return grad_input;
 }
