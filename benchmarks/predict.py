@@ -17,8 +17,6 @@ its times don't fall; what it does at every call is to put its values in order.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import functools
 import json
 import math
 import sys
@@ -26,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from tensor_tiles import sectors_of_each, tiling
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -177,57 +176,16 @@ def cuda_cores(device: Device, layer: Layer, batch: int, vector: int, density: f
     return before + max(arithmetic, moved(device, read + written + pattern)) + launches(1)
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The host side of csrc/cuda, as tests/emulated.py compiles it: it chooses tiles with no GPU."""
-    sys.path.insert(0, str(RESULTS.parent.parent / "tests"))
-    import emulated
-
-    return emulated.emulator().functions
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """As csrc/cuda/conv2d_tensor_host.h has it."""
-
-    rows: int  # of a slice
-    groups: int  # slices of a warp
-    positions: int  # of a warp
-    run: int
-    row_warps: int
-    position_warps: int
-    tile_h: int
-    tile_w: int
-    block_planes: int
-    kind: int  # 2: tiles of whole rows, the zeros between them among their positions
-
-
-@functools.cache
-def tiling(device: Device, layer: Layer, batch: int, vector: int, columns: int, kept: bool) -> Tiling:
-    """The one that the library takes, for so many columns of each row group."""
-    vectors = columns * math.ceil(layer.out_channels / vector)
-    sizes = [batch, layer.in_channels, layer.out_channels, vector, vectors, layer.size, layer.kernel, layer.stride]
-    numbers = (ctypes.c_int64 * 10)()
-    of_device = (ctypes.c_int * 3)(int(device.arch.partition(".")[0]), device.shared_bytes, device.multiprocessors)
-    found = library().sparsekd_tensor_tiling((ctypes.c_int64 * 8)(*sizes), of_device, not kept, numbers)
-    if found != len(numbers):
-        raise RuntimeError(f"Expected a tiling for {layer} on tensor cores, got none")
-    return Tiling(*numbers)
-
-
-def sectors_of_each(elements: int, apart: int) -> float:
-    """Sectors of 32 bytes that each of so many 16-bit results side by side takes, `apart` from the next ones."""
-    border = math.gcd(2 * elements, 2 * apart, 32)
-    return (2 * elements + 32 - border) / elements / 32
-
-
 def tensor_cores(device: Device, layer: Layer, batch: int, vector: int, density: float, kept: bool, factors) -> float:
     """Seconds of conv2d_tensor_kernel in fp16."""
     kept = kept and batch % LANES == 0
     units, rows = strips(layer, batch, LANES)
     slices = math.ceil(layer.out_channels / vector)
     columns = layer.in_channels * layer.kernel**2 * density
-    t = tiling(device, layer, batch, vector, round(columns), kept)
+    vectors = round(columns) * slices
+    sizes = (batch, layer.in_channels, layer.out_channels, vector, vectors, layer.size, layer.kernel, layer.stride)
+    major = int(device.arch.partition(".")[0])
+    t = tiling(sizes, (major, device.shared_bytes, device.multiprocessors), not kept)
     reach = (layer.kernel - 1) // layer.stride
     # Each phase of a stride is a plane.
     everywhere = t.positions * t.position_warps
