@@ -14,8 +14,8 @@
 // row after row in a pitch in which the zeros to the right of a row are those to the left of the next. A run has less
 // of a halo, fewer images in its lanes, and results that lie side by side; what it computes between rows is lost.
 //
-// The gradient of stride 2 has four results at each position, of as many phases, each of which sees taps of its own: they
-// are the four slices of a warp, and go to images interleaved.
+// The gradient of stride 2 has four results at each position, of as many phases, each of which sees taps of its own:
+// they are the four slices of a warp, and go to images interleaved.
 //
 // Method: Park et al., "Faster CNNs with direct sparse convolutions and guided pruning", ICLR 2017; Chen, "Escoin",
 // 2018; rows sorted by length: Gale et al., "Sparse GPU kernels for deep learning", SC 2020.
