@@ -37,7 +37,7 @@ sanitize: $(BUILT) ## the tests of the operators under AddressSanitizer and Unde
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  ../../$(BIN)/python -m pytest -p no:cacheprovider $(SANITIZED) $(ARGS)
 
-gpu-static: $(DEPS) ## compile the CUDA kernels for four architectures and compare what came out (needs nvcc, no GPU)
+gpu-static: $(DEPS) ## compile the CUDA kernels for all architectures and compare what came out (needs nvcc, no GPU)
 	$(BIN)/python benchmarks/gpu_static.py $(ARGS)
 
 build: $(BUILT) ## .venv with the pinned dependencies, and sparsekd in it

@@ -35,7 +35,7 @@ TOLERANCE = 1.05
 
 @dataclass(frozen=True)
 class Expected:
-    """What a kernel is launched with, and what must be found in its code on 8.0 and later."""
+    """What a kernel is launched with, and what must be found in its code; on 7.5 nothing of tensor cores and copies."""
 
     kernel: str  # regular expression
     threads: int = 256
@@ -70,6 +70,7 @@ EXPECTED = (
 )
 # As instructions of other widths, where the compiler has better ones on a later architecture.
 SAME = {"FFMA": ("FFMA", "FFMA2")}
+BEFORE_COPIES = ("7.5",)  # without asynchronous copies; the kernels for tensor cores trap there
 
 
 def expected_of(kernel: str) -> Expected:
@@ -187,6 +188,8 @@ def missing(row: dict) -> list[str]:
     """Properties that must hold whatever was there before."""
     expected, where = expected_of(row["kernel"]), f"{row['kernel']} on {row['arch']}"
     wrong = [f"{where}: {row['spills']} bytes or instructions of spilled registers"] if row["spills"] else []
+    if row["arch"] in BEFORE_COPIES:
+        expected = Expected(expected.kernel, hot=() if "HMMA" in "".join(expected.contains) else expected.hot)
     found = set(row["contains"])
     wrong += [f"{where}: no {name}" for name in expected.contains if not any(f.startswith(name) for f in found)]
     loop = row.get("hot_loop", {})
@@ -297,7 +300,7 @@ def markdown(rows: list[dict], triton: list[dict], release: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the table instead of comparing with it")
-    parser.add_argument("--architectures", nargs="+", default=["8.0", "8.6", "9.0", "10.0"], choices=ARCHITECTURES)
+    parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
     parser.add_argument("--table", type=Path, default=RESULTS / "gpu_static.json")
     args = parser.parse_args()

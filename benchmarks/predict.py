@@ -8,10 +8,10 @@ cores layout and preparation of the pattern at every call; on tensor cores, wher
 and the order of the values. "kept" is with activations that stay in lanes from layer to layer, as they do on tensor
 cores after optimize_for_inference in batches divisible by 8. The arithmetic of sparse kernels follows from what nvcc
 made of them (`results/gpu_static.json`) and from the shared-memory wavefronts that the emulator counted
-(`results/gpu_wavefronts.json`). ASSUMPTIONS says the rest; they are in the file too. Break-even is the sparsity from
-which on the sparse layer is predicted to be faster than the dense one in the same precision, for fp32 than the dense
-one in TF32 too. 2:4 is 50% whatever the sparsity, so that its times don't fall; what it
-does at every call is to put its values in order.
+(`results/gpu_wavefronts.json`); on tensor cores for the tile that the library itself chooses. ASSUMPTIONS says the
+rest; they are in the file too. Break-even is the sparsity from which on the sparse layer is predicted to be faster than
+the dense one in the same precision, for fp32 than the dense one in TF32 too. 2:4 is 50% whatever the sparsity, so that
+its times don't fall; what it does at every call is to put its values in order.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from tensor_tiles import sectors_of_each, tiling
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -66,8 +67,15 @@ ASSUMPTIONS = {
 }
 
 TILES_24 = ((4, 8, 2, 2), (4, 8, 1, 4), (4, 4, 1, 4), (2, 4, 2, 2))  # of the 2:4 kernel, as in gpu_static.py
+# Of conv2d_kernel by V: images or strips in the lanes, positions and rows of a warp.
+TILES_32 = {
+    1: ((16, 32, 4), (8, 64, 4), (4, 128, 4), (4, 64, 4), (4, 224, 2)),
+    2: ((16, 32, 4), (8, 64, 4), (4, 128, 4), (4, 64, 4), (4, 224, 2)),
+    4: ((16, 32, 4), (8, 64, 4), (4, 128, 4), (4, 64, 4)),
+    8: ((8, 32, 8), (4, 64, 8)),
+}
 LANES = 8  # of the tensor-core kernel
-TENSOR_VARIANTS = {8: ((2, 32), (4, 16)), 16: ((1, 32), (2, 16)), 32: ((1, 16),), 64: ((1, 8),)}  # groups, positions
+TENSOR_VECTORS = (8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -146,24 +154,22 @@ def strips(layer: Layer, batch: int, slots: int) -> tuple[int, int]:
 
 def cuda_cores(device: Device, layer: Layer, batch: int, vector: int, density: float, static) -> float:
     """Seconds of conv2d_kernel in fp32."""
-    most = 16 if vector < 8 else 8  # images or strips, fewer of them where a lane has a run of positions
     name = f"conv2d_kernel<{vector}, "
     bound = max(row["bound"] for (kernel, arch), row in static.items() if arch == device.arch and name in kernel)
-    tiles = math.inf
-    for slots in (most, most // 2, 4):
+    arithmetic = math.inf
+    for slots, positions, rows_of_warp in TILES_32[vector]:
         units, rows = strips(layer, batch, slots)
-        if slots == most:
+        if positions == 32:
             shapes = ((4, 8), (2, 16), (1, 32))
             of_unit = min(math.ceil(rows / h) * math.ceil(layer.size / w) for h, w in shapes)
-        else:  # of rows that share the zeros between them
-            of_unit = math.ceil(rows * (layer.size + layer.kernel // 2) / (32 * most // slots))
-        tiles = min(tiles, units * of_unit)
-    block_rows = min(layer.out_channels, 8 * max(4, vector))
-    blocks = tiles * math.ceil(layer.out_channels / block_rows)
-    macs = layer.in_channels * layer.kernel**2 * density * block_rows * 32 * most
-    # What a block of threads does at best, two of which share an SM.
-    cycles = macs / (device.lanes * bound * ASSUMPTIONS["latency"])
-    arithmetic = device.seconds(cycles * max(math.ceil(blocks / device.multiprocessors), 1))
+        else:  # runs of rows that share the zeros between them
+            of_unit = math.ceil(rows * (layer.size + layer.kernel // 2) / positions)
+        block_rows = min(layer.out_channels, 8 * rows_of_warp)
+        blocks = units * of_unit * math.ceil(layer.out_channels / block_rows)
+        macs = layer.in_channels * layer.kernel**2 * density * block_rows * positions * slots
+        # What a block of threads does at best, two of which share an SM.
+        cycles = macs / (device.lanes * bound * ASSUMPTIONS["latency"])
+        arithmetic = min(arithmetic, device.seconds(cycles * max(math.ceil(blocks / device.multiprocessors), 1)))
     read, written, weight = layer.bytes(batch, 4)
     pattern = weight * density * (1 + 1 / vector)
     before = moved(device, 2 * read) + launches(2)
@@ -172,42 +178,44 @@ def cuda_cores(device: Device, layer: Layer, batch: int, vector: int, density: f
 
 def tensor_cores(device: Device, layer: Layer, batch: int, vector: int, density: float, kept: bool, factors) -> float:
     """Seconds of conv2d_tensor_kernel in fp16."""
+    kept = kept and batch % LANES == 0
     units, rows = strips(layer, batch, LANES)
     slices = math.ceil(layer.out_channels / vector)
-    reach = layer.kernel - 1
-    best = math.inf
-    for groups, positions in TENSOR_VARIANTS[vector]:
-        for position_warps in (1, 2, 4, 8):
-            row_warps = min(8 // position_warps, math.ceil(slices / groups))
-            for tile_w in (4,) if (groups, positions) in ((4, 16), (2, 16)) else (8, 16, 32):
-                tile_h = positions * position_warps // tile_w
-                if tile_h < 1:
-                    continue
-                # Each phase of a stride is a plane. All of them in one buffer, or as many as fit twice.
-                plane = (tile_h + reach // layer.stride) * (tile_w + reach // layer.stride)
-                planes = layer.in_channels * min(layer.stride, layer.kernel) ** 2
-                fitting = [(device.shared_bytes // n - 1024) // (16 * (plane | 1)) for n in (1, 2)]
-                fitting = planes if planes <= min(fitting[0], 128) else min(fitting[1], 128)
-                if fitting < 1:
-                    continue
-                parts = math.ceil(planes / fitting)
-                octets = layer.in_channels * layer.kernel**2 * density / 8 + 0.45 * parts
-                block_slices = min(slices, row_warps * groups)
-                everywhere = positions * position_warps
-                gathers = block_slices * octets * everywhere * factors[vector]
-                copies = planes * plane / 8
-                weights = block_slices * octets * position_warps * vector / 8
-                products = block_slices * octets * everywhere * vector * 64 / device.tensor_macs / device.sync_share
-                # Each sum is written to shared memory and read once.
-                results = block_slices * vector * everywhere * 8 * 4 / 128 * 2
-                cycles = max(gathers + copies + weights, products) / ASSUMPTIONS["latency"] + results + 1000
-                tiles = units * math.ceil(rows / tile_h) * math.ceil(layer.size / tile_w)
-                blocks = tiles * math.ceil(slices / (row_warps * groups))
-                best = min(best, cycles * math.ceil(blocks / device.multiprocessors))
+    columns = layer.in_channels * layer.kernel**2 * density
+    vectors = round(columns) * slices
+    sizes = (batch, layer.in_channels, layer.out_channels, vector, vectors, layer.size, layer.kernel, layer.stride)
+    major = int(device.arch.partition(".")[0])
+    t = tiling(sizes, (major, device.shared_bytes, device.multiprocessors), not kept)
+    reach = (layer.kernel - 1) // layer.stride
+    # Each phase of a stride is a plane.
+    everywhere = t.positions * t.position_warps
+    tile_columns = t.tile_w + reach
+    plane = (t.tile_h + reach) * tile_columns
+    if t.kind == 2:
+        plane = max(plane, everywhere + reach * tile_columns + reach)
+    planes = layer.in_channels * min(layer.stride, layer.kernel) ** 2
+    octets = columns / 8 + 0.45 * math.ceil(planes / t.block_planes)
+    block_slices = min(slices, t.row_warps * t.groups)
+    gathers = block_slices * octets * everywhere * factors[vector]
+    copies = planes * plane / 8
+    weights = block_slices * octets * t.position_warps * vector / 8
+    products = block_slices * octets * everywhere * vector * 64 / device.tensor_macs / device.sync_share
+    # Each sum is written to shared memory and read once, and stored: to lanes 16 bytes, to images a sector a cycle.
+    stored = 16 / 128
+    joined = not kept and t.tile_w == layer.size
+    if joined:
+        whole = LANES if t.tile_h >= rows and batch < LANES else 1
+        stored = 8 * sectors_of_each(whole * t.tile_h * t.tile_w, whole * t.tile_h * t.tile_w)
+    elif not kept:
+        stored = 8 * sectors_of_each(min(t.tile_w, t.positions, 16, layer.size), layer.size)
+    results = block_slices * vector * (t.tile_h * t.tile_w if joined else everywhere) * (8 * 4 / 128 * 2 + stored)
+    cycles = max(gathers + copies + weights, products) / ASSUMPTIONS["latency"] + results + 1000
+    blocks = units * math.ceil(rows / t.tile_h) * math.ceil(layer.size / t.tile_w) * math.ceil(slices / block_slices)
+    best = cycles * math.ceil(blocks / device.multiprocessors)
     read, written, weight = layer.bytes(batch, 2)
     pattern = weight * density * (1 + 2 / vector)
     before = moved(device, 2 * weight * density) + launches(1)
-    if not kept or batch % LANES:
+    if not kept:
         before += moved(device, 2 * read) + launches(1)
     return before + max(device.seconds(best), moved(device, read + written + pattern)) + launches(1)
 
@@ -258,7 +266,7 @@ def patterns(static: dict, factors: dict) -> dict[str, tuple]:
             "fp32",
             lambda *of, v=vector: cuda_cores(*of[:3], v, of[3], static),  # nothing is kept
         )
-    for vector in TENSOR_VARIANTS:
+    for vector in TENSOR_VECTORS:
         found[f"V={vector} fp16"] = (
             "fp16",
             lambda *of, v=vector: tensor_cores(*of[:3], v, *of[3:], factors),

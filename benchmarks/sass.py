@@ -128,6 +128,8 @@ def macs(instruction: Instruction) -> int:
         sizes = {"16816": 2048, "1688": 1024, "1684": 512, "16832": 4096}
         found = next((size for shape, size in sizes.items() if f".{shape}" in instruction.opcode), 0)
         return found
+    if instruction.name == "HFMA2" and "RZ, RZ" in instruction.operands:
+        return 0  # how the compiler loads a constant
     return VECTOR_MACS.get(instruction.name, 0)
 
 

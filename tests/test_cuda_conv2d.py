@@ -138,7 +138,20 @@ def test_fused_against_the_oracle(seed):
 
 @pytest.mark.parametrize("seed", sampled(range(200, 280), 20))
 def test_input_grad_against_the_oracle(seed):
-    case = draw(seed)
+    check_input_grad(draw(seed), seed)
+
+
+@pytest.mark.parametrize("seed", sampled(range(700, 780), 24))
+def test_interleaved_input_grad_against_the_oracle(seed):
+    """Of stride 2, whose four phases one launch computes."""
+    r = random.Random(seed)
+    case = dataclasses.replace(draw_wide(seed), stride=(2, 2), batch=r.choice([1, 2, 4, 5, 8, 16]))
+    check_input_grad(
+        dataclasses.replace(case, size=(r.choice([5, 6, 12, 13, 28]), r.choice([7, 14, 28, 41, 56]))), seed
+    )
+
+
+def check_input_grad(case, seed):
     input, values, crow, col, rows, geometry, generator = operands(case)
     plain = reference.conv2d_reference(input.double(), values.double(), crow, col, rows, None, *geometry)
     grad_output = torch.randn(plain.shape, generator=generator).to(case.dtype)

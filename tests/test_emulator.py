@@ -32,8 +32,8 @@ BUGS = {
     ),
     "staged plane shifted by one vector": (
         "conv2d.cuh",
-        "copy_async16(to + lane + j * 32, from",
-        "copy_async16(to + lane + j * 32 + 1, from",
+        "copy_async16(to, from, at >= 0)",
+        "copy_async16(to + 1, from, at >= 0)",
         "written by|before it was written|out of bounds|asynchronous copy",
     ),
     "records begin four bytes late": (
@@ -50,7 +50,7 @@ BUGS = {
     ),
     "no barrier after the places of a plane": (
         "conv2d.cuh",
-        "    __syncthreads();  // places\n",
+        "  __syncthreads();  // places\n",
         "",
         "no barrier between|before it was written",
     ),
@@ -90,10 +90,10 @@ BUGS = {
         "__shfl_xor_sync(0x0000ffffu, before, distance)",
         "without the lane itself",
     ),
-    "run staged one vector short": (
+    "plane staged one vector short": (
         "conv2d.cuh",
-        "position < p.plane; position += 32) {\n        const int at = places[position];",
-        "position < p.plane - 1; position += 32) {\n        const int at = places[position];",
+        "position < p.plane; position += 32) {\n      const int at = places[position];",
+        "position < p.plane - 1; position += 32) {\n      const int at = places[position];",
         "before it was written",
     ),
     "run of one row too many": (
@@ -110,8 +110,8 @@ BUGS = {
     ),
     "run one output too long": (
         "conv2d_finish.cuh",
-        "min(rows * width - run.begin, int64_t(run.count))",
-        "min(rows * width - run.begin, int64_t(run.count + 1))",
+        "together ? there : min(there, span.count)",
+        "together ? there : min(there, span.count + 1)",
         "written by another block|out of bounds|no barrier between|before it was written",
     ),
     "run without what lies before a sector": (
@@ -119,6 +119,60 @@ BUGS = {
         "begin = -static_cast<int>(at % sector);",
         "begin = static_cast<int>(-at % sector + sector) % sector;",
         "never written",
+    ),
+    "strips stored again one by one": (
+        "conv2d_finish.cuh",
+        "(merged && strip > 0 && i > 0)) continue;",
+        "false) continue;",
+        "out of bounds|before it was written|never written|written by",
+    ),
+    "strips one row too far apart": (
+        "conv2d_finish.cuh",
+        "p.lanes.strip_rows * p.out_size[1] *",
+        "(p.lanes.strip_rows + 1) * p.out_size[1] *",
+        "out of bounds|before it was written|no barrier between",
+    ),
+    "interleaved rows of the next tile": (
+        "conv2d.cuh",
+        "inside(j) && row_of(j) < first_row + tile_rows;",
+        "inside(j);",
+        "out of bounds|no barrier between",
+    ),
+    "interleaved results without __syncwarp": (
+        "conv2d.cuh",
+        "      __syncwarp();  // interleaved results\n",
+        "",
+        "no barrier between|before it was written",
+    ),
+    "interleaved row one too long": (
+        "conv2d_finish.cuh",
+        "min(2 * p.tile_w, p.out_size[1] - 2 * x0), 2 * p.tile_w};",
+        "min(2 * p.tile_w, p.out_size[1] - 2 * x0) + 1, 2 * p.tile_w};",
+        "written by another block|out of bounds|no barrier between|before it was written",
+    ),
+    "no barrier after a tile that is turned": (
+        "planar.cuh",
+        "    __syncthreads();  // the tile\n    each_of_last(store);",
+        "    each_of_last(store);",
+        "no barrier between|before it was written",
+    ),
+    "planes turned one pixel short": (
+        "planar.cuh",
+        "for (int q = warp; q < pixels; q += warps) {",
+        "for (int q = warp; q < pixels - 1; q += warps) {",
+        "never written|before it was written",
+    ),
+    "planes turned without what lies before a sector": (
+        "planar.cuh",
+        "- static_cast<int>((first + begin_at) % kSector);",
+        "+ static_cast<int>((first + begin_at) % kSector);",
+        "never written|before it was written",
+    ),
+    "places of a staged plane too few": (
+        "weight_grad.cuh",
+        "for (int i = threadIdx.x; i < p.plane; i += blockDim.x) store_vector(places",
+        "for (int i = threadIdx.x; i < p.plane - 1; i += blockDim.x) store_vector(places",
+        "before it was written",
     ),
     "guard of the last block of threads": (
         "lanes.cuh",
@@ -215,8 +269,8 @@ def run(name, *arguments):
         said = said or str(error).splitlines()[0]
 """
 
-# Several blocks of channels, two groups, odd sizes, borders; whole images, and strips of them, in the lanes. With
-# channels last, tiles are rectangles.
+# Several blocks of channels, two groups, odd sizes, borders; whole images, and strips of them, in the lanes; with
+# channels last, too.
 CONV2D = """
 for vector, dtype in ((1, torch.float32), (4, torch.float32), (2, torch.float32)):
     mask = (torch.rand(48 // vector, 20, 3, 3) < 0.3).repeat_interleave(vector, 0)
@@ -226,6 +280,40 @@ for vector, dtype in ((1, torch.float32), (4, torch.float32), (2, torch.float32)
         for format in (torch.contiguous_format, torch.channels_last):
             input = torch.randn(batch, 40, height, 9).contiguous(memory_format=format)
             run("conv2d", input, values, crow, col, rows, None, None, 48, (3, 3), (1, 1), (1, 1), (1, 1), 2)
+"""
+
+# Tiles that are rectangles, of a wide map and of stride 3's gradient.
+IN_RECTANGLES = """
+mask = torch.rand(6, 5, 3, 3) < 0.3
+values, crow, col, rows = formats.pack(torch.randn(6, 5, 3, 3), mask, 1, 1)
+for batch, seed in ((2, 0), (16, 1)):
+    emulator.functions.emulator_set_seed(seed)
+    input = torch.randn(batch, 5, 11, 37).contiguous(memory_format=torch.channels_last)
+    run("conv2d", input, values, crow, col, rows, None, None, 6, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    size = (batch, 5, 11, 20)
+    run("conv2d_input_grad", torch.randn(batch, 6, 4, 7), values, crow, col, rows, None, size, (3, 3), (3, 3), (1, 1),
+        (1, 1), 1)
+"""
+
+# Interleaved results, in rectangles and in runs.
+INTERLEAVED = """
+mask = torch.rand(6, 5, 3, 3) < 0.3
+values, crow, col, rows = formats.pack(torch.randn(6, 5, 3, 3), mask, 1, 1)
+for batch, height, width, seed in ((1, 56, 56, 0), (4, 9, 28, 1), (16, 9, 131, 1)):
+    emulator.functions.emulator_set_seed(seed)
+    grad_output = torch.randn(batch, 6, (height + 1) // 2, (width + 1) // 2)
+    size = (batch, 5, height, width)
+    run("conv2d_input_grad", grad_output, values, crow, col, rows, None, size, (3, 3), (2, 2), (1, 1), (1, 1), 1)
+"""
+
+# Turned to planes and back: tiles of whole planes and of parts.
+TURNED = """
+mask = torch.rand(40, 9, 1, 1) < 0.3
+for height, dtype, seed in ((7, torch.float16, 0), (21, torch.float32, 1)):
+    emulator.functions.emulator_set_seed(seed)
+    values, crow, col, rows = formats.pack(torch.randn(40, 9, 1, 1).to(dtype), mask, 1, 1)
+    input = torch.randn(2, 9, height, 13).to(dtype).contiguous(memory_format=torch.channels_last)
+    run("conv2d", input, values, crow, col, rows, None, None, 40, (1, 1), (1, 1), (0, 0), (1, 1), 1)
 """
 
 # Tiles that are runs: of whole rows and of others, of four images and of eight.
@@ -261,7 +349,8 @@ for classes, rows in ((10, 13), (21, 5), (100, 9), (1500, 3)):
         run("kd_loss_forward", logits[0], logits[1], target, 4.0, 0.5, -100, 0.1, False, True)
 """
 RUNS = {"conv2d_records.cuh": CONV2D, "lanes.cuh": CONV2D, "weight_grad.cuh": WEIGHT_GRAD}
-RUNS |= dict.fromkeys(("conv2d.cuh", "conv2d_finish.cuh"), CONV2D + IN_RUNS)
+RUNS |= dict.fromkeys(("conv2d.cuh", "conv2d_finish.cuh"), IN_RECTANGLES + IN_RUNS + INTERLEAVED + CONV2D)
+RUNS["planar.cuh"] = TURNED
 RUNS |= dict.fromkeys(("kd_loss.cuh", "kd_loss_terms.cuh"), KD_LOSS)
 
 

@@ -80,8 +80,8 @@ BUGS = {
         "no barrier between",
     ),
     "rows of results one too narrow": (
-        "row * p.tile_w + column : -1",
-        "row * (p.tile_w - 1) + column : -1",
+        "const int at = row * p.tile_w + column;",
+        "const int at = row * (p.tile_w - 1) + column;",
         "before it was written",
     ),
     "one result of a tile too many": (
@@ -112,11 +112,20 @@ for vector, seed, shared, channels in ((8, 0, 40, 90), (16, 1, 40, 90), (32, 0, 
     emulator.functions.emulator_set_seed(seed)
     mask = (torch.rand(64 // vector, channels, 3, 3) < 0.1).repeat_interleave(vector, 0)
     values, crow, col, _ = formats.pack(torch.randn(64, channels, 3, 3), mask, vector)
-    for format in (torch.contiguous_format, torch.channels_last):  # tiles of whole rows, and others
-        input = torch.randn(3, channels, 9, 9).half().contiguous(memory_format=format)
-        arguments = (input, values.half(), crow, col, None, None, None, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    input, values = torch.randn(3, channels, 9, 9).half(), values.half()
+    geometry = (64, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    tiling = emulator.ops.conv2d_tiling(col, vector, input.shape, *geometry)
+
+    def to_images():  # by tiles of whole rows
+        emulator.ops.conv2d(input, values, crow, col, None, None, None, *geometry)
+
+    def to_lanes():
+        plan = emulator.ops.conv2d_plan(crow, col, tiling, vector, input.shape, *geometry)
+        emulator.ops.conv2d_planned(input, values, plan, tiling, *[None] * 4, "none", True, *geometry)
+
+    for run in (to_images, to_lanes):
         try:
-            emulator.ops.conv2d(*arguments)
+            run()
         except RuntimeError as error:
             said = said or str(error).splitlines()[0]
 print("said:", said)

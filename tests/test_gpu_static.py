@@ -160,8 +160,9 @@ def test_occupancy_agrees_with_nvidias_own(tmp_path):
 #include <cuda_occupancy.h>
 int main() {
   struct { int major, minor, threads, shared, reserved; } all[] = {
-      {8, 0, 2048, 164 << 10, 163 << 10}, {8, 6, 1536, 100 << 10, 99 << 10},
-      {9, 0, 2048, 228 << 10, 227 << 10}, {10, 0, 2048, 228 << 10, 227 << 10}};
+      {7, 5, 1024, 64 << 10, 64 << 10}, {8, 0, 2048, 164 << 10, 163 << 10}, {8, 6, 1536, 100 << 10, 99 << 10},
+      {8, 9, 1536, 100 << 10, 99 << 10}, {9, 0, 2048, 228 << 10, 227 << 10},
+      {10, 0, 2048, 228 << 10, 227 << 10}, {12, 0, 1536, 100 << 10, 99 << 10}};
   struct { int registers, shared, threads; } cases[] = {CASES};
   for (auto& a : all) {
     for (auto& c : cases) {
@@ -187,15 +188,28 @@ int main() {
     said = [int(n) for n in subprocess.run([str(binary)], capture_output=True, text=True).stdout.split()]
     ours = [
         gpu_static.occupancy(r, s, t, gpu_static.ARCHITECTURES[arch]) // (t // 32)
-        for arch in ("8.0", "8.6", "9.0", "10.0")
+        for arch in gpu_static.ARCHITECTURES
         for r, s, t in cases
     ]
     assert ours == said
 
 
+def test_a_constant_is_no_product():
+    """Which the compiler loads by HFMA2 from 12.0 on: a loop that only copies is none that multiplies."""
+    (code,) = sass.parse_sass(LISTING.replace("FFMA R12, R8, R20, R12", "HFMA2 R12, -RZ, RZ, 0, 0")).values()
+    assert [sass.macs(i) for i in code[3:7]] == [0, 32, 32, 32]
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_or_got_worse_on_any_architecture():
+    if gpu_toolkit.include() is None or not (gpu_toolkit.include().parent / "bin" / "nvcc").is_file():
+        pytest.skip("needs the CUDA toolkit with nvcc")
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "gpu_static.py")], check=True)
+
+
 def test_the_committed_table_holds_what_is_required():
     table = json.loads((gpu_static.RESULTS / "gpu_static.json").read_text())
-    assert {r["arch"] for r in table["kernels"]} == {"8.0", "8.6", "9.0", "10.0"}
+    assert {r["arch"] for r in table["kernels"]} == {"7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"}
     assert [sentence for r in table["kernels"] for sentence in gpu_static.missing(r)] == []
 
 
@@ -203,6 +217,9 @@ def test_the_bound_of_2_to_4_convolutions():
     """Of what `mma.sp` reaches on an architecture, copies and metadata counted: the tile of 128 x 128."""
     table = json.loads((gpu_static.RESULTS / "gpu_static.json").read_text())
     rows = [r for r in table["kernels"] if re.fullmatch(r"conv2d_24_kernel<\w+, 4, 8, 2, 2>", r["kernel"])]
-    assert len(rows) == 2 * 4
+    assert len(rows) == 2 * 7
     for r in rows:
+        if r["arch"] in gpu_static.BEFORE_COPIES:  # where they trap
+            assert "bound" not in r
+            continue
         assert r["bound"] / gpu_static.ARCHITECTURES[r["arch"]].sync_share >= 0.6, r

@@ -1,6 +1,6 @@
 // conv2d and conv2d_fused on CUDA: checks, the choice of kernel and tile, launches.
-// Nothing here waits for the device. Indices are not looked at on the host: entries outside the pattern's range are left
-// out by the kernel that prepares them, so that wrong indices give wrong numbers at worst.
+// Nothing here waits for the device. Indices are not looked at on the host: entries outside the pattern's range are
+// left out by the kernel that prepares them, so that wrong indices give wrong numbers at worst.
 #include "direct.h"
 
 #include <ATen/ops/empty.h>
@@ -15,14 +15,15 @@
 #include "../geometry.h"
 #include "conv2d_tensor_host.h"
 #include "host.h"
+#include "planar_host.h"
 
 namespace sparsekd::cuda {
 namespace {
 
 constexpr int64_t kStageBytes = 32 << 10;      // of each of two buffers, so that two blocks share an SM
 constexpr int64_t kMostStageBytes = 48 << 10;  // for kernels with so wide a reach that one channel needs more
-// In cycles of an SM. A read of shared memory by a warp; a vector of 16 bytes that is copied there, with its instructions;
-// a sector that is stored. Copies and stores wait while other warps multiply.
+// In cycles of an SM. A read of shared memory by a warp; a vector of 16 bytes that is copied there, with its
+// instructions; a sector that is stored. Copies and stores wait while other warps multiply.
 constexpr double kReadCost = 4, kStagedCost = 0.16, kStoredCost = 0.5;
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -49,22 +50,27 @@ int64_t shared_zeros(const TapAxis& axis, int phases, int64_t columns) {
 
 // How results are stored to images.
 struct Stores {
-  int64_t element_size;
+  int64_t element_size, width;
   bool joined;  // each row begins where the one before ends
 };
 
-// Positions in rectangles of 32 or in runs, images or strips in lanes: the way that takes least of reads of shared memory
-// (see the head of conv2d.cuh), copies and stores.
-std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const std::optional<Stores>& stores) {
+int64_t output_size(const Problem& problem, int d) {
+  return problem.interleaved ? problem.output_size[d] : problem.axes[d].positions;
+}
+
+// Positions in rectangles of 32 or in runs, images or strips in lanes: the way that takes least of reads of shared
+// memory (see the head of conv2d.cuh), copies and stores.
+std::optional<Choice> choose_tile(const Problem& problem, int64_t n_vectors, const std::optional<Stores>& stores) {
   const int64_t vector = problem.vector >= 8 ? 8 : problem.vector >= 3 ? 4 : problem.vector;
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
   const int phases[2] = {phases_of(ay), phases_of(ax)};
   const int64_t columns = ax.positions + ax.most / ax.stride, limit = std::numeric_limits<int32_t>::max();
   const double row_columns = static_cast<double>(std::max<int64_t>(n_vectors / problem.row_groups, 1));
   const double outputs = static_cast<double>(problem.batch * ay.positions * ax.positions);
-  std::optional<Choice> best;
+  std::vector<Choice> choices;
   for (const Conv2dVariant& variant : kConv2dVariants) {
     if (variant.vector != vector || (variant.run > 1 && !(stores && stores->joined))) continue;
+    if (problem.interleaved && variant.groups != 4) continue;
     const int64_t slots = 4 * variant.lane_groups;
     const int64_t wanted = std::clamp<int64_t>(ceil_div(slots, std::max<int64_t>(problem.batch, 1)), 1, ay.positions);
     const int64_t strip_rows = ceil_div(ay.positions, wanted), strips = ceil_div(ay.positions, strip_rows);
@@ -76,6 +82,14 @@ std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const st
     choice.variant = variant;
     choice.lanes = {int(problem.batch), int(problem.in_channels), variant.lane_groups, int(strips), int(strip_rows),
                     int(units), {phases[0], phases[1]}, int(rows), int(lane_columns(columns)), int(lanes_plane)};
+    // Of results that lie one behind the other where `joined`: so many a tile, in which a strip's may be whole; else
+    // in rows of as many.
+    auto sectors = [&](int64_t results, int64_t tiles, bool joined) {
+      if (!stores) return 0.0;
+      if (problem.interleaved) results *= joined ? 4 : 2;
+      if (joined && tiles == 1) results *= std::min(strips, slots);
+      return sectors_of_each(stores->element_size, results, joined ? results : stores->width);
+    };
     auto consider = [&](int64_t plane, int64_t tiles, double stored) {
       if (variant.plane && plane > variant.plane) return;
       const int64_t bytes = (variant.plane ? variant.plane : plane) * variant.lane_groups * 16;
@@ -86,10 +100,10 @@ std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const st
       const double copied = warps * static_cast<double>(problem.channels_per_group() * plane * variant.lane_groups) *
                             kStagedCost / (kConv2dWarps * variant.groups);
       choice.cost = read + copied + outputs * static_cast<double>(vector) * stored * kStoredCost;
-      if (best && best->cost <= choice.cost) return;
+      choice.sectors = stored;
       choice.plane = int(plane);
       choice.block_channels = std::clamp<int64_t>(kStageBytes / bytes, 1, problem.channels_per_group());
-      best = choice;
+      choices.push_back(choice);
     };
     if (variant.run > 1) {
       const int64_t pitch = columns - shared_zeros(ax, phases[1], columns), run = 32 * variant.run;
@@ -97,8 +111,10 @@ std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const st
       // Whole rows, if that takes no more tiles: they begin at more even places.
       const int64_t fitting = run < ax.positions ? 0 : (run - ax.positions) / pitch + 1;
       const bool whole = fitting > 0 && ceil_div(strip_rows, fitting) == tiles;
+      if (problem.interleaved && !whole) continue;
       const int64_t tile_rows = whole ? ceil_div(strip_rows, tiles) : 0;
       choice.step = int(whole ? tile_rows * pitch : run);
+      choice.joined = true;
       choice.tile_columns = int(pitch);
       choice.run_length = int(run + ay.most / ay.stride * pitch + ax.most / ax.stride);
       choice.tiles_h = 1;
@@ -108,7 +124,7 @@ std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const st
       choice.phase_pitch[1] = choice.run_length;
       const int64_t stored = whole ? tile_rows * ax.positions : std::max<int64_t>(run * ax.positions / pitch, 1);
       consider(phases[0] * phases[1] * int64_t(choice.run_length), tiles,
-               sectors_of_each(stores->element_size, stored, whole ? stored : 1));
+               whole ? sectors(stored, tiles, true) : sectors_of_each(stores->element_size, stored, 1));
       continue;
     }
     for (const auto& [tile_h, tile_w] : {std::pair{4, 8}, std::pair{2, 16}, std::pair{1, 32}, std::pair{32, 1}}) {
@@ -123,27 +139,32 @@ std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const st
       choice.phase_pitch[0] = choice.tile_rows * choice.row_pitch;
       choice.phase_pitch[1] = choice.tile_columns;
       // Of rows that lie side by side, tiles of whole ones; else a tile's piece of each.
-      const bool joined = stores && stores->joined && ax.positions <= tile_w;
-      const int64_t piece = joined ? std::min<int64_t>(tile_h, strip_rows) * ax.positions
-                                   : std::min<int64_t>(tile_w, ax.positions);
-      const double stored = stores ? sectors_of_each(stores->element_size, piece, joined ? piece : ax.positions) : 0.0;
-      consider(int64_t(phases[0]) * choice.phase_pitch[0], int64_t(choice.tiles_h) * choice.tiles_w, stored);
+      choice.joined = stores && stores->joined && ax.positions <= tile_w;
+      const int64_t piece = choice.joined ? std::min<int64_t>(tile_h, strip_rows) * ax.positions
+                                          : std::min<int64_t>(tile_w, ax.positions);
+      const int64_t tiles = int64_t(choice.tiles_h) * choice.tiles_w;
+      consider(int64_t(phases[0]) * choice.phase_pitch[0], tiles, sectors(piece, tiles, choice.joined));
     }
   }
-  return best;
+  return best_of(choices);
 }
 
 }  // namespace
 
-Choice checked_choice(const Problem& problem, int64_t n_vectors, const at::Tensor& output) {
+std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const at::Tensor& output) {
   std::optional<Stores> stores;
   if (output.defined()) {
     const auto& [y, x] = problem.axes;
-    const bool joined = y.out_step == 1 && x.out_step == 1 && (x.positions == 1 || output.stride(3) == 1) &&
-                        (y.positions == 1 || output.stride(2) == x.positions);
-    stores = {output.element_size(), joined};
+    const int64_t height = output_size(problem, 0), width = output_size(problem, 1);
+    bool joined = (width == 1 || output.stride(3) == 1) && (height == 1 || output.stride(2) == width);
+    joined = joined && (problem.interleaved || (y.out_step == 1 && x.out_step == 1));
+    stores = {output.element_size(), width, joined};
   }
-  const std::optional<Choice> chosen = choose(problem, n_vectors, stores);
+  return choose_tile(problem, n_vectors, stores);
+}
+
+Choice checked_choice(const Problem& problem, int64_t n_vectors, const at::Tensor& output) {
+  const std::optional<Choice> chosen = choose(problem, n_vectors, output);
   TORCH_CHECK_NOT_IMPLEMENTED(chosen, "Expected a kernel whose reach (dilation * (size - 1), here ",
                               problem.axes[0].most, " by ", problem.axes[1].most,
                               ") fits a tile in shared memory: conv2d on cuda has no kernel for it");
@@ -160,12 +181,13 @@ Lanes lanes_of_output(const Choice& choice, const Problem& problem) {
   return lanes;
 }
 
-at::Tensor to_lanes(Call& call, const Lanes& lanes, const TapAxis (&axes)[2], const at::Tensor& source,
+at::Tensor to_lanes(Call& call, const Lanes& lanes, const TapAxis (&axes)[2], const at::Tensor& images,
                     const char* name) {
+  const at::Tensor source = planar(call, images);
   const at::Tensor to = at::empty({int64_t(lanes.units) * lanes.channels * lanes.lane_groups, lanes.plane, 4},
                                   source.options().dtype(at::kFloat));
-  TORCH_CHECK_VALUE(to.numel() / 4 / 256 < std::numeric_limits<int32_t>::max(), "Expected fewer than 2^39 activations, got ",
-                    to.numel());
+  TORCH_CHECK_VALUE(to.numel() / 4 / 256 < std::numeric_limits<int32_t>::max(),
+                    "Expected fewer than 2^39 activations, got ", to.numel());
   call.writes(to, name);
   ToLanesParams p{lanes, {axes[0], axes[1]}, source.const_data_ptr(), source.stride(0), source.stride(1),
                   source.stride(2), source.stride(3), dtype_of(source), to.mutable_data_ptr<float>()};
@@ -197,6 +219,7 @@ Records make_records(Call& call, const Problem& problem, const Pattern& pattern,
   p.row_groups_per_group = int(problem.row_groups / problem.groups);
   p.vector = int(problem.vector);
   p.slices = slices;
+  p.interleaved = problem.interleaved;
   p.n_vectors = int(n_vectors);
   p.n_values = pattern.values.defined() ? int(pattern.values.numel()) : 0;
   p.channels_per_group = int(problem.channels_per_group());
@@ -215,9 +238,10 @@ Records make_records(Call& call, const Problem& problem, const Pattern& pattern,
   return made;
 }
 
-// One convolution into `output`, whose elements at axes' out_begin + i * out_step it writes.
-void run(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input, const Finish& finish,
-         const at::Tensor& output) {
+namespace {
+
+void run_to_planes(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input,
+                   const Finish& finish, const at::Tensor& output) {
   if (problem.vector >= 8 && input.element_size() == 2 && !pattern.place.defined() &&
       run_on_tensor_cores(call,
                           {problem.batch, problem.in_channels, problem.out_channels, problem.groups, problem.vector,
@@ -228,7 +252,7 @@ void run(Call& call, const Problem& problem, const Pattern& pattern, const at::T
     return;
   }
   const Choice c = checked_choice(problem, pattern.col.size(0), output);
-  const int64_t slices = ceil_div(problem.vector, c.variant.vector);
+  const int64_t slices = problem.interleaved ? 4 : ceil_div(problem.vector, c.variant.vector);
   const int64_t slices_per_group = problem.row_groups * slices / problem.groups;
   const int64_t blocks = ceil_div(problem.channels_per_group(), c.block_channels);
   const int64_t limit = std::numeric_limits<int32_t>::max();
@@ -273,9 +297,22 @@ void run(Call& call, const Problem& problem, const Pattern& pattern, const at::T
   p.out_c = output.stride(1);
   p.out_h = output.stride(2);
   p.out_w = output.stride(3);
+  for (int d = 0; d < 2; ++d) p.out_size[d] = int(output_size(problem, d));
+  p.joined = c.joined;
+  p.interleaved = problem.interleaved;
   const int64_t grid_x = int64_t(c.lanes.units) * p.tiles_h * p.tiles_w, grid_y = problem.groups * p.row_blocks;
-  TORCH_CHECK_VALUE(grid_x <= limit && grid_y <= 65535, "Expected fewer than 65536 blocks of output channels, got ", grid_y);
+  TORCH_CHECK_VALUE(grid_x <= limit && grid_y <= 65535, "Expected fewer than 65536 blocks of output channels, got ",
+                    grid_y);
   call.launched(sparsekd_conv2d(&p, &c.variant, int(warps), grid_x, int(grid_y), call.stream()));
+}
+
+}  // namespace
+
+void run(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input, const Finish& finish,
+         const at::Tensor& output) {
+  run_planar(call, output, finish.residual, [&](const at::Tensor& to, const at::Tensor& residual) {
+    run_to_planes(call, problem, pattern, input, {finish.scale, finish.shift, residual, finish.activation}, to);
+  });
 }
 
 TapAxis forward_axis(const Conv2dShape& shape, int d) {

@@ -1,55 +1,40 @@
 // Sparse convolution on CUDA cores: direct, without im2col.
 //
-//   output[n, k, y, x] = sum over the non-zeros (c, r, s) of row k:  value * input[n, c, y * stride + r * dilation, ...]
+//   output[n, k, y, x] = sum over the non-zeros (c, r, s) of row k:  value * input[n, c, y * stride + r * dilation, ..]
 //
-// A block stages all channels of a tile of positions, block of channels by block of channels (cp.async, two buffers), in
-// the layout of conv2d.h, and serves many output rows with it. A lane of a warp owns kRun positions of the tile and the
-// 4 * kG lanes there; a non-zero is one distance within the staged tile, added to the lane's own place. So
+// A block stages all channels of a tile of positions, block of channels by block of channels (cp.async, two buffers),
+// in the layout of conv2d.h, and serves many output rows with it. A lane of a warp owns kRun positions of the tile and
+// the 4 * kG lanes there; a non-zero is one distance within the staged tile, added to the lane's own place. So
 //
 //   per non-zero vector of a warp: kG * kRun 16-byte reads of shared memory feed as many times kV * 4 multiply-adds
 //
 // and neither borders nor strides nor dilation are seen in the loop.
 //
 // A tile is a rectangle of 32 positions (kRun = 1), or a run of 32 * kRun positions of the plane as it lies in memory,
-// row after row in a pitch in which the zeros to the right of a row are those to the left of the next. A run has less of
-// a halo, fewer images in its lanes, and results that lie side by side; what it computes between rows is lost.
+// row after row in a pitch in which the zeros to the right of a row are those to the left of the next. A run has less
+// of a halo, fewer images in its lanes, and results that lie side by side; what it computes between rows is lost.
 //
-// Method: Park et al., "Faster CNNs with direct sparse convolutions and guided pruning", ICLR 2017; Chen, "Escoin", 2018;
-// rows sorted by length: Gale et al., "Sparse GPU kernels for deep learning", SC 2020.
+// The gradient of stride 2 has four results at each position, of as many phases, each of which sees taps of its own:
+// they are the four slices of a warp, and go to images interleaved.
+//
+// Method: Park et al., "Faster CNNs with direct sparse convolutions and guided pruning", ICLR 2017; Chen, "Escoin",
+// 2018; rows sorted by length: Gale et al., "Sparse GPU kernels for deep learning", SC 2020.
 #pragma once
 #include "conv2d_finish.cuh"
 #include "conv2d_records.cuh"
 
 namespace sparsekd::cuda {
 
-// The vectors of a staged plane that a lane of a warp copies, as distances in the plane in global memory.
-template <int kPlane>
-struct StagedPlane {
-  static constexpr int kCopies = kPlane / 32;
-  int from[kCopies];  // -1: outside, filled with zeros; -2: none
-
-  template <class Params>
-  __device__ __forceinline__ void set(const Params& p, int lane, int y0, int x0) {
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) from[i] = source(p, lane + i * 32, y0, x0);
-  }
-  template <class Params>
-  static __device__ __forceinline__ int source(const Params& p, int position, int y0, int x0) {
-    if (position >= p.plane) return -2;
-    const int column = x0 + position % p.tile_columns;
-    int rest = position / p.tile_columns;
-    const int phase_x = rest % p.lanes.phases[1];
-    rest /= p.lanes.phases[1];
-    const int row = y0 + rest % p.tile_rows, phase_y = rest / p.tile_rows;
-    if (column >= p.lanes.columns || row >= p.lanes.rows) return -1;
-    return ((phase_y * p.lanes.rows + row) * p.lanes.phases[1] + phase_x) * p.lanes.columns + column;
-  }
-};
-template <>
-struct StagedPlane<0> {
-  template <class Params>
-  __device__ __forceinline__ void set(const Params&, int, int, int) {}
-};
+// Where a vector of the staged plane of a rectangle lies in the plane in global memory. -1: outside, a zero.
+__device__ __forceinline__ int source_in_rectangle(const Conv2dParams& p, int position, int y0, int x0) {
+  const int column = x0 + position % p.tile_columns;
+  int rest = position / p.tile_columns;
+  const int phase_x = rest % p.lanes.phases[1];
+  rest /= p.lanes.phases[1];
+  const int row = y0 + rest % p.tile_rows, phase_y = rest / p.tile_rows;
+  if (column >= p.lanes.columns || row >= p.lanes.rows) return -1;
+  return ((phase_y * p.lanes.rows + row) * p.lanes.phases[1] + phase_x) * p.lanes.columns + column;
+}
 
 // The same of a run from position `first` of the plane on.
 __device__ __forceinline__ int source_in_run(const Conv2dParams& p, int position, int first) {
@@ -91,45 +76,20 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
   const float4* source = reinterpret_cast<const float4*>(p.input) +
                          (unit * planes + int64_t(group) * p.channels_per_group * kG) * p.lanes.plane;
   // Where each vector of a staged plane comes from. In registers it would leave too few for the loop.
-  int* places = reinterpret_cast<int*>(buffers + 2 * buffer_size);  // [plane], if known or of a run
-  if constexpr (kPlane != 0 || kRun > 1) {
-    for (int i = threadIdx.x; i < (kRun > 1 ? p.plane : plane); i += blockDim.x) {
-      places[i] = kRun > 1 ? source_in_run(p, i, first) : StagedPlane<32>::source(p, i, y0, x0);
-    }
-    __syncthreads();  // places
+  int* places = reinterpret_cast<int*>(buffers + 2 * buffer_size);  // [plane]
+  for (int i = threadIdx.x; i < p.plane; i += blockDim.x) {
+    places[i] = kRun > 1 ? source_in_run(p, i, first) : source_in_rectangle(p, i, y0, x0);
   }
+  __syncthreads();  // places
   auto stage = [&](int block) {
     const int first_plane = block * p.block_channels * kG;
     const int count = min(p.block_channels * kG, p.channels_per_group * kG - first_plane);
-    if constexpr (kRun > 1) {
-      for (int position = lane; position < p.plane; position += 32) {
-        const int at = places[position];
-        const float4* from = source + int64_t(first_plane + warp) * p.lanes.plane + max(at, 0);
-        float4* to = buffers + (block % 2) * buffer_size + warp * plane + position;
-        for (int i = warp; i < count; i += warps, from += int64_t(warps) * p.lanes.plane, to += warps * plane) {
-          copy_async16(to, from, at >= 0);
-        }
-      }
-      return;
-    }
-    constexpr int kCopies = kPlane / 32;
-    int place[kCopies + 1];
-#pragma unroll
-    for (int j = 0; j < kCopies; ++j) place[j] = places[lane + j * 32];
-    for (int i = warp; i < count; i += warps) {
-      const float4* from = source + int64_t(first_plane + i) * p.lanes.plane;
-      float4* to = buffers + (block % 2) * buffer_size + i * plane;
-      if constexpr (kPlane != 0) {
-#pragma unroll
-        for (int j = 0; j < kCopies; ++j) {
-          const int at = place[j];
-          if (at != -2) copy_async16(to + lane + j * 32, from + max(at, 0), at >= 0);
-        }
-      } else {
-        for (int position = lane; position < plane; position += 32) {
-          const int at = StagedPlane<32>::source(p, position, y0, x0);
-          copy_async16(to + position, from + max(at, 0), at >= 0);
-        }
+    for (int position = lane; position < p.plane; position += 32) {
+      const int at = places[position];
+      const float4* from = source + int64_t(first_plane + warp) * p.lanes.plane + max(at, 0);
+      float4* to = buffers + (block % 2) * buffer_size + warp * plane + position;
+      for (int i = warp; i < count; i += warps, from += int64_t(warps) * p.lanes.plane, to += warps * plane) {
+        copy_async16(to, from, at >= 0);
       }
     }
   };
@@ -185,20 +145,65 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
   // Sums go through shared memory, so that one rolled loop can finish them: the buffers are free.
   constexpr int kRows = kGroups * kV, kLanes = kG * 4, kPositions = 32 * kRun;
   float* results = shared_memory<float>() + warp * kRows * kLanes * kPositions;  // [kRows][kLanes][kPositions]
-  const Run run = kRun > 1 ? run_from(p, first) : Run{};
+  const int strip = strip_results(p);
+  // A position of the lane, in its strip; past its end where a result is none.
+  auto row_of = [&](int j) { return kRun > 1 ? (first + j * 32 + lane) / p.tile_columns : y0 + y; };
+  auto column_of = [&](int j) { return kRun > 1 ? (first + j * 32 + lane) % p.tile_columns : x0 + x; };
+  auto inside = [&](int j) { return row_of(j) < p.lanes.strip_rows && column_of(j) < p.axes[1].positions; };
+  const int first_row = kRun > 1 ? first / p.tile_columns : y0;
+  const int tile_rows = kRun > 1 ? p.step / p.tile_columns : p.tile_h;
+
+  if constexpr (kV == 1 && kGroups == 4) {
+    if (p.interleaved) {  // [kLanes][4 * kPositions]
+      const int lane_pitch = strip ? strip : 4 * kPositions, pitch = p.joined ? p.out_size[1] : 2 * p.tile_w;
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) {
+        const bool there = inside(j) && row_of(j) < first_row + tile_rows;
+        const int column = 2 * (column_of(j) - (p.joined ? 0 : x0));
+        const bool even = pitch % 2 == 0, second = there && column + 1 < pitch;
+        float* to = results + (there ? 2 * (row_of(j) - first_row) * pitch + column : 0);
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) {
+#pragma unroll
+          for (int k = 0; k < 4; k += 2) {
+            const int at = (i / 4 * kRun + j) * 4 + i % 4;
+            float* two = to + i * lane_pitch + k / 2 * pitch;
+            if (even) {
+              store_vector(reinterpret_cast<float2*>(two), float2{sums[k][0][at], sums[k + 1][0][at]}, there);
+            } else {
+              store_vector(two, sums[k][0][at], there);
+              store_vector(second ? two + 1 : two, sums[k + 1][0][at], second);
+            }
+          }
+        }
+      }
+      const RowEnd row_end(p, slice[0], group, 0, 1);
+      __syncwarp();  // interleaved results
+      if (p.joined) {
+        const Span span = span_of_rows(p, first_row, tile_rows);
+        store_span<kLanes>(p, results, 1, 0, lane_pitch, row_end, unit, span);
+      } else if constexpr (kRun == 1) {
+        store_interleaved<kLanes>(p, results, lane_pitch, row_end, unit, y0, x0);
+      }
+      return;
+    }
+  }
   int mine = -1;  // the slice of row `lane`
+  const Span span = kRun > 1 ? span_of_run(p, first) : span_of_rows(p, first_row, tile_rows);
+  const int lane_pitch = strip ? strip : kPositions;
 #pragma unroll
   for (int k = 0; k < kGroups; ++k) {
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
-      const int place = kRun > 1 ? place_in_run(p, run, first + j * 32 + lane) : lane;
-      float* to = results + max(place, 0);
+      const int place = p.joined ? row_of(j) * p.out_size[1] + column_of(j) - span.begin : lane;
+      const bool there = !p.joined || (inside(j) && place < span.count);
+      float* to = results + (there ? place : 0);
 #pragma unroll
       for (int v = 0; v < kV; ++v) {
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) {
           const float sum = sums[k][v][(i / 4 * kRun + j) * 4 + i % 4];
-          store_vector(to + ((k * kV + v) * kLanes + i) * kPositions, sum, place >= 0);
+          store_vector(to + (k * kV + v) * kLanes * kPositions + i * lane_pitch, sum, there);
         }
       }
     }
@@ -206,10 +211,10 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
     mine = max(mine, slice[k] | -int(lane / kV != k));
   }
   const RowEnd row_end(p, mine, group, lane % kV, kV);
-  if constexpr (kRun > 1) {
+  if (kRun > 1 || p.joined) {
     __syncwarp();  // results
-    store_run<kRows, kLanes, kPositions>(p, results, row_end, unit, run);
-  } else {
+    store_span<kLanes>(p, results, kRows, kLanes * kPositions, lane_pitch, row_end, unit, span);
+  } else if constexpr (kRun == 1) {
     store_rectangle<kRows, kLanes>(p, results, row_end, unit, y0 + y, x0 + x);
   }
 }

@@ -10,8 +10,8 @@ namespace sparsekd::cuda {
 
 // One dimension of a convolution, as the kernels see it: position y reads source element
 //   y * stride + tap(r) + origin,   tap(r) = (add + r * mult) / div - least,   where the division leaves no rest.
-// The forward has tap(r) = r * dilation and origin = -padding. The input gradient is made for one phase of a stride at a
-// time, as a convolution of stride 1 over the output's gradient whose taps go backwards.
+// The forward has tap(r) = r * dilation and origin = -padding. The input gradient is made for one phase of a stride at
+// a time, as a convolution of stride 1 over the output's gradient whose taps go backwards.
 struct TapAxis {
   int kernel = 1, add = 0, mult = 1, div = 1, least = 0;
   int stride = 1, origin = 0, size = 1;          // size of the source
@@ -20,9 +20,9 @@ struct TapAxis {
   int most = 0;                                  // largest tap
 };
 
-// Space to lanes: [unit][channel][kG][phase y][rows][phase x][columns][4] in fp32. The 4 * kG lanes of a unit are the same
-// position of as many images or, of small batches, strips of rows. Every shift by a tap is then a whole 16-byte vector,
-// borders are zeros that lie there, and elements that a stride sees as neighbours are neighbours.
+// Space to lanes: [unit][channel][kG][phase y][rows][phase x][columns][4] in fp32. The 4 * kG lanes of a unit are the
+// same position of as many images or, of small batches, strips of rows. Every shift by a tap is then a whole 16-byte
+// vector, borders are zeros that lie there, and elements that a stride sees as neighbours are neighbours.
 struct Lanes {
   int batch, channels;
   int lane_groups;             // kG
@@ -47,6 +47,7 @@ struct RecordsParams {
   DType dtype;
   const int32_t *crow, *col, *place;  // place: where the value of an entry lies, or null for [entry][vector]
   int row_groups, row_groups_per_group, vector, slices;  // slices of kV rows per row group
+  bool interleaved;                                      // see Conv2dParams: the slices are the phases
   int n_vectors, n_values, channels_per_group, block_channels, blocks;
   TapAxis axes[2];
   int row_pitch, phase_pitch[2];  // within a staged plane, in vectors
@@ -76,6 +77,12 @@ struct Conv2dParams {
   DType dtype;                                    // of output, scale, shift, residual
   void* output;
   int64_t out_n, out_c, out_h, out_w;             // strides of output and residual
+  int out_size[2];
+  // Tiles hold whole rows of results, each of which begins where the one before ends.
+  bool joined;
+  // A row's four slices are the phases (y, x) of its results, of which position (y, x) has one at
+  // (2 * y, 2 * x) + phase.
+  bool interleaved;
 };
 
 // What the kernels come in. A warp computes kGroups slices of kV rows at 32 * kRun positions of 4 * kG lanes.
@@ -89,6 +96,8 @@ constexpr Conv2dVariant kConv2dVariants[] = {
     {4, 4, 1, 64}, {4, 4, 1, 192}, {4, 1, 1, 0}, {8, 2, 1, 64}, {8, 2, 1, 192}, {8, 1, 1, 0},
     {1, 1, 4, 0, 4}, {1, 2, 4, 128, 2}, {2, 1, 2, 0, 4}, {2, 2, 2, 128, 2},
     {4, 1, 1, 0, 4}, {4, 2, 1, 128, 2}, {8, 1, 1, 0, 2},
+    {1, 1, 2, 0, 7}, {2, 1, 1, 0, 7},  // 14 x 14, and a quarter of 28 x 28, with the zeros between rows
+    {1, 1, 4, 0, 2}, {2, 1, 2, 0, 2}, {4, 1, 1, 0, 2},  // 7 x 7, and 14 x 14 in four strips
 };
 constexpr int kConv2dRectangles = 12;  // that come first
 constexpr int kConv2dWarps = 8;

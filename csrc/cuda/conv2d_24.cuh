@@ -100,6 +100,7 @@ __device__ __forceinline__ void store_channels(const Conv2d24Params& p, const fl
 
 template <class T, int kRowTiles, int kPixelTiles, int kRowWarps, int kPixelWarps>
 __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps) void conv2d_24_kernel(const Conv2d24Params p) {
+  needs_tensor_cores();
   using Sizes = Conv2d24Sizes<Conv2d24Variant{kRowTiles, kPixelTiles, kRowWarps, kPixelWarps}>;
   constexpr int kRows = Sizes::kRows, kPixels = Sizes::kPixels, kThreads = Sizes::kThreads;
   constexpr int kValueCopies = kRows * 4 / kThreads, kCopies = kPixels * 8 / kThreads;

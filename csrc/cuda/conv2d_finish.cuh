@@ -23,7 +23,7 @@ struct RowEnd {
   __device__ __forceinline__ RowEnd(const Conv2dParams& p, int slice, int group, int row_in_slice, int slice_rows) {
     if (slice < 0) return;
     const int local = slice - group * p.slices_per_group;  // within the group of the convolution
-    const int in_vector = local % p.slices * slice_rows + row_in_slice;
+    const int in_vector = (p.interleaved ? 0 : local % p.slices * slice_rows) + row_in_slice;
     const int row = local / p.slices * p.vector + in_vector;
     if (in_vector >= p.vector || row >= p.rows_per_group) return;
     channel = group * p.rows_per_group + row;
@@ -65,52 +65,90 @@ __device__ __forceinline__ void store_rectangle(const Conv2dParams& p, const flo
   }
 }
 
-// The outputs of a run, counted from its strip's first: those between its rows are left out.
-struct Run {
-  int begin = 0, count = 0;
+// What a tile of whole rows, or a run, has of results, counted from its strip's first one: those between its rows are
+// left out.
+struct Span {
+  int begin, count;
 };
 __device__ __forceinline__ int outputs_before(const Conv2dParams& p, int place) {
   const int width = p.axes[1].positions;
   return place / p.tile_columns * width + min(place % p.tile_columns, width);
 }
-__device__ __forceinline__ Run run_from(const Conv2dParams& p, int first) {
+__device__ __forceinline__ Span span_of_run(const Conv2dParams& p, int first) {
   const int begin = outputs_before(p, first), end = outputs_before(p, first + p.step);
   return {begin, min(end, p.lanes.strip_rows * p.axes[1].positions) - begin};
 }
-// Which output of a run a position of the plane is, or -1.
-__device__ __forceinline__ int place_in_run(const Conv2dParams& p, const Run& run, int position) {
-  const int row = position / p.tile_columns, column = position % p.tile_columns;
-  const int place = row * p.axes[1].positions + column - run.begin;
-  return column < p.axes[1].positions && place < run.count ? place : -1;
+__device__ __forceinline__ Span span_of_rows(const Conv2dParams& p, int first_row, int rows) {
+  const int of_row = p.interleaved ? 2 * p.out_size[1] : p.out_size[1];
+  return {first_row * of_row, min(rows, p.lanes.strip_rows - first_row) * of_row};
 }
 
-// Results [kRows][kLanes][kPositions], a run in each, which lies in one piece in the output, too. What the warp stores at
-// once begins where a sector of 32 bytes does.
-template <int kRows, int kLanes, int kPositions>
-__device__ __forceinline__ void store_run(const Conv2dParams& p, const float* results, const RowEnd& row_end,
-                                          int64_t unit, const Run& run) {
-  const int lane = threadIdx.x % 32, sector = p.dtype == DType::float32 ? 8 : 16, width = p.axes[1].positions;
+// Strips that a tile takes whole lie one behind the other in the output. This many floats from one to the next then.
+__device__ __forceinline__ int strip_results(const Conv2dParams& p) {
+  const bool merged = p.joined && p.lanes.strips > 1 && p.tiles_h * p.tiles_w == 1;
+  return merged ? p.lanes.strip_rows * p.out_size[1] * (p.interleaved ? 2 : 1) : 0;
+}
+
+// Results [rows][kLanes][..] of `lane_pitch` and as many as `row_pitch` floats: of each lane `pieces` of them, each of
+// which lies in one piece in the output, too. What the warp stores at once begins where a sector of 32 bytes does.
+template <int kLanes, class Pieces>
+__device__ __forceinline__ void store_pieces(const Conv2dParams& p, const float* results, int rows, int row_pitch,
+                                             int lane_pitch, const RowEnd& row_end, int64_t unit, Pieces pieces_of) {
+  const int lane = threadIdx.x % 32, sector = p.dtype == DType::float32 ? 8 : 16;
+  const int strip_rows = p.interleaved ? 2 * p.lanes.strip_rows : p.lanes.strip_rows;
+  const bool merged = strip_results(p) > 0;
 #pragma unroll 1
   for (int i = 0; i < kLanes; ++i) {
     const int64_t slot = unit * kLanes + i;
-    const int64_t image = slot / p.lanes.strips, first_row = (slot - image * p.lanes.strips) * p.lanes.strip_rows;
-    const int64_t rows = image < p.lanes.batch ? min(p.axes[0].positions - first_row, int64_t(p.lanes.strip_rows)) : 0;
-    const int count = static_cast<int>(min(rows * width - run.begin, int64_t(run.count)));
-    const int64_t first = image * p.out_n + first_row * width + run.begin;
+    const int64_t image = slot / p.lanes.strips;
+    const int strip = static_cast<int>(slot - image * p.lanes.strips);
+    if (image >= p.lanes.batch || (merged && strip > 0 && i > 0)) continue;  // stored with the one before
+    const int together = merged ? min(p.lanes.strips - strip, kLanes - i) : 1;
+    const int left = p.out_size[0] - strip * strip_rows;
+    const auto pieces = pieces_of(min(left, together * strip_rows), together > 1);
+    const int64_t first = image * p.out_n + strip * strip_rows * p.out_h + pieces.begin;
 #pragma unroll 1
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < rows; ++r) {
       const int channel = __shfl_sync(0xffffffffu, row_end.channel, r);
       const float scale = __shfl_sync(0xffffffffu, row_end.scale, r);
       const float shift = __shfl_sync(0xffffffffu, row_end.shift, r);
-      if (channel < 0 || count <= 0) continue;
-      const int64_t at = first + channel * p.out_c;
-      for (int begin = -static_cast<int>(at % sector); begin < count; begin += 32) {
-        const int place = begin + lane, near = min(max(place, 0), count - 1);
-        const float result = results[(r * kLanes + i) * kPositions + near] * scale + shift;
-        store_result(p, at + place, result, place == near);
+      if (channel < 0 || pieces.size <= 0) continue;
+      int64_t at = first + channel * p.out_c;
+      const float* from = results + r * row_pitch + i * lane_pitch;
+#pragma unroll 1
+      for (int piece = 0; piece < pieces.count; ++piece, at += p.out_h, from += pieces.pitch) {
+        for (int begin = -static_cast<int>(at % sector); begin < pieces.size; begin += 32) {
+          const int place = begin + lane, near = min(max(place, 0), pieces.size - 1);
+          store_result(p, at + place, from[near] * scale + shift, place == near);
+        }
       }
     }
   }
+}
+
+struct Pieces {
+  int64_t begin;  // of the first, from a strip's first result
+  int count, size, pitch;
+};
+
+// A span, or as many of them as there are strips together.
+template <int kLanes>
+__device__ __forceinline__ void store_span(const Conv2dParams& p, const float* results, int rows, int row_pitch,
+                                           int lane_pitch, const RowEnd& row_end, int64_t unit, const Span& span) {
+  store_pieces<kLanes>(p, results, rows, row_pitch, lane_pitch, row_end, unit, [&](int rows_there, bool together) {
+    const int there = rows_there * p.out_size[1] - span.begin;
+    return Pieces{span.begin, 1, together ? there : min(there, span.count), 0};
+  });
+}
+
+// The interleaved results of a rectangle, [2 * tile_h][2 * tile_w], row by row.
+template <int kLanes>
+__device__ __forceinline__ void store_interleaved(const Conv2dParams& p, const float* results, int lane_pitch,
+                                                  const RowEnd& row_end, int64_t unit, int y0, int x0) {
+  store_pieces<kLanes>(p, results, 1, 0, lane_pitch, row_end, unit, [&](int rows_there, bool) {
+    return Pieces{2 * y0 * p.out_h + 2 * x0, min(2 * p.tile_h, rows_there - 2 * y0),
+                  min(2 * p.tile_w, p.out_size[1] - 2 * x0), 2 * p.tile_w};
+  });
 }
 
 }  // namespace sparsekd::cuda

@@ -5,6 +5,7 @@
 
 #include "conv2d_tensor_host.h"
 #include "direct.h"
+#include "planar_host.h"
 
 namespace sparsekd::cuda {
 namespace {
@@ -12,8 +13,8 @@ namespace {
 TensorProblem problem_of(const Conv2dShape& shape, int64_t vector, int64_t n_vectors) {
   TORCH_CHECK_VALUE(vector >= 8, "Expected V of at least 8 for tensor cores, got V = ", vector);
   TORCH_CHECK_VALUE(shape.out_channels >= shape.groups && shape.out_channels % shape.groups == 0,
-                    "Expected a number of output channels divisible by groups, got ", shape.out_channels, " and groups=",
-                    shape.groups);
+                    "Expected a number of output channels divisible by groups, got ", shape.out_channels,
+                    " and groups=", shape.groups);
   return {shape.batch, shape.in_channels, shape.out_channels, shape.groups, vector,
           shape.groups * ceil_div(shape.out_channels / shape.groups, vector), n_vectors,
           {forward_axis(shape, 0), forward_axis(shape, 1)}};
@@ -27,7 +28,8 @@ std::vector<int64_t> conv2d_tiling_cuda(const at::Tensor& col, int64_t vector, a
   Call call(col);
   std::string reason;
   // Plans are kept for layers in a row, whose activations stay in lanes.
-  const auto tiling = choose_tiling(problem_of(shape, vector, col.size(0)), tensor_device(call, col), Results::lanes, reason);
+  const auto tiling =
+      choose_tiling(problem_of(shape, vector, col.size(0)), tensor_device(call, col), Results::lanes, reason);
   return tiling ? tiling->numbers() : std::vector<int64_t>{};
 }
 
@@ -121,7 +123,16 @@ at::Tensor conv2d_planned_cuda(const at::Tensor& input, const at::Tensor& values
   } else {
     call.writes(output, "output");
   }
-  run_planned(call, problem, numbers, operands);
+  if (to_lanes) {
+    run_planned(call, problem, numbers, operands);
+  } else {
+    run_planar(call, output, operands.residual, [&](const at::Tensor& to, const at::Tensor& planes) {
+      TensorOperands of = operands;
+      of.output = to;
+      of.residual = planes;
+      run_planned(call, problem, numbers, of);
+    });
+  }
   call.finish();
   return output;
 }

@@ -1,13 +1,14 @@
-// Of the sparse convolution on CUDA cores (conv2d.cuh): what its loop reads of a pattern, a record [distance | values] of
-// each entry, those of a row one after another and sorted by block of channels.
+// Of the sparse convolution on CUDA cores (conv2d.cuh): what its loop reads of a pattern, a record [distance | values]
+// of each entry, those of a row one after another and sorted by block of channels.
 #pragma once
 #include "conv2d.h"
 #include "element.cuh"
 
 namespace sparsekd::cuda {
 
-__device__ __forceinline__ bool tap_of(const TapAxis& axis, int r, int& phase, int& index) {
-  const int t = axis.add + r * axis.mult;
+// `out_phase`: of interleaved results.
+__device__ __forceinline__ bool tap_of(const TapAxis& axis, int r, int& phase, int& index, int out_phase = 0) {
+  const int t = axis.add + out_phase + r * axis.mult;
   if (t % axis.div != 0) return false;
   const int tap = t / axis.div - axis.least;
   phase = tap % axis.stride;
@@ -21,13 +22,15 @@ struct Entry {
 };
 
 // Entries that no pattern made by `pack` holds are left out, so that no foreign memory is ever read.
-__device__ __forceinline__ Entry entry_of(const RecordsParams& p, int column) {
+__device__ __forceinline__ Entry entry_of(const RecordsParams& p, int column, int part) {
   const int kernel_w = p.axes[1].kernel, taps = p.axes[0].kernel * kernel_w;
   Entry entry{false, 0, 0};
   if (column < 0 || column >= p.channels_per_group * taps) return entry;
   const int channel = column / taps, r = column % taps / kernel_w, s = column % kernel_w;
+  const int out_phase = p.interleaved ? part : 0;
   int phase_y, phase_x, y, x;
-  if (!tap_of(p.axes[0], r, phase_y, y) || !tap_of(p.axes[1], s, phase_x, x)) return entry;
+  if (!tap_of(p.axes[0], r, phase_y, y, out_phase / 2)) return entry;
+  if (!tap_of(p.axes[1], s, phase_x, x, out_phase % 2)) return entry;
   entry.used = true;
   entry.block = channel / p.block_channels;
   const int in_plane = phase_y * p.phase_pitch[0] + y * p.row_pitch + phase_x * p.phase_pitch[1] + x;
@@ -51,7 +54,7 @@ __global__ void records_kernel(const RecordsParams p) {
   __syncwarp();
   for (int base = begin; base < end; base += 32) {
     Entry entry{false, 0, 0};
-    if (base + lane < end) entry = entry_of(p, p.col[base + lane]);
+    if (base + lane < end) entry = entry_of(p, p.col[base + lane], part);
     const unsigned peers = __match_any_sync(kAll, entry.used ? entry.block : -1);
     if (entry.used && __ffs(peers) - 1 == lane) counters[entry.block] += __popc(peers);
     __syncwarp();
@@ -77,7 +80,7 @@ __global__ void records_kernel(const RecordsParams p) {
   for (int base = begin; base < end; base += 32) {
     Entry entry{false, 0, 0};
     const int i = base + lane;
-    if (i < end) entry = entry_of(p, p.col[i]);
+    if (i < end) entry = entry_of(p, p.col[i], part);
     const unsigned peers = __match_any_sync(kAll, entry.used ? entry.block : -1);
     int place = 0;
     if (entry.used) place = counters[entry.block] + __popc(peers & ((1u << lane) - 1));
@@ -94,7 +97,7 @@ __global__ void records_kernel(const RecordsParams p) {
     if (p.where && part == 0) p.where[i] = static_cast<int>(first) + place;
     float* to = reinterpret_cast<float*>(record + kRecordBytes<kV> - 4 * kV);
     for (int v = 0; v < kV; ++v) {
-      const int row = part * kV + v;
+      const int row = p.interleaved ? v : part * kV + v;
       int64_t index = p.place ? p.place[i] : int64_t(i) * p.vector + row;
       const bool real = row < p.vector && index >= 0 && index < p.n_values;
       to[v] = real ? load_value(p.values, p.dtype, index) : 0.0f;

@@ -39,7 +39,8 @@ Source source_in_lanes(const TensorProblem& problem, const at::Tensor& input) {
 }
 
 // Images side by side or, of few, strips of them, the padding among them.
-Source source_of_images(Call& call, const TensorProblem& problem, const Tile& tile, const at::Tensor& input, bool whole) {
+Source source_of_images(Call& call, const TensorProblem& problem, const Tile& tile, const at::Tensor& input,
+                        bool whole) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
   const int64_t most = whole ? 1 : ceil_div(kLanes, std::max<int64_t>(problem.batch, 1));
   const int64_t wanted = std::clamp<int64_t>(most, 1, ay.positions);
@@ -49,13 +50,17 @@ Source source_of_images(Call& call, const TensorProblem& problem, const Tile& ti
   const int64_t columns = ceil_div(ax.positions + ax.most / ax.stride, int64_t(2)) * 2;
   const int64_t pitch = tile.phases[1] * columns, plane = tile.phases[0] * rows * pitch;
   const int64_t vectors = units * problem.in_channels * plane;
-  TORCH_CHECK_VALUE(plane <= kLimit && vectors / 256 < kLimit, "Expected fewer than 2^42 activations, got ", vectors * 8);
+  const bool channels_last = input.stride(1) == 1 && input.size(1) > 1;
+  const int64_t channel_blocks = ceil_div(problem.in_channels, int64_t(16));
+  const int64_t threads = channels_last ? units * plane * channel_blocks * 16 : vectors;
+  TORCH_CHECK_VALUE(plane <= kLimit && threads / 256 < kLimit, "Expected fewer than 2^42 activations, got ",
+                    vectors * 8);
   const at::Tensor lanes = at::empty({vectors, kLanes}, input.options());
   call.writes(lanes, "lanes");
   const Lanes layout{int(problem.batch), int(problem.in_channels), 1, int(strips), int(strip_rows), int(units),
                      {tile.phases[0], tile.phases[1]}, int(rows), int(columns), int(plane)};
   ToLanes16Params p{layout, {ay, ax}, input.const_data_ptr(), input.stride(0), input.stride(1), input.stride(2),
-                    input.stride(3), input.stride(1) == 1 && input.size(1) > 1, lanes.mutable_data_ptr()};
+                    input.stride(3), channels_last, int(channel_blocks), threads, lanes.mutable_data_ptr()};
   call.launched(sparsekd_to_lanes16(&p, call.stream()));
   return {lanes, units, strips, strip_rows, plane, pitch,
           {{1, int(rows), 0, int(tile.phases[0] * rows)}, {1, int(columns), 0, int(pitch)}}};

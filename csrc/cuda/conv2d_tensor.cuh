@@ -1,9 +1,10 @@
 // Sparse convolution on tensor cores, for rows in groups of V >= 8 that share their columns; 16-bit values, fp32 sums.
 //
 // As in conv2d.cuh a block of threads stages all channels of a tile of positions and serves many output rows with it,
-// where a stride sees phases of a channel each of them as a plane of its own, without those that none of the rows reads.
-// Innermost are 8 lanes (images or strips), 16 bytes: a gathered column at one position is one row of an ldmatrix, whose
-// address is the column's distance plus the position's. Transposed, eight of them are the 8 columns of an operand:
+// where a stride sees phases of a channel each of them as a plane of its own, without those that none of the rows
+// reads. Innermost are 8 lanes (images or strips), 16 bytes: a gathered column at one position is one row of an
+// ldmatrix, whose address is the column's distance plus the position's. Transposed, eight of them are the 8 columns of
+// an operand:
 //
 //   V >= 16:  C [16 rows x 8 lanes]      += A [16 rows x 16 columns, weights] * B [16 columns x 8 lanes, activations]
 //   V = 8:    C [2 positions of 8 lanes x 8 rows] += A [the same x 16 columns, activations] * B [16 columns x 8 rows]
@@ -11,8 +12,8 @@
 // The eight rows of a matrix are read at once when they lie in different banks, that is when their distances differ
 // modulo 8 vectors. Two things see to it. Planes have an odd pitch, and in which slot each plane of a block lies is
 // chosen, for each block of rows, so that the distances of each slice fall evenly into the eight residues; and each
-// slice's columns are dealt out to its octets residue by residue. That is the plan of a pattern, made once by the kernels
-// of conv2d_tensor_pattern.cuh; the values are put in its order at each call.
+// slice's columns are dealt out to its octets residue by residue. That is the plan of a pattern, made once by the
+// kernels of conv2d_tensor_pattern.cuh; the values are put in its order at each call.
 //
 // Activations come as images, which to_lanes16_kernel turns, or lie in lanes as the layer before left them. Results go
 // to either.
@@ -54,13 +55,15 @@ struct Weights {
   }
 };
 
-// Where a warp's first position lies in a staged plane. In tiles of whole rows, the zeros between rows are positions, too.
+// Where a warp's first position lies in a staged plane. In tiles of whole rows, the zeros between rows are positions,
+// too.
 __device__ __forceinline__ int first_place(const TensorConv2dParams& p, int place) {
   return place / p.place_pitch * p.tile_columns + place % p.place_pitch;
 }
 
 template <class T, int kRows, int kGroups, int kPositions, int kRun>
 __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const TensorConv2dParams p) {
+  needs_tensor_cores();
   constexpr int kMatrices = Weights<kRows>::kMatrices;
   // Of one matrix of sums: 8 lanes of a position, or of two.
   constexpr int kPlaces = kRows == 8 ? kPositions / 2 : kPositions;
@@ -178,7 +181,8 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
     uint4* room = buffers + (one ? p.buffer : (buffer ^ 1) * p.buffer + p.zeros);
     using Finish = Finisher<T, kRows, kGroups, kPositions>;
     if (p.joined) {
-      JoinedFinisher<T, kRows, kGroups, kPositions>{p, reinterpret_cast<float*>(room), group}.run(place_of(p, tile), sums);
+      JoinedFinisher<T, kRows, kGroups, kPositions>{p, reinterpret_cast<float*>(room), group}.run(place_of(p, tile),
+                                                                                                  sums);
     } else {
       Finish finisher{p, reinterpret_cast<float*>(room + warp * Finish::kVectors), first_rank, group};
       finisher.run(place_of(p, tile), place0, sums);

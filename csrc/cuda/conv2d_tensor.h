@@ -28,12 +28,14 @@ struct ToLanes16Params {
   const void* source;
   int64_t stride_n, stride_c, stride_h, stride_w;  // elements
   bool channels_last;                              // neighbouring threads take neighbouring channels
+  int channel_blocks;                              // of 16, of which all have threads if channels_last
+  int64_t threads;                                 // one a vector
   void* to;
 };
 
-// How an index of a staged plane, (phase, index) in an axis, becomes one of the source: index * step + phase * phase_step +
-// origin, outside of 0 ... limit - 1 a zero. A source made by to_lanes16_kernel has the phases one behind the other and
-// the padding in it; activations that lie in lanes from the layer before have neither.
+// How an index of a staged plane, (phase, index) in an axis, becomes one of the source: index * step + phase *
+// phase_step + origin, outside of 0 ... limit - 1 a zero. A source made by to_lanes16_kernel has the phases one behind
+// the other and the padding in it; activations that lie in lanes from the layer before have neither.
 struct SourceAxis {
   int step, phase_step, origin, limit;
 };
@@ -104,12 +106,12 @@ struct TensorConv2dParams {
 // Where a column points that only fills up an octet, there are zeros at each place of the tile: one for each residue of
 // an address, and as many as lie between a tile's first and last place.
 constexpr int64_t zero_vectors(int64_t last_place) { return (8 + last_place + 7) / 8 * 8; }
-// Of one warp, at the end: 8 rows and lanes of some positions, in a pitch that spreads them over the banks; or its part of
-// the results of whole tiles, 8 rows of up to 16 positions or 4 of 32, in such a pitch.
+// Of one warp, at the end: 8 rows and lanes of some positions, in a pitch that spreads them over the banks; or its part
+// of the results of whole tiles, 8 rows of up to 16 positions or 4 of 32, in such a pitch.
 constexpr int kResultPositions = 16;
 constexpr int joined_rows(int positions) { return positions <= kResultPositions ? 8 : 4; }
-// At once are written, of one result, 8 rows and lanes 2 * t (V >= 16), or rows 2 * t and 8 lanes: the pitches are 4 modulo
-// 8 and 1 more, or 1 modulo 8 and 4 more, for it to be 32 banks.
+// At once are written, of one result, 8 rows and lanes 2 * t (V >= 16), or rows 2 * t and 8 lanes: the pitches are 4
+// modulo 8 and 1 more, or 1 modulo 8 and 4 more, for it to be 32 banks.
 constexpr int joined_lane_pitch(int results, int rows) {
   return rows == 8 ? (results + 6) / 8 * 8 + 1 : (results + 3) / 8 * 8 + 4;
 }

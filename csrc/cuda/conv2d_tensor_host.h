@@ -1,5 +1,5 @@
-// The convolution on tensor cores, as its operators call it: a tiling is chosen on the host, from it and a pattern a plan
-// is made on the device, and with both a convolution is run.
+// The convolution on tensor cores, as its operators call it: a tiling is chosen on the host, from it and a pattern a
+// plan is made on the device, and with both a convolution is run.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -72,6 +72,10 @@ bool run_on_tensor_cores(Call& call, const TensorProblem& problem, const at::Ten
 }  // namespace sparsekd::cuda
 
 extern "C" {
+// For benchmarks/predict.py: the tiling that is chosen for {batch, input and output channels, V, non-zero vectors,
+// height and width of the output, kernel, stride} on a device {major, shared memory, multiprocessors}. Its ten numbers,
+// or 0.
+int sparsekd_tensor_tiling(const int64_t* sizes, const int* device, int joined, int64_t* numbers);
 // Calls that ran on tensor cores, and calls with V >= 8 and 16-bit values that had to run on CUDA cores.
 void sparsekd_conv2d_calls(int64_t* on_tensor_cores, int64_t* on_cuda_cores);
 }

@@ -1,13 +1,13 @@
-// The end of the convolution on tensor cores (conv2d_tensor.cuh) where a tile holds whole rows and goes to images: of each
-// image, or strip of one, its results are one run of memory, which is stored by whole sectors. Strips that a tile takes
-// whole lie one behind the other, too.
+// The end of the convolution on tensor cores (conv2d_tensor.cuh) where a tile holds whole rows and goes to images: of
+// each image, or strip of one, its results are one run of memory, which is stored by whole sectors. Strips that a tile
+// takes whole lie one behind the other, too.
 #pragma once
 #include "conv2d_tensor_finish.cuh"
 
 namespace sparsekd::cuda {
 
-// Some rows of all warps at a time go through shared memory, [rows of a block's warps][8 lanes][results of the tile], from
-// where each warp takes some rows and lanes. The pitches are such that what is written lies in different banks.
+// Some rows of all warps at a time go through shared memory, [rows of a block's warps][8 lanes][results of the tile],
+// from where each warp takes some rows and lanes. The pitches are such that what is written lies in different banks.
 template <class T, int kRows, int kGroups, int kPositions>
 struct JoinedFinisher {
   static constexpr int kMatrices = kRows == 8 ? 1 : kRows / 16, kPlaces = kRows == 8 ? kPositions / 2 : kPositions;
@@ -19,39 +19,32 @@ struct JoinedFinisher {
 
   // Each position's result goes to where the output has it, within the tile; those between rows are left out.
   template <int kStep>
-  __device__ __forceinline__ void write(float* to, int place, const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
+  __device__ __forceinline__ void write(float* to, int place,
+                                        const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
     constexpr int kPart = kStep % kParts, kHalf = kStep / kParts % (kRows / 8), k = kStep / kParts / (kRows / 8);
-    const int lane_pitch = p.lane_pitch, row_pitch = p.row_pitch;
+    // A lane has rows 2 * t + {0, 1} and lane g of two positions, or row g (and g + 8) and lanes 2 * t + {0, 1} of one.
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const int own_row = kRows == 8 ? 2 * t : g, own_lane = kRows == 8 ? g : 2 * t;
+    const int next = kRows == 8 ? p.row_pitch : p.lane_pitch;  // from the first to the second of its two
+    const bool mine = own_row / kTogether == kPart;
+    float* own = to + own_row % kTogether * p.row_pitch + own_lane * p.lane_pitch;
     int row = place / p.place_pitch, column = place % p.place_pitch;
-    auto next = [&] {
+#pragma unroll
+    for (int i = 0; i < kPositions; ++i) {
+      if (row < p.tile_h && column < p.tile_w) {
+        const int at = row * p.tile_w + column;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float sum;
+          if constexpr (kRows == 8) {
+            sum = sums[k][0][i / 2][i % 2 * 2 + e];
+          } else {
+            sum = sums[k][kHalf / 2][i][kHalf % 2 * 2 + e];
+          }
+          store_vector(own + at + e * next, sum, mine);
+        }
+      }
       if (++column == p.place_pitch) ++row, column = 0;
-    };
-    auto result_at = [&] { return row < p.tile_h && column < p.tile_w ? row * p.tile_w + column : -1; };
-    if constexpr (kRows == 8) {  // rows 2 * t + {0, 1}, lane g, of two positions
-      const bool mine = 2 * t / kTogether == kPart;
-      float* own = to + 2 * t % kTogether * row_pitch + g * lane_pitch;
-#pragma unroll
-      for (int i = 0; i < kPositions; ++i, next()) {
-        const int at = result_at();
-        if (at < 0) continue;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          store_vector(own + at + (mine ? e * row_pitch : 0), sums[k][0][i / 2][i % 2 * 2 + e], mine);
-        }
-      }
-    } else {  // rows g and g + 8, lanes 2 * t + {0, 1}
-      const bool mine = g / kTogether == kPart;
-      float* own = to + g % kTogether * row_pitch + 2 * t * lane_pitch;
-#pragma unroll
-      for (int i = 0; i < kPositions; ++i, next()) {
-        const int at = result_at();
-        if (at < 0) continue;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          store_vector(own + at + e * lane_pitch, sums[k][kHalf / 2][i][kHalf % 2 * 2 + e], mine);
-        }
-      }
     }
   }
 
@@ -92,7 +85,8 @@ struct JoinedFinisher {
         const int in_lanes = together > 1 ? near / strip * p.lane_pitch + near % strip : near;
         float result = from[in_lanes] * scale + shift;
         if (p.residual && place == near) result += to_float(static_cast<const T*>(p.residual)[at + place]);
-        store_vector(static_cast<T*>(p.output) + at + place, from_float<T>(activate(result, p.activation)), place == near);
+        store_vector(static_cast<T*>(p.output) + at + place, from_float<T>(activate(result, p.activation)),
+                     place == near);
       }
     }
   }
@@ -103,7 +97,8 @@ struct JoinedFinisher {
     ((step == kStep ? write<kStep>(to, place, sums) : void()), ...);
   }
 
-  __device__ __forceinline__ void run(const TilePlace& tile, const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
+  __device__ __forceinline__ void run(const TilePlace& tile,
+                                      const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
     const int warp = threadIdx.x / 32, row_warp = warp % p.row_warps, position_warp = warp / p.row_warps;
     float* to = results + row_warp * kTogether * p.row_pitch;
 #pragma unroll 1

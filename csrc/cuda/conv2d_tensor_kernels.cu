@@ -57,8 +57,7 @@ int sparsekd_device_limits(int device, int* limits) {
 
 int sparsekd_to_lanes16(const ToLanes16Params* params, void* stream) {
   constexpr int kThreads = 256;
-  const int64_t vectors = int64_t(params->lanes.units) * params->lanes.channels * params->lanes.plane;
-  const dim3 grid(static_cast<unsigned>((vectors + kThreads - 1) / kThreads));
+  const dim3 grid(static_cast<unsigned>((params->threads + kThreads - 1) / kThreads));
   return SPARSEKD_LAUNCH(to_lanes16_kernel, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), *params);
 }
 

@@ -6,8 +6,8 @@
 
 namespace sparsekd::cuda {
 
-// Of an entry: its plane, channel * phases + phase, and its distance in vectors within it. plane -1: not one that `pack`
-// makes.
+// Of an entry: its plane, channel * phases + phase, and its distance in vectors within it. plane -1: not one that
+// `pack` makes.
 struct Tap {
   int plane, in_plane;
 };
@@ -22,9 +22,9 @@ __device__ __forceinline__ Tap tap_at(const TensorPatternParams& p, int column) 
   return {column / taps * phases + phase_y * p.phases[1] + phase_x, y * p.tile_columns + x};
 }
 
-// Distances have 16 bits. Of each four octets of a slice and block, the first two have the lower halves of words and the
-// others the upper: what one load brings serves two steps of the convolution, which take two octets each. `first` is the
-// first of the slice and block, and what fills up the last four lies in the words of its own octets.
+// Distances have 16 bits. Of each four octets of a slice and block, the first two have the lower halves of words and
+// the others the upper: what one load brings serves two steps of the convolution, which take two octets each. `first`
+// is the first of the slice and block, and what fills up the last four lies in the words of its own octets.
 __device__ __forceinline__ int64_t distance_word_at(int64_t first, int octet, int place) {
   return first * 8 + octet / 4 * 16 + octet % 2 * 8 + place;
 }
@@ -232,12 +232,14 @@ __global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatt
   const int slice = p.plan.order[ranked], row_group = slice / p.slices, part = slice % p.slices;
   const int row_block = group * p.row_blocks + rank / p.block_slices;
   const int32_t* slot_of = p.slot_of + int64_t(row_block) * p.planes_per_group;
-  // [blocks][8] columns, [blocks][8] the first of them, and of each octet: columns, how often a residue is in it, by rank
+  // [blocks][8] columns, [blocks][8] the first of them, and of each octet: columns, how often a residue is in it, by
+  // rank
   int* counts = shared_memory<int>() + warp * (p.blocks * 16 + p.most_octets * 3);
   int* firsts = counts + p.blocks * 8;
   int *filled = firsts + p.blocks * 8, *most_equal = filled + p.most_octets, *by_rank = most_equal + p.most_octets;
   const Range range = range_of(p, row_group);
-  int2* sorted = static_cast<int2*>(p.sorted) + int64_t(range.begin) * p.slices + int64_t(part) * (range.end - range.begin);
+  int2* sorted =
+      static_cast<int2*>(p.sorted) + int64_t(range.begin) * p.slices + int64_t(part) * (range.end - range.begin);
 
   auto key_of = [&](int i, int& distance) {
     const Tap tap = i < range.end ? tap_at(p, p.col[i]) : Tap{-1, 0};

@@ -8,15 +8,17 @@ namespace sparsekd::cuda {
 
 __global__ void to_lanes16_kernel(const ToLanes16Params p) {
   const Lanes& lanes = p.lanes;
-  const int64_t vectors = int64_t(lanes.units) * lanes.channels * lanes.plane;
   const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (index >= vectors) return;
+  if (index >= p.threads) return;
   int64_t unit, place;
   int channel;
-  if (p.channels_last) {
-    channel = static_cast<int>(index % lanes.channels);
-    place = index / lanes.channels % lanes.plane;
-    unit = index / lanes.channels / lanes.plane;
+  if (p.channels_last) {  // of 16 channels each, which are a sector to read, two places, which are one to write
+    const int of_channel = static_cast<int>(index / 2 % 16), blocks = p.channel_blocks, pairs = lanes.plane / 2;
+    const int64_t rest = index / 32;
+    channel = static_cast<int>(rest % blocks) * 16 + of_channel;
+    if (channel >= lanes.channels) return;
+    place = rest / blocks % pairs * 2 + index % 2;
+    unit = rest / blocks / pairs;
   } else {
     place = index % lanes.plane;
     channel = static_cast<int>(index / lanes.plane % lanes.channels);
@@ -86,7 +88,8 @@ struct Stager {
     if (tile < p.tiles) {
       const TilePlace place = place_of(p, tile);
       const uint4* source = input + place.unit * p.source_channels * p.source_plane;
-      const int y = place.y * p.source[0].step + p.source[0].origin, x = place.x * p.source[1].step + p.source[1].origin;
+      const int y = place.y * p.source[0].step + p.source[0].origin,
+                x = place.x * p.source[1].step + p.source[1].origin;
       for (int i = threadIdx.x / 32; i < p.block_fours; i += blockDim.x / 32) {
         const uint4 four = load_vector(plane_at + block * p.block_fours + i);
         uint4* to = buffers + buffer * p.buffer + i * 4 * p.pitch;

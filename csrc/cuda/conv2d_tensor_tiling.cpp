@@ -1,5 +1,6 @@
 // How the convolution on tensor cores is cut into tiles, and what follows from it.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -53,7 +54,8 @@ Tile tile_of(const TensorProblem& problem, const Tiling& tiling) {
   tile.tile_rows = tiling.tile_h + ay.most / ay.stride;
   tile.tile_columns = tiling.tile_w + ax.most / ax.stride;
   tile.last_place = int(std::min<int64_t>(
-      tiling.whole_rows ? tiling.positions() - 1 : int64_t(tiling.tile_h - 1) * tile.tile_columns + tiling.tile_w - 1, kFar));
+      tiling.whole_rows ? tiling.positions() - 1 : int64_t(tiling.tile_h - 1) * tile.tile_columns + tiling.tile_w - 1,
+      kFar));
   const int64_t reach = int64_t(ay.most / ay.stride) * tile.tile_columns + ax.most / ax.stride;
   tile.plane = int(std::min(std::max(int64_t(tile.tile_rows) * tile.tile_columns, tile.last_place + reach + 1), kFar));
   tile.pitch = tile.plane | 1;
@@ -117,8 +119,12 @@ Tiling of_whole_rows(const TensorProblem& problem, const TensorVariant& variant,
 
 // By cycles of an SM, counted as at the head of conv2d_tensor.cuh: what shared memory delivers (128 bytes a cycle) to
 // the operands and takes from the copies, or what the tensor cores multiply (1024 a cycle), whichever is more.
-double cost_of(const TensorProblem& problem, const TensorDevice& device, Results results, const Tiling& tiling,
-               const Tile& tile) {
+struct Candidate {
+  Tiling tiling;
+  double cost, sectors;  // of a result
+};
+Candidate candidate_of(const TensorProblem& problem, const TensorDevice& device, Results results, const Tiling& tiling,
+                       const Tile& tile) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
   const double rows = tiling.variant.rows, positions = tiling.positions();
   const int64_t strip_rows = strip_rows_of(problem), strips = ceil_div(int64_t(ay.positions), strip_rows);
@@ -157,7 +163,8 @@ double cost_of(const TensorProblem& problem, const TensorDevice& device, Results
   const double waiting = resident == 1 && tile.blocks == 1 ? std::max(fetched - finished, 0.0) : 0.0;
   const double turns =
       static_cast<double>(ceil_div(tiles * problem.groups * tile.row_blocks, device.multiprocessors * resident));
-  return turns * (std::max(worked, fetched) * static_cast<double>(resident) + waiting) + fetched + 600;
+  const double cost = turns * (std::max(worked, fetched) * static_cast<double>(resident) + waiting) + fetched + 600;
+  return {tiling, cost, results == Results::lanes ? 0.0 : sectors};
 }
 
 }  // namespace
@@ -171,8 +178,7 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
   const int64_t rows = slice_rows(problem.vector);
   const int64_t slices = problem.row_groups * ceil_div(problem.vector, rows) / problem.groups;  // of a group
 
-  std::optional<Tiling> best;
-  double least = 0;
+  std::vector<Candidate> candidates;
   for (const TensorVariant& variant : kTensorVariants) {
     if (variant.rows != rows) continue;
     for (int position_warps = 1; position_warps <= kTensorWarps; position_warps *= 2) {
@@ -181,7 +187,8 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
       std::vector<Tiling> shapes;
       // A warp's positions lie in rows of `run` neighbours; where it has but one row, the tile may be wider.
       for (int tile_w = variant.run; tile_w <= (variant.run == variant.positions ? 32 : variant.run); tile_w *= 2) {
-        if (tile_w <= positions) shapes.push_back({variant, int(row_warps), position_warps, positions / tile_w, tile_w, 1});
+        if (tile_w <= positions)
+          shapes.push_back({variant, int(row_warps), position_warps, positions / tile_w, tile_w, 1});
       }
       if (results == Results::joined) shapes.push_back(of_whole_rows(problem, variant, int(row_warps), position_warps));
       for (Tiling& tiling : shapes) {
@@ -195,20 +202,18 @@ std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDe
           tiling.block_planes = int(ceil_div(one.planes, blocks));
           const Tile tile = tile_of(problem, tiling);
           if (tile.buffers.bytes > device.shared_bytes) continue;
-          const double cost = cost_of(problem, device, results, tiling, tile);
-          if (best && least <= cost) continue;
-          best = tiling;
-          least = cost;
+          candidates.push_back(candidate_of(problem, device, results, tiling, tile));
         }
       }
     }
   }
+  const std::optional<Candidate> best = best_of(candidates);
   if (!best) {
     reason = "expected a reach that fits a tile in shared memory";
-  } else if (reason = unfit(problem, tile_of(problem, *best)); !reason.empty()) {
-    best.reset();
+    return {};
   }
-  return best;
+  reason = unfit(problem, tile_of(problem, best->tiling));
+  return reason.empty() ? std::optional<Tiling>(best->tiling) : std::nullopt;
 }
 
 Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, const TensorDevice& device) {
@@ -224,8 +229,8 @@ Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, con
   const bool known = std::any_of(std::begin(kTensorVariants), std::end(kTensorVariants), [&](const TensorVariant& of) {
     return of.rows == v.rows && of.groups == v.groups && of.positions == v.positions && of.run == v.run;
   });
-  TORCH_CHECK_VALUE(known && v.rows == slice_rows(problem.vector), "Expected a tiling for V = ", problem.vector, ", got ",
-                    numbers);
+  TORCH_CHECK_VALUE(known && v.rows == slice_rows(problem.vector), "Expected a tiling for V = ", problem.vector,
+                    ", got ", numbers);
   const int warps = tiling.row_warps * tiling.position_warps;
   const bool in_rows = tiling.tile_w == v.run || (v.run == v.positions && tiling.tile_w % v.run == 0);
   const TapAxis& ax = problem.axes[1];
@@ -245,3 +250,22 @@ Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, con
 }
 
 }  // namespace sparsekd::cuda
+
+int sparsekd_tensor_tiling(const int64_t* sizes, const int* device, int joined, int64_t* numbers) {
+  using namespace sparsekd;
+  using namespace sparsekd::cuda;
+  const auto [batch, in_channels, out_channels, vector, n_vectors, size, kernel, stride] =
+      *reinterpret_cast<const std::array<int64_t, 8>*>(sizes);
+  const int64_t padding = kernel / 2, input[] = {batch, in_channels, size * stride, size * stride};
+  const int64_t both[][2] = {{kernel, kernel}, {stride, stride}, {padding, padding}, {1, 1}};
+  const Conv2dShape shape = checked_shape(input, out_channels, both[0], both[1], both[2], both[3], 1);
+  const TensorProblem problem{batch, in_channels, out_channels, 1, vector, ceil_div(out_channels, vector), n_vectors,
+                              {forward_axis(shape, 0), forward_axis(shape, 1)}};
+  std::string reason;
+  const auto tiling = choose_tiling(problem, {device[0], device[1], device[2]},
+                                    joined ? Results::joined : Results::lanes, reason);
+  if (!tiling) return 0;
+  const std::vector<int64_t> found = tiling->numbers();
+  std::copy(found.begin(), found.end(), numbers);
+  return static_cast<int>(found.size());
+}

@@ -2,8 +2,11 @@
 // and linear's three. Its kernels are in conv2d.cuh, its host side in conv2d.cpp.
 #pragma once
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "../geometry.h"
 #include "conv2d.h"
@@ -13,8 +16,11 @@ namespace sparsekd::cuda {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// Of images, the sectors of 32 bytes that each of so many stored elements side by side takes, where as many or `apart` lie
-// between the first ones. What does not begin where a sector does takes up to one more.
+// Of images, the sectors of 32 bytes that each of so many stored elements side by side takes, where as many or `apart`
+// lie between the first ones. What does not begin where a sector does takes up to one more. Of tiles that take about as
+// long as the best one, the one that stores fewest sectors is taken: so exact no model is.
+constexpr double kAsGood = 1.06;
+
 inline double sectors_of_each(int64_t element_size, int64_t elements, int64_t apart) {
   const int64_t bytes = elements * element_size, border = std::gcd(std::gcd(bytes, apart * element_size), int64_t{32});
   return static_cast<double>(bytes + 32 - border) / static_cast<double>(elements) / 32;
@@ -24,6 +30,9 @@ inline double sectors_of_each(int64_t element_size, int64_t elements, int64_t ap
 struct Problem {
   int64_t batch, in_channels, out_channels, groups, vector, row_groups;
   TapAxis axes[2];
+  // Each position has the results of 2 x 2 phases, of which the output has so many; see Conv2dParams.
+  bool interleaved = false;
+  int64_t output_size[2] = {};
   int64_t channels_per_group() const { return in_channels / groups; }
 };
 
@@ -33,10 +42,24 @@ struct Choice {
   Lanes lanes;
   int tile_h = 1, tile_w = 1, tiles_h, tiles_w, tile_rows, tile_columns;
   int step, run_length;
+  bool joined = false;
   int row_pitch, phase_pitch[2], plane;
   int64_t block_channels;
-  double cost;
+  double cost, sectors;  // of a result that is stored
 };
+
+// The one of least cost, or of fewest sectors among those nearly as good.
+template <class Candidate>
+std::optional<Candidate> best_of(const std::vector<Candidate>& candidates) {
+  double least = std::numeric_limits<double>::infinity();
+  for (const Candidate& c : candidates) least = std::min(least, c.cost);
+  const Candidate* best = nullptr;
+  for (const Candidate& c : candidates) {
+    if (c.cost > least * kAsGood) continue;
+    if (!best || std::pair(c.sectors, c.cost) < std::pair(best->sectors, best->cost)) best = &c;
+  }
+  return best ? std::optional<Candidate>(*best) : std::nullopt;
+}
 
 struct Pattern {
   at::Tensor values, crow, col, place, rows;
@@ -52,7 +75,9 @@ struct Records {
   at::Tensor records, starts, order;
 };
 
-// For results that are stored to `output`, if defined; else of rectangles.
+// For results that are stored to `output`, if defined; else of rectangles. None where no tile of any kernel has the
+// reach.
+std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const at::Tensor& output = {});
 Choice checked_choice(const Problem& problem, int64_t n_vectors, const at::Tensor& output = {});
 
 // How the output lies in the same lanes, strips and units, without a halo.
@@ -72,7 +97,8 @@ Pattern transposed(const at::Tensor& values, const at::Tensor& crow, const at::T
                    const OptionalTensor& transpose, int64_t out_channels, int64_t in_channels, int64_t taps,
                    int64_t groups);
 
-// One convolution into `output`, whose elements at axes' out_begin + i * out_step it writes.
+// One convolution into `output`, whose elements at axes' out_begin + i * out_step it writes; all of them, if it lies in
+// channels-last order.
 void run(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input, const Finish& finish,
          const at::Tensor& output);
 
@@ -89,7 +115,8 @@ inline int64_t checked_row_groups(const at::Tensor& crow, const at::Tensor& col,
                            const at::Tensor& like, int64_t out_channels, int64_t groups, int64_t vector) {
   TORCH_CHECK_VALUE(vector >= 1, "Expected values of shape [n_vectors, V] with V >= 1, got V = ", vector);
   TORCH_CHECK_VALUE(out_channels >= groups && out_channels % groups == 0,
-                    "Expected a number of output channels divisible by groups, got ", out_channels, " and groups=", groups);
+                    "Expected a number of output channels divisible by groups, got ", out_channels,
+                    " and groups=", groups);
   const int64_t most = std::max<int64_t>(out_channels / groups, 1024);
   TORCH_CHECK_VALUE(vector <= most, "Expected V of at most ", most, " for ", out_channels / groups,
                     " output channels per group, got V = ", vector);

@@ -1,5 +1,5 @@
 // The input gradient of conv2d on CUDA: the convolution's kernels on the transposed pattern, once for each phase of the
-// stride; and that pattern, which is made on the host.
+// stride, or for the four of stride 2 together; and that pattern, which is made on the host.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "direct.h"
+#include "planar_host.h"
 
 namespace sparsekd::cuda {
 namespace {
@@ -27,9 +28,9 @@ at::Tensor transpose_pattern(const at::Tensor& crow, const at::Tensor& col, cons
 Pattern transposed(const at::Tensor& values, const at::Tensor& crow, const at::Tensor& col, const OptionalTensor& rows,
                    const OptionalTensor& transpose, int64_t out_channels, int64_t in_channels, int64_t taps,
                    int64_t groups) {
-  const at::Tensor plan = transpose ? *transpose
-                                    : transpose_pattern(crow, col, rows, values.size(1), out_channels, in_channels, taps,
-                                                        groups);
+  const at::Tensor plan =
+      transpose ? *transpose
+                : transpose_pattern(crow, col, rows, values.size(1), out_channels, in_channels, taps, groups);
   check_indices(plan, "transpose", values);
   const int64_t count = (plan.size(0) - (in_channels + 1)) / 2;
   TORCH_CHECK_VALUE(plan.size(0) == in_channels + 1 + 2 * count && count >= 0,
@@ -43,12 +44,12 @@ namespace {
 
 // Element position * stride + phase of the input had its part in those elements of the output from which
 //   (phase + padding - r * dilation) / stride
-// away it lies, for each r where that leaves no rest. False where there is none.
-bool input_grad_axis(const Conv2dShape& shape, int d, int64_t phase, TapAxis& axis) {
+// away it lies, for each r where that leaves no rest. False where there is none. For `phases` of them from `phase` on.
+bool input_grad_axis(const Conv2dShape& shape, int d, int64_t phase, int64_t phases, TapAxis& axis) {
   const int64_t kernel = shape.kernel[d], stride = shape.stride[d], dilation = shape.dilation[d];
   int64_t least = std::numeric_limits<int64_t>::max(), most = std::numeric_limits<int64_t>::min();
-  for (int64_t r = 0; r < kernel; ++r) {
-    const int64_t t = phase + shape.padding[d] - r * dilation;
+  for (int64_t r = 0; r < kernel * phases; ++r) {
+    const int64_t t = phase + r % phases + shape.padding[d] - r / phases * dilation;
     if (t % stride != 0) continue;
     least = std::min(least, t / stride);
     most = std::max(most, t / stride);
@@ -91,23 +92,37 @@ at::Tensor conv2d_input_grad_cuda(const at::Tensor& grad_output, const at::Tenso
   for (int64_t py = 0; py < std::min(shape.stride[0], shape.input[0]); ++py) {
     for (int64_t px = 0; px < std::min(shape.stride[1], shape.input[1]); ++px) {
       std::array<TapAxis, 2> axes;
-      const bool any = input_grad_axis(shape, 0, py, axes[0]) && input_grad_axis(shape, 1, px, axes[1]);
+      const bool any = input_grad_axis(shape, 0, py, 1, axes[0]) && input_grad_axis(shape, 1, px, 1, axes[1]);
       if (any) phases.push_back(axes);
       all = all && any;
     }
   }
-  // A stride may step over elements, which then have no gradient.
   const at::Tensor grad_input = at::empty(input_size, options);
-  if (!all) grad_input.zero_();
   if (grad_input.numel() == 0) return grad_input;
+  // The four phases of stride 2, if each has a tap and results lie in rows.
+  Problem together{shape.batch, out_channels, shape.in_channels, groups, 1, shape.in_channels, {}, true,
+                   {shape.input[0], shape.input[1]}};
+  bool interleaved = all && shape.stride[0] == 2 && shape.stride[1] == 2 && phases.size() == 4 &&
+                     (grad_input.is_contiguous() || is_channels_last(grad_input));
+  for (int d = 0; interleaved && d < 2; ++d) input_grad_axis(shape, d, 0, 2, together.axes[d]);
+  interleaved = interleaved && choose(together, pattern.col.size(0), grad_input);
   Call call(grad_output);
   call.reads(grad_output, "grad_output");
   read_pattern(call, pattern);
-  all ? call.writes(grad_input, "output gradient") : call.updates(grad_input, "output gradient");
-  for (const auto& axes : phases) {
-    const Problem problem{shape.batch, out_channels, shape.in_channels, groups, 1, shape.in_channels,
-                          {axes[0], axes[1]}};
-    run(call, problem, pattern, grad_output, {}, grad_input);
+  // A stride may step over elements, which then have no gradient.
+  all || is_channels_last(grad_input) ? call.writes(grad_input, "output gradient")
+                                      : call.updates(grad_input, "output gradient");
+  const auto run_phases = [&](const at::Tensor& to, const at::Tensor&) {
+    for (const auto& axes : phases) {
+      const Problem problem{shape.batch, out_channels, shape.in_channels, groups, 1, shape.in_channels,
+                            {axes[0], axes[1]}};
+      run(call, problem, pattern, grad_output, {}, to);
+    }
+  };
+  if (interleaved) {
+    run(call, together, pattern, grad_output, {}, grad_input);
+  } else {
+    run_planar(call, grad_input, {}, run_phases, !all);
   }
   call.finish();
   return grad_input;

@@ -18,8 +18,9 @@ at::Tensor as_image(const at::Tensor& rows) { return rows.t().unsqueeze(0).unsqu
 
 Problem problem_of(int64_t rows, int64_t in_features, int64_t out_features, int64_t vector, int64_t row_groups) {
   const int64_t limit = std::numeric_limits<int32_t>::max();
-  TORCH_CHECK_VALUE(std::max({rows, in_features, out_features}) < limit, "Expected fewer than 2^31 rows and features, got ",
-                    rows, " rows of ", in_features, " and ", out_features, " features");
+  TORCH_CHECK_VALUE(std::max({rows, in_features, out_features}) < limit,
+                    "Expected fewer than 2^31 rows and features, got ", rows, " rows of ", in_features, " and ",
+                    out_features, " features");
   TapAxis axis;
   axis.size = axis.positions = int(rows);
   return {1, in_features, out_features, 1, vector, row_groups, {axis, TapAxis{}}};

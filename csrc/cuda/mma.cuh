@@ -6,18 +6,26 @@
 //   C, 16 x 8: element i is row g + 8 * (i / 2), column 2 * t + i % 2
 //
 // K = 8 has the first half of the words. Of sparse matrices ("Sparse mma.m16n8k32") A is 16 x 16 as above: of each four
-// columns of a 16 x 32 matrix the two that are kept. B has two more words, rows 16 and up. Which two is told by two bits
-// for each value, in ascending order; with h = t % 2, the lanes t / 2 = selector hold
+// columns of a 16 x 32 matrix the two that are kept. B has two more words, rows 16 and up. Which two is told by two
+// bits for each value, in ascending order; with h = t % 2, the lanes t / 2 = selector hold
 //
 //   metadata:  bits 16 * e + 2 * i and the next, of row g + 8 * e: which of its four columns value i + 8 * h is
 //
-// The architectures before 8.0 lack them: there they trap.
+// The architectures before 8.0 lack them: there they trap, and a kernel that begins with needs_tensor_cores() is
+// nothing else.
 #pragma once
 #include "device.cuh"
 #ifndef __CUDACC__
 #include "mma.h"
 #else
 namespace sparsekd::cuda {
+
+__device__ __forceinline__ void needs_tensor_cores() {
+#if __CUDA_ARCH__ < 800
+  __trap();
+  __builtin_unreachable();
+#endif
+}
 
 using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(const void* p) {

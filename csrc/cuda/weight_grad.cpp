@@ -11,7 +11,7 @@
 namespace sparsekd::cuda {
 namespace {
 
-constexpr int64_t kBlocks = 1024;                 // that fill any GPU; not of the one at hand, so that sums don't depend on it
+constexpr int64_t kBlocks = 1024;  // that fill any GPU; not of the one at hand, so that sums don't depend on it
 constexpr int64_t kPartialBytes = int64_t{64} << 20;  // for the sums of the blocks, at most
 
 }  // namespace

@@ -10,9 +10,10 @@ template <int kIndex>
 cudaError_t launch_variant(const WeightGradParams& params, dim3 grid, int warps, cudaStream_t stream) {
   constexpr Conv2dVariant v = kConv2dVariants[kIndex];
   const size_t plane = v.plane ? v.plane : params.plane;
-  const size_t bytes = 2 * params.block_channels * v.lane_groups * plane * 16;
-  return SPARSEKD_LAUNCH((weight_grad_kernel<v.vector, v.lane_groups, weight_grad_groups(v), v.plane>), grid, dim3(32 * warps),
-                         bytes, stream, params);
+  const size_t bytes = 2 * params.block_channels * v.lane_groups * plane * 16 + params.plane * sizeof(int2) +
+                       32 * sizeof(int);
+  return SPARSEKD_LAUNCH((weight_grad_kernel<v.vector, v.lane_groups, weight_grad_groups(v), v.plane>), grid,
+                         dim3(32 * warps), bytes, stream, params);
 }
 
 template <int... kIndex>

@@ -66,7 +66,8 @@ void count_block(const char* kernel) {
       for (const auto& trace : lanes) {
         if (k >= trace.size() || trace[k] == kNowhere) continue;
         addresses.push_back(trace[k]);
-        for (unsigned b = 0; b < request.bytes; b += std::min(request.bytes, unit)) units.push_back((trace[k] + b) / unit);
+        for (unsigned b = 0; b < request.bytes; b += std::min(request.bytes, unit))
+          units.push_back((trace[k] + b) / unit);
       }
       const uint64_t bytes = distinct(addresses) * request.bytes;
       ++cost.requests;
@@ -87,7 +88,8 @@ void emulator_count(int on) {
   emulator::counting = on;
   if (on) emulator::costs.clear();
 }
-// One line each: address in the library, shared or global, read or write, bytes a lane, requests, actual, ideal, kernel.
+// One line each: address in the library, shared or global, read or write, bytes a lane, requests, actual, ideal,
+// kernel.
 const char* emulator_costs() {
   static std::string text;
   text.clear();

@@ -1,10 +1,11 @@
 // Runs a kernel on the host and checks what it does.
 //
-// Each CUDA thread is a fiber with its own stack; blocks run one after another. A fiber runs until it has to meet others
-// (a barrier, a shuffle), then the next one does. Blocks, warps and lanes take turns in an order drawn from the seed.
+// Each CUDA thread is a fiber with its own stack; blocks run one after another. A fiber runs until it has to meet
+// others (a barrier, a shuffle), then the next one does. Blocks, warps and lanes take turns in an order drawn from the
+// seed.
 //
-// What they touch is checked by shadow.h. Found are also: asynchronous copies that were not waited for (they land as late
-// as the wait allows), barriers and shuffles at which not all arrive, outputs with bytes that were never written.
+// What they touch is checked by shadow.h. Found are also: asynchronous copies that were not waited for (they land as
+// late as the wait allows), barriers and shuffles at which not all arrive, outputs with bytes that were never written.
 #include "emulator.h"
 
 #include <sys/mman.h>
@@ -238,7 +239,8 @@ void access(const void* address, unsigned bytes, bool write, const void* pc) {
 void stand_by(const void* near, unsigned bytes, const void* pc) {
   const Region& memory = *regions.back();
   const auto* byte = static_cast<const unsigned char*>(near);
-  count({pc, byte >= memory.begin && byte < memory.begin + memory.bytes, true, bytes}, self()->warp, self()->lane, nullptr);
+  count({pc, byte >= memory.begin && byte < memory.begin + memory.bytes, true, bytes}, self()->warp, self()->lane,
+        nullptr);
 }
 
 void copy_async(void* to, const void* from, unsigned bytes, bool valid, const void* pc) {
@@ -302,7 +304,8 @@ void sync_block(int line) {
   const Fiber* fiber = self();
   const unsigned threads = fiber->thread.block_dim.x * fiber->thread.block_dim.y * fiber->thread.block_dim.z;
   if (block.ended) fail("line %d: __syncthreads after %u threads have ended", line, block.ended);
-  if (block.arrived && block.line != line) fail("__syncthreads at line %d while others wait at line %d", line, block.line);
+  if (block.arrived && block.line != line)
+    fail("__syncthreads at line %d while others wait at line %d", line, block.line);
   block.line = line;
   if (++block.arrived < threads) return wait_in(Fiber::at_block, block.generation, line);
   block.arrived = 0;

@@ -19,6 +19,7 @@ extern int device_major, device_shared_bytes, device_multiprocessors;
 namespace sparsekd::cuda {
 
 using SharedAddress = uintptr_t;
+inline void needs_tensor_cores() {}
 inline SharedAddress shared_address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
 EMULATOR_UNCHECKED inline void load_matrices_transposed(uint32_t (&words)[4], SharedAddress row,

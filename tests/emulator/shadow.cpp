@@ -33,7 +33,8 @@ bool unordered(const Access& own, int thread, int warp, uint32_t when, uint32_t 
 }
 
 void check_cell(const Region& region, Cell& cell, const void* address, bool write, const Access& own, bool lands) {
-  if (cell.pending && !lands) fail("%s is touched while an asynchronous copy is on its way", place(region, address).c_str());
+  if (cell.pending && !lands)
+    fail("%s is touched while an asynchronous copy is on its way", place(region, address).c_str());
   if (!write && !cell.written) fail("%s is read before it was written", place(region, address).c_str());
   if (cell.write_epoch >= own.launch_epoch) {
     if (cell.write_block != own.block) {

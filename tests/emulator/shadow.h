@@ -1,10 +1,10 @@
 // The memory that kernels may touch, and who touched it last.
 //
-// Every two bytes have a cell that says who wrote and read them last and when. Two accesses of a block are in order when
-// a __syncthreads lies between them (`epoch`), or, in one warp, a __syncwarp (`warp_epoch`); a shuffle orders nothing.
-// Otherwise, if one of them writes, it is a race. Found are also: accesses out of bounds or not aligned, writes to inputs,
-// reads of bytes that nobody wrote or that an asynchronous copy is still to write, blocks that write what other blocks
-// touch.
+// Every two bytes have a cell that says who wrote and read them last and when. Two accesses of a block are in order
+// when a __syncthreads lies between them (`epoch`), or, in one warp, a __syncwarp (`warp_epoch`); a shuffle orders
+// nothing. Otherwise, if one of them writes, it is a race. Found are also: accesses out of bounds or not aligned,
+// writes to inputs, reads of bytes that nobody wrote or that an asynchronous copy is still to write, blocks that write
+// what other blocks touch.
 #pragma once
 #include <cstddef>
 #include <cstdint>
