@@ -110,6 +110,16 @@ def test_hooks_are_called(network, x, kind):
     assert len(seen) == 2
 
 
+def test_layers_without_bias(monkeypatch, x, own_ways):
+    monkeypatch.setattr(fusion, "compare", lambda names, **_: {name: Namespace(min=name != "lines") for name in names})
+    model = nn.Sequential(*[nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(3)]).eval()
+    network = sparsekd.optimize_for_inference(model, x, mapping={"*": {"kernel": "sparse"}})
+    met(network, x)
+    before = len(own_ways)
+    same(met(network, x), fresh(network, x))
+    assert len(own_ways) == before
+
+
 def test_hooks_of_all_modules_are_called(network, x):
     met(network, x)
     seen = []

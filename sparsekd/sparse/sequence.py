@@ -196,9 +196,9 @@ class _Step:
         if self.conv is None:
             step = sequence.max_pool2d if type(self.module) is MaxPool2d else sequence.shortcut
             return step(input, *(list(getattr(self.module, name)) for name in GEOMETRY[type(self.module)]))
-        own = self.conv._parameters
+        own = self.conv._parameters  # has no bias where there is none
         bound = self.plans.bound[self.key]
-        return sequence.conv2d(bound, own["values"], own["bias"], input, *residual or (None,))
+        return sequence.conv2d(bound, own["values"], own.get("bias"), input, *residual or (None,))
 
     def expect(self, program: Program) -> None:
         watched = partial(_expect, program.watched)
@@ -210,7 +210,7 @@ class _Step:
                 watched(self.module.__dict__, name, getattr(self.module, name))
             return
         for name in ("values", "bias"):
-            _expect(program.always, self.conv._parameters, name, self.conv._parameters[name])
+            _expect(program.always, self.conv._parameters, name, self.conv._parameters.get(name))
         watched(self.conv.__dict__, "_plans", self.plans)
         watched(self.plans.bound, self.key, self.plans.bound[self.key])
         if self.module is not self.conv:
