@@ -28,6 +28,7 @@ SAMPLE = (
     "torchvision:squeezenet1_1", "torchvision:shufflenet_v2_x0_5", "torchvision:mobilenet_v3_small",
     "torchvision:googlenet", "torchvision:mnasnet0_5",
 )  # fmt: skip
+OPTIMIZED_SAMPLE = ("torchvision:squeezenet1_1", "torchvision:regnet_x_400mf")
 ALL = [
     *(f"torchvision:{name}" for name in (*CLASSIFIERS, *SEGMENTERS, *DETECTORS)),
     *(f"timm:{name}" for name in FAMILIES),
@@ -117,6 +118,33 @@ def test_sample(name):
 @pytest.mark.parametrize("name", [name for name in ALL if name not in SAMPLE])
 def test_zoo(name):
     check(name)
+
+
+@torch.no_grad()
+def check_optimized(name):
+    """From the third forward on layers run in sequence, and in strips: with the same bits as before."""
+    model, x = masked(made(name)), inputs(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = sparsekd.optimize_for_inference(model, x, mapping={"*": {"kernel": "sparse"}})
+    results = [tensors(fast(x)) for _ in range(5)]
+    for want, *got in zip(tensors(model(x)), *results, strict=True):
+        assert all(torch.equal(got[0], other) for other in got)
+        error = float((want - got[0]).abs().max() / want.abs().max().clamp_min(1e-30))
+        assert error <= 1e-4, f"{error:.2g} off"
+
+
+@pytest.mark.parametrize("name", OPTIMIZED_SAMPLE)
+def test_optimized_sample(name):
+    check_optimized(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name in ALL if name.partition(":")[2] not in DETECTORS and name not in OPTIMIZED_SAMPLE]
+)
+def test_optimized_zoo(name):
+    check_optimized(name)
 
 
 def test_every_family_is_known():
