@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -50,8 +51,11 @@ class PlannedSequence : public torch::CustomClassHolder {
     return add(std::move(step));
   }
 
-  // What run() gives, by place. Activations stay in strips where that is faster, or wherever it is possible.
-  void output(Numbers places, bool always_in_strips) {
+  // What run() gives, by place. Activations stay in strips where that is faster by their costs ("auto"), wherever it is
+  // possible ("always"), or "never".
+  void output(Numbers places, const std::string& strips) {
+    TORCH_CHECK_VALUE(strips == "auto" || strips == "always" || strips == "never",
+                      "Expected strips to be auto, always or never, got ", strips);
     for (const int64_t place : places) check_place(place);
     outputs_ = std::move(places);
     ends_.assign(steps_.size(), {});
@@ -66,7 +70,7 @@ class PlannedSequence : public torch::CustomClassHolder {
       const bool kept = std::find(outputs_.begin(), outputs_.end(), place) != outputs_.end();
       if (!kept && last[place] >= 0) ends_[last[place]].push_back(place);
     }
-    keep_strips(always_in_strips);
+    if (strips != "never") keep_strips(strips == "always");
   }
 
   // The steps whose results stay in strips, by place of those.

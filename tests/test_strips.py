@@ -38,7 +38,7 @@ class Net:
         self.layers.append((layer, input, residual))
         return len(self.values) - 1
 
-    def sequence(self, outputs, always=True):
+    def sequence(self, outputs, strips="always"):
         sequence = torch.classes.sparsekd.PlannedSequence(1)
         for layer, input, residual in self.layers:
             if isinstance(layer, MaxPool2d):
@@ -50,7 +50,7 @@ class Net:
             conv = layer.conv
             bound = conv._plans.bound[self.values[input].shape, layer.activation]
             sequence.conv2d(bound, conv.values, conv.bias, input, residual)
-        sequence.output(outputs, always)
+        sequence.output(outputs, strips)
         return sequence
 
 
@@ -236,5 +236,11 @@ def test_costs_decide():
     place = 0
     for _ in range(4):
         place = large.add(fused(64, 64, (3, 3), density=0.1), place)
-    assert small.sequence([2], always=False).in_strips() == []
-    assert large.sequence([4], always=False).in_strips() == [1, 2, 3, 4]
+    assert small.sequence([2], strips="auto").in_strips() == []
+    assert large.sequence([4], strips="auto").in_strips() == [1, 2, 3, 4]
+
+
+def test_never_is_never():
+    assert two_layers().sequence([2], strips="never").in_strips() == []
+    with pytest.raises(ValueError, match="Expected strips to be auto, always or never, got sometimes"):
+        two_layers().sequence([2], strips="sometimes")

@@ -34,6 +34,7 @@ def run_in_sequence(network: fx.GraphModule) -> None:
 def _install(network: fx.GraphModule) -> None:
     kind = type(network)  # each graph has a class of its own
     own, programs = kind.forward, Programs()
+    kind.programs = programs
 
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling() or kwargs or not programs.fit(args):
@@ -41,6 +42,21 @@ def _install(network: fx.GraphModule) -> None:
         return programs.run(self, own, args)
 
     kind.forward = forward
+
+
+def in_strips(model: nn.Module) -> bool:
+    """Whether activations stay in strips between layers of any of the traced networks in a model."""
+    return any(programs.in_strips for programs in _programs(model))
+
+
+def leave_strips(model: nn.Module) -> None:
+    """Has all activations in images from now on."""
+    for programs in _programs(model):
+        programs.start("never")
+
+
+def _programs(model: nn.Module) -> list[Programs]:
+    return [type(piece).programs for piece in model.modules() if hasattr(type(piece), "programs")]
 
 
 class Unfit(Exception):
@@ -51,9 +67,14 @@ class Programs:
     """The programs of one network, by sizes of its inputs."""
 
     def __init__(self) -> None:
+        self.start("auto")
+        self.hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+
+    def start(self, strips: str) -> None:
+        """Forgets all programs; ``strips`` as PlannedSequence.output takes it."""
+        self.strips, self.in_strips = strips, False
         self.by_size: dict[tuple, Program | None] = {}
         self.tried: dict[tuple, int] = {}  # changes when a program was made last, or -1
-        self.hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 
     def fit(self, args: tuple) -> bool:
         """Whether remembered calls may be taken at all."""
@@ -77,7 +98,7 @@ class Programs:
             self.tried[size] = changes[0]
             shapes = _Shapes(network)
             output = shapes.run(*args)
-            self.by_size[size] = Program.of(network, shapes.of)
+            self.by_size[size] = Program.of(network, shapes.of, self)
             return output
         return own(network, *args)
 
@@ -105,14 +126,14 @@ class Program:
         return _hold(self.always)
 
     @staticmethod
-    def of(network: fx.GraphModule, shapes: dict[fx.Node, torch.Size | None]) -> Program | None:
+    def of(network: fx.GraphModule, shapes: dict[fx.Node, torch.Size | None], programs: Programs) -> Program | None:
         """None where no layer's call is remembered."""
         steps = {node: step for node in network.graph.nodes if (step := _Step.of(network, node, shapes)) is not None}
         runs = _runs(network.graph, steps)
         if not runs:
             return None
         program = Program(None)
-        program.run = _with_runs(network, steps, runs)
+        program.run = _with_runs(network, steps, runs, programs)
         paths: set[tuple[int, str]] = set()
         for node in network.graph.nodes:
             if node.op == "call_module":
@@ -229,7 +250,9 @@ def _runs(graph: fx.Graph, steps: dict[fx.Node, _Step]) -> list[list[fx.Node]]:
     return [run for run in runs if len(run) > 1]
 
 
-def _with_runs(network: fx.GraphModule, steps: dict[fx.Node, _Step], runs: list[list[fx.Node]]) -> fx.GraphModule:
+def _with_runs(
+    network: fx.GraphModule, steps: dict[fx.Node, _Step], runs: list[list[fx.Node]], programs: Programs
+) -> fx.GraphModule:
     """The graph with each run as one call; its other layers are the network's own."""
     firsts = {run[0]: run for run in runs}
     inside = {node for run in runs for node in run}
@@ -240,7 +263,8 @@ def _with_runs(network: fx.GraphModule, steps: dict[fx.Node, _Step], runs: list[
             within = set(run)
             inputs = list(dict.fromkeys(arg for step in run for arg in step.args if arg not in within))
             outputs = [step for step in run if not within.issuperset(step.users)]
-            called = graph.call_function(_sequence(run, steps, inputs, outputs), tuple(copied[arg] for arg in inputs))
+            sequence = _sequence(run, steps, inputs, outputs, programs)
+            called = graph.call_function(sequence, tuple(copied[arg] for arg in inputs))
             for i, output in enumerate(outputs):
                 copied[output] = graph.call_function(_item, (called, i))
         elif node not in inside:
@@ -252,12 +276,19 @@ def _item(results: list[Tensor], i: int) -> Tensor:
     return results[i]
 
 
-def _sequence(run: list[fx.Node], steps: dict[fx.Node, _Step], inputs: list[fx.Node], outputs: list[fx.Node]):
+def _sequence(
+    run: list[fx.Node],
+    steps: dict[fx.Node, _Step],
+    inputs: list[fx.Node],
+    outputs: list[fx.Node],
+    programs: Programs,
+) -> Callable[..., list[Tensor]]:
     sequence = torch.classes.sparsekd.PlannedSequence(len(inputs))
     places = {node: i for i, node in enumerate(inputs)}
     for node in run:
         places[node] = steps[node].add(sequence, places)
-    sequence.output([places[node] for node in outputs])
+    sequence.output([places[node] for node in outputs], programs.strips)
+    programs.in_strips = programs.in_strips or bool(sequence.in_strips())
     start = sequence.run
 
     def run_layers(*activations: Tensor) -> list[Tensor]:
