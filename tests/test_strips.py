@@ -85,7 +85,7 @@ def random_net(seed):
         input = len(net.values) - 1 if of.random() < 0.8 else of.randrange(len(net.values))
         value = net.values[input]
         small = min(value.shape[2:]) < 3
-        if of.random() < 0.1 and (value >= 0).all() and not small:
+        if of.random() < 0.15 and not small:
             kernel = of.choice([(3, 3), (2, 2), (3, 2)])
             net.add(MaxPool2d(kernel, (2, 2), tuple(k // 2 for k in kernel)), input)
             continue
