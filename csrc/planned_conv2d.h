@@ -61,8 +61,8 @@ class PlannedConv2d : public torch::CustomClassHolder {
         c10::Dispatcher::singleton().findSchemaOrThrow("sparsekd::conv2d_planned", "").typed<Signature>();
     const at::AutoDispatchBelowAutograd below;  // its autograd formula is in Python
     return op.call(input, ordered_ ? ordered_->of(values) : values, plan_, tiling_, row_indices_, {}, shift, residual,
-                   activation_, false, out_channels_, numbers(kernel_size_), numbers(stride_), numbers(padding_), numbers(dilation_),
-                   groups_);
+                   activation_, false, out_channels_, numbers(kernel_size_), numbers(stride_), numbers(padding_),
+                   numbers(dilation_), groups_);
   }
 
   // What a sequence has to know for keeping activations in strips, if the layer can do so at all: with values that are
