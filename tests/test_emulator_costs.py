@@ -74,8 +74,8 @@ STORED = [
     *((torch.float32, 16, size, 8) for size in (28, 14)),
     *((torch.float16, batch, 56, v) for batch, v in ((1, 1), (4, 2), (16, 4))),
     *((torch.float16, 8, 28, 1), (torch.float16, 16, 14, 1)),
-    *((torch.float16, batch, size, 16) for size in (56, 28, 14, 7) for batch in (1, 8)),
-    *((torch.float16, batch, size, 16) for size, batch in ((28, 4), (32, 8))),
+    *((torch.float16, batch, size, 16) for size in (56, 32, 28, 14, 8, 7) for batch in (1, 8)),
+    (torch.float16, 4, 28, 16),
     *((torch.float16, batch, 28, v) for batch, v in ((1, 8), (8, 8), (8, 32), (8, 64))),
 ]
 

@@ -65,5 +65,5 @@ def test_the_committed_prediction():
             # takes longer here. Over all layers that evens out, but for a few percent.
             pairs = list(zip(part["sparse_ms"], part["sparse_ms"][1:], strict=False))
             chosen = row["pattern"] in ("V=8 fp16", "V=16 fp16", "V=32 fp16", "V=64 fp16")
-            if part is row or not chosen:
-                assert all(sparser <= (1.03 if chosen else 1.0) * denser for denser, sparser in pairs), part
+            most = 1.0 if not chosen else 1.03 if part is row else 1.6
+            assert all(sparser <= most * denser for denser, sparser in pairs), part
