@@ -69,10 +69,9 @@ class Layer {
   explicit Layer(const StripLayer& of)
       : of(of),
         shape(of.shape),
-        planes_(input_planes(shape, shape.output)),
-        vectors_(static_cast<double>(shape.batch * shape.out_channels * shape.output[0] * shape.output[1]) / 16) {
+        planes_(input_planes(shape, shape.output)) {
     if (!of.convolves()) {
-      alone = kPooled * vectors_;
+      alone = kPooled * static_cast<double>(shape.batch * shape.out_channels * shape.output[0] * shape.output[1]) / 16;
       return;
     }
     pattern_.emplace(of.crow_indices, of.col_indices, std::nullopt, shape.out_channels, shape.groups, of.vector);
@@ -144,7 +143,6 @@ class Layer {
   }
 
   Planes planes_;
-  double vectors_;
   std::optional<Pattern> pattern_;
   Rows<float> rows_;
   Grid grid_;
