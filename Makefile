@@ -27,7 +27,7 @@ test-all: $(BUILT) ## every test
 # In a copy, so that the build in use stays as it is. The sanitizers' runtimes have to be in the process before all else;
 # leaks are not looked for, as Python itself leaks by design.
 SANITIZED := $(addprefix ../../,$(wildcard $(addprefix tests/test_,conv2d*.py linear*.py kd_loss*.py \
-  layer_plans.py max_pool2d.py sequence.py strips.py)))
+  layer_plans.py generated.py max_pool2d.py sequence.py strips.py)))
 sanitize: $(BUILT) ## the tests of the operators under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r sparsekd build/sanitize/
 	rm -f build/sanitize/sparsekd/_C*

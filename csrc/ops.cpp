@@ -141,7 +141,8 @@ TORCH_LIBRARY(sparsekd, m) {
       .def(torch::init<at::Tensor, std::vector<int64_t>, std::optional<at::Tensor>, std::optional<at::Tensor>,
                        std::string, std::vector<int64_t>, int64_t, std::vector<int64_t>, std::vector<int64_t>,
                        std::vector<int64_t>, std::vector<int64_t>, int64_t>())
-      .def("run", &sparsekd::PlannedConv2d::run);
+      .def("run", &sparsekd::PlannedConv2d::run)
+      .def("code_bytes", &sparsekd::PlannedConv2d::code_bytes);
   // Several of them, one after the other.
   m.class_<sparsekd::PlannedSequence>("PlannedSequence")
       .def(torch::init<int64_t>())
@@ -160,4 +161,6 @@ TORCH_LIBRARY(sparsekd, m) {
       .def("idle", &sparsekd::Arena::idle);
   // The instruction set that the CPU kernels use: baseline, avx2 or avx512.
   m.def("cpu_isa() -> str", [] { return std::string(sparsekd::cpu_isa()); });
+  // Whether final patterns get code of their own (cpu/generated.h).
+  m.def("generates_code() -> bool", &sparsekd::cpu::generates_code);
 }

@@ -6,13 +6,16 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/custom_class.h>
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "cpu/direct.h"
 #include "cpu/in_strips.h"
 #include "geometry.h"
 #include "ordered_values.h"
@@ -25,7 +28,7 @@ class PlannedConv2d : public torch::CustomClassHolder {
   using Numbers = std::vector<int64_t>;
 
   // For inputs of this size, [N, C, H, W], on the CPU. `order`: the values' at each of the plan's places, if it has its
-  // own.
+  // own; the pattern is then final, and may get code of its own.
   PlannedConv2d(at::Tensor plan, Numbers tiling, OptionalTensor order, OptionalTensor row_indices,
                 std::string activation, Numbers input_size, int64_t out_channels, Numbers kernel_size, Numbers stride,
                 Numbers padding, Numbers dilation, int64_t groups)
@@ -57,6 +60,13 @@ class PlannedConv2d : public torch::CustomClassHolder {
   OptionalTensor run(const at::Tensor& input, const at::Tensor& values, const OptionalTensor& shift,
                      const OptionalTensor& residual) const {
     if (!plain() || !fits(input, input_size_) || (residual && !fits(*residual, output_size_))) return std::nullopt;
+    const bool watched = c10::impl::dispatch_mode_enabled();  // by a mode that is to see every operator
+    const Generated* const own = watched || values.dim() != 2 ? nullptr : generated(values.size(1));
+    if (own && own->fits(values, shift)) {
+      OptionalTensor output =
+          own->conv->run(input, own->values->of(values), shift, residual, activation_of(activation_));
+      if (output) return output;
+    }
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("sparsekd::conv2d_planned", "").typed<Signature>();
     const at::AutoDispatchBelowAutograd below;  // its autograd formula is in Python
@@ -79,12 +89,46 @@ class PlannedConv2d : public torch::CustomClassHolder {
     layer.col_indices = plan_.narrow(0, row_groups + 1, ordered_->order().size(0));
     return layer;
   }
+  // Bytes of the code by which it runs, for a weight of V values together; 0 where it runs without.
+  int64_t code_bytes(int64_t vector) const {
+    const Generated* own = generated(vector);
+    return own ? static_cast<int64_t>(own->conv->code_bytes()) : 0;
+  }
   const Numbers& output_size() const { return output_size_; }
 
  private:
-  static bool fits(const at::Tensor& tensor, const Numbers& size) {
+  // The convolution by code of its own, and its values.
+  struct Generated {
+    bool fits(const at::Tensor& given, const OptionalTensor& shift) const {
+      const auto floats = [](const at::Tensor& tensor, at::IntArrayRef size) {
+        return PlannedConv2d::fits(tensor, size) && tensor.is_contiguous();
+      };
+      return floats(given, {conv->order().size(0), vector}) && (!shift || floats(*shift, {out_channels}));
+    }
+    int64_t vector, out_channels;
+    std::unique_ptr<cpu::GeneratedConv2d> conv;
+    std::unique_ptr<OrderedValues> values;
+  };
+  // Made at the first call. Null where nothing is gained by it.
+  const Generated* generated(int64_t vector) const {
+    if (!ordered_ || vector < 1) return nullptr;
+    std::call_once(made_, [&] {
+      const int64_t row_groups = groups_ * ceil_div(out_channels_ / groups_, vector);
+      const Conv2dShape shape =
+          checked_shape(input_size_, out_channels_, kernel_size_, stride_, padding_, dilation_, groups_);
+      std::unique_ptr<cpu::GeneratedConv2d> conv = cpu::GeneratedConv2d::of(
+          shape, plan_.narrow(0, 0, row_groups + 1), plan_.narrow(0, row_groups + 1, ordered_->order().size(0)),
+          row_indices_, vector);
+      if (!conv) return;
+      auto order = std::make_unique<OrderedValues>(conv->order());
+      generated_ = std::make_unique<Generated>(Generated{vector, out_channels_, std::move(conv), std::move(order)});
+    });
+    return generated_.get();
+  }
+
+  static bool fits(const at::Tensor& tensor, at::IntArrayRef size) {
     return tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.scalar_type() == at::kFloat &&
-           tensor.sizes() == at::IntArrayRef(size);
+           tensor.sizes() == size;
   }
 
   using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::IntArrayRef,
@@ -102,6 +146,8 @@ class PlannedConv2d : public torch::CustomClassHolder {
   const Numbers input_size_, kernel_size_, stride_, padding_, dilation_;
   const int64_t out_channels_, groups_;
   Numbers output_size_;
+  mutable std::once_flag made_;
+  mutable std::unique_ptr<const Generated> generated_;
 };
 
 }  // namespace sparsekd

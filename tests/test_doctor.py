@@ -100,11 +100,18 @@ def test_gpu_against_torch(capability, built_for, fits):
 
 
 def test_environment_and_threads():
-    (finding,) = doctor.environment({"SPARSEKD_CPU_ISA": "sse9", "SPARSEKD_CUDA": "yes", "OTHER": "1"})
-    assert finding.value == "SPARSEKD_CPU_ISA=sse9, SPARSEKD_CUDA=yes"
-    assert "got 'sse9'" in finding.advice and "got 'yes'" in finding.advice
+    wrong = {"SPARSEKD_CPU_ISA": "sse9", "SPARSEKD_CUDA": "yes", "SPARSEKD_GENERATE": "no"}
+    (finding,) = doctor.environment({**wrong, "OTHER": "1"})
+    assert finding.value == "SPARSEKD_CPU_ISA=sse9, SPARSEKD_CUDA=yes, SPARSEKD_GENERATE=no"
+    assert "got 'sse9'" in finding.advice and "got 'yes'" in finding.advice and "got 'no'" in finding.advice
     assert "no SPARSEKD_ variable" in doctor.environment({})[0].value
     assert advice_of(doctor.threads(8, 2)) and not advice_of(doctor.threads(2, 2))
+
+
+def test_generated_code_and_why_there_is_none():
+    assert not doctor.generated_code(True, "avx512").advice
+    assert "AVX-512" in doctor.generated_code(False, "avx2").value
+    assert "SPARSEKD_GENERATE" in doctor.generated_code(False, "avx512").advice
 
 
 def test_no_compiler_no_nvcc(tmp_path):

@@ -77,7 +77,9 @@ def fresh(network, x):
 
 
 def same(got, want):
-    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    """But for the order of sums: under a mode the kernels interpret the pattern, of which there is code otherwise."""
+    for one, other in zip(got, want, strict=True):
+        assert_near(one, other)
 
 
 def first(network, kind):

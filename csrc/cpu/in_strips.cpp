@@ -217,13 +217,19 @@ ConvStrips::ConvStrips(const StripLayer& layer, StripSource source, const Grid& 
     if (source == StripSource::regrouped) apart_ = regrouped(planes_, output.grid, input, input_channels);
   }
   const at::TensorOptions options = crow_.options();
-  starts_ = empty_resident({grid.blocks * pattern_.groups * pattern_.packed_per_group + 1}, options);
-  offsets_ = empty_resident({vectors + 1}, options);  // the kernel reads one ahead
   order_ = at::empty({vectors}, options);
-  int32_t* const offsets = offsets_.mutable_data_ptr<int32_t>();
-  offsets[vectors] = 0;
-  plan_offsets(shape_, pattern_, tiling, starts_.mutable_data_ptr<int32_t>(), offsets,
-               order_.mutable_data_ptr<int32_t>());
+  if (grid.generated) {
+    const Rows<float> rows = rows_of<float>(shape_, pattern_, nullptr);
+    code_ = std::make_unique<GeneratedRows>(rows, column_table(rows, tiling), grid.blocks);
+    std::copy(code_->order().begin(), code_->order().end(), order_.mutable_data_ptr<int32_t>());
+  } else {
+    starts_ = empty_resident({grid.blocks * pattern_.groups * pattern_.packed_per_group + 1}, options);
+    offsets_ = empty_resident({vectors + 1}, options);  // the kernel reads one ahead
+    int32_t* const offsets = offsets_.mutable_data_ptr<int32_t>();
+    offsets[vectors] = 0;
+    plan_offsets(shape_, pattern_, tiling, starts_.mutable_data_ptr<int32_t>(), offsets,
+                 order_.mutable_data_ptr<int32_t>());
+  }
 
   const int64_t width = output.grid.strip[1], line = output.plane()[1];
   for (int64_t ty = 0; ty < grid.tiles[0]; ++ty) {
@@ -278,13 +284,18 @@ void ConvStrips::run(const UnitCall& call) const {
     });
   }
   const float* const source = source_ == StripSource::strips ? call.input : packed.get();
-  const Rows<float> rows = rows_of(shape_, pattern_, call.values);
+  Rows<float> rows = rows_of(shape_, pattern_, call.values);
   Offsets offsets;
-  offsets.offset = offsets_.const_data_ptr<int32_t>();
-  offsets.starts = starts_.const_data_ptr<int32_t>();
-  offsets.next = 1;
-  offsets.pitch = pitch_;
-  offsets.limit = std::numeric_limits<uint32_t>::max();  // all were checked when they were made
+  if (code_) {
+    offsets.code = code_.get();
+    rows.cuts = &code_->cuts();
+  } else {
+    offsets.offset = offsets_.const_data_ptr<int32_t>();
+    offsets.starts = starts_.const_data_ptr<int32_t>();
+    offsets.next = 1;
+    offsets.pitch = pitch_;
+    offsets.limit = std::numeric_limits<uint32_t>::max();  // all were checked when they were made
+  }
   Epilogue<float> epilogue;
   epilogue.activation = activation_;
   const int64_t out_pitch = output_.pitch(), elements = grid_.largest() * grid_.lanes;

@@ -96,7 +96,9 @@ class ConvStrips : public UnitStep {
   const Planes planes_;         // of what is packed
   int64_t pitch_, line_;        // of what is read: elements from one channel and one line to the next
   std::vector<int32_t> apart_;  // where the vectors, or if regrouped the elements, of a packed channel lie in the input
-  at::Tensor starts_, offsets_, order_;
+  std::unique_ptr<const GeneratedRows> code_;  // or, without it,
+  at::Tensor starts_, offsets_;
+  at::Tensor order_;
   std::vector<std::vector<int32_t>> places_;  // by tile: where its vectors go in a plane of the output
   std::vector<LaneMove> moves_;               // that give a plane its borders
   std::vector<int32_t> sources_;

@@ -32,6 +32,7 @@ struct TileShape {
   int positions;  // most in a tile
   int lines;      // most in a tile
   int rows;       // that are taken together
+  bool generated = false;
 };
 
 // Rows that one tile takes together: with several the loads no longer hold the FMAs up.
@@ -214,7 +215,8 @@ struct LaneKernels {
 template <class T>
 struct TypeKernels {
   int widths;                  // of vectors, out of which a call takes one
-  const LaneKernels<T>* lanes;  // [widths]
+  const LaneKernels<T>* lanes;  // [widths], and what `generated` says
+  int generated;               // whose lanes code is generated for (generated.h), or -1
   bool (*spmv)(const SpmvRows<T>&, int64_t group_begin, int64_t group_end);
   // out[c * out_pitch + r] = in[r * in_pitch + c]
   void (*transpose)(const T* in, int64_t rows, int64_t columns, int64_t in_pitch, T* out, int64_t out_pitch);

@@ -37,24 +37,33 @@ constexpr int kLanesBytes = 32;
 #include "max_pool2d.inc"
 
 template <class T>
-constexpr LaneKernels<T> widths[] = {wide::lane_kernels<T>, narrow::lane_kernels<T>};
+constexpr LaneKernels<T> widths[] = {wide::lane_kernels<T>, narrow::lane_kernels<T>, wide::lane_kernels<T>};
 
 template <class T>
-constexpr TypeKernels<T> type_kernels(int count, const LaneKernels<T>* lanes) {
-  return {count,          lanes,        &spmv<T>,       &narrow::transpose<T>, &narrow::split<T>, &narrow::spread<T>,
-          &copy_lines<T>, &epilogue<T>, &max_pool2d<T>, &kd_loss_row<T>};
+constexpr TypeKernels<T> type_kernels(int count, const LaneKernels<T>* lanes, int generated) {
+  return {count,
+          lanes,
+          generated,
+          &spmv<T>,
+          &narrow::transpose<T>,
+          &narrow::split<T>,
+          &narrow::spread<T>,
+          &copy_lines<T>,
+          &epilogue<T>,
+          &max_pool2d<T>,
+          &kd_loss_row<T>};
 }
 }  // namespace
 
 const Kernels kernels = {
     "avx512",
-    type_kernels<float>(2, widths<float>),
-    type_kernels<double>(2, widths<double>),
+    type_kernels<float>(2, widths<float>, 0),
+    type_kernels<double>(2, widths<double>, -1),
 };
 const Kernels narrow_kernels = {
     "avx512",
-    type_kernels<float>(1, widths<float> + 1),
-    type_kernels<double>(1, widths<double> + 1),
+    type_kernels<float>(1, widths<float> + 1, 1),
+    type_kernels<double>(1, widths<double> + 1, -1),
 };
 }  // namespace sparsekd::cpu::avx512
 #if defined(__clang__)

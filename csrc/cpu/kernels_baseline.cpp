@@ -27,15 +27,24 @@ template <class T>
 constexpr LaneKernels<T> widths[] = {narrow::lane_kernels<T>};
 
 template <class T>
-constexpr TypeKernels<T> type_kernels(int count, const LaneKernels<T>* lanes) {
-  return {count,          lanes,        &spmv<T>,       &narrow::transpose<T>, &narrow::split<T>, &narrow::spread<T>,
-          &copy_lines<T>, &epilogue<T>, &max_pool2d<T>, &kd_loss_row<T>};
+constexpr TypeKernels<T> type_kernels(int count, const LaneKernels<T>* lanes, int generated) {
+  return {count,
+          lanes,
+          generated,
+          &spmv<T>,
+          &narrow::transpose<T>,
+          &narrow::split<T>,
+          &narrow::spread<T>,
+          &copy_lines<T>,
+          &epilogue<T>,
+          &max_pool2d<T>,
+          &kd_loss_row<T>};
 }
 }  // namespace
 
 const Kernels kernels = {
     "baseline",
-    type_kernels<float>(1, widths<float>),
-    type_kernels<double>(1, widths<double>),
+    type_kernels<float>(1, widths<float>, -1),
+    type_kernels<double>(1, widths<double>, -1),
 };
 }  // namespace sparsekd::cpu::baseline

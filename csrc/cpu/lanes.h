@@ -24,10 +24,12 @@
 //                                   0 0 0 0
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <map>
 #include <vector>
 
+#include "generated.h"
 #include "kernels.h"
 #include "planes.h"
 
@@ -38,6 +40,7 @@ struct Grid {
   int width = 0;      // of its vectors: type_kernels().lanes[width]
   double cost = std::numeric_limits<double>::max();  // see `cycles`
   bool runs = false, aligned = false;
+  bool generated = false;  // whether rows have code of their own (generated.h)
   int64_t lanes = 1, images = 1, down = 1, across = 1;
   int rows = 1;       // that a tile takes together
   int64_t bands = 1;  // of lines in which an image is packed and multiplied
@@ -69,6 +72,9 @@ struct Work {
 constexpr double kFarLine = 25;     // a line of 64 bytes that goes to L3 and back
 constexpr double kL2Line = 0.55;    // a load of 64 bytes from L2, besides that from L1
 constexpr double kRow = 15;         // a row and block: the loop's end is not foreseen
+constexpr double kStreamByte = 0.1;  // of weights, offsets or code, which each tile reads: the first from memory,
+constexpr double kFarByte = 0.05;    // the others from L3,
+constexpr double kNearByte = 0.01;   // or from L2
 constexpr double kSum = 2.3;        // a partial sum of 64 bytes, which lies in L2 from block to block
 
 // Bytes that a tile reads of a channel.
@@ -83,6 +89,12 @@ inline int64_t footprint_of(const Work& work, const Grid& grid) {
   return positions * work.bytes;
 }
 
+// Cycles in which a tile reads so many bytes of the rows.
+inline double stream_cycles(const Grid& grid, double bytes, double of_all) {
+  const bool near = of_all <= 0.5 * static_cast<double>(l2_budget());
+  return bytes * (kStreamByte / static_cast<double>(grid.tiles[0] * grid.tiles[1]) + (near ? kNearByte : kFarByte));
+}
+
 // Cycles of a row of a tile: two FMAs a cycle, or as many as two loads a cycle allow, fewer where what a tile reads of
 // a block of channels isn't in L1 whole; and what a column and a block cost besides.
 inline double row_cycles(const Work& work, const Grid& grid, int64_t blocks) {
@@ -93,12 +105,61 @@ inline double row_cycles(const Work& work, const Grid& grid, int64_t blocks) {
   const double load = 0.5 * grid.loads + missed * kL2Line * lines;
   const double fmas = 0.5 * sums * work.vector, loads = passes * (sums * load + 0.5) + 0.5 * work.vector;
   const double column = std::max({fmas, loads, 2.5 * passes}) + 0.3 * passes;
-  return work.vectors_per_row * column + blocks * (kRow * passes + kSum * (1 + lines) / 2 * sums * work.vector);
+  const double weights = work.vectors_per_row * 4 * (1 + work.vector);
+  return work.vectors_per_row * column + stream_cycles(grid, weights, weights * static_cast<double>(work.rows)) +
+         blocks * (kRow * passes + kSum * (1 + lines) / 2 * sums * work.vector);
+}
+
+constexpr double kBody = 1000;      // entries in a group's code for a block
+constexpr double kCall = 16;        // a call of it,
+constexpr double kFinish = 40;      // and one that stores results
+constexpr double kSlot = 0.49;      // an FMA, or a load of pixels
+constexpr double kNearLine = 0.05;  // a line of pixels that comes from L2, besides
+constexpr double kLostLine = 1.1;   // that comes from L3
+constexpr double kFirstLine = 3.2;  // of a tile, when the first rows read it
+
+// Cycles of a position's FMAs and loads of pixels. A processor that takes vectors of 64 bytes in two halves has one FMA
+// a cycle, beside a load of a whole vector or of two weights.
+inline double slot_cycles(double fmas, double loads) {
+  const TypeKernels<float>& kernels = type_kernels<float>();
+  const bool halves = kernels.generated >= kernels.widths;
+  return halves ? std::max(fmas, 0.5 * fmas + loads) : kSlot * (fmas + loads);
+}
+
+// Entries of a group of rows whose code is generated.
+inline double generated_entries(const Work& work, const Grid& grid) {
+  return work.vectors_per_row * static_cast<double>(work.rows * work.vector) /
+         ceil_div(work.rows, grid.rows / work.vector);
+}
+
+// Cycles of all rows of a tile by generated code: a load of pixels for each column that has an entry in a group of
+// rows, and an FMA with a weight from memory for each entry.
+inline double generated_cycles(const Work& work, const Grid& grid) {
+  const auto groups = static_cast<double>(ceil_div(work.rows, grid.rows / work.vector));
+  const double sums = static_cast<double>(grid.strip[0]) / grid.tiles[0] * grid.strip[1] / grid.tiles[1];
+  const double columns = static_cast<double>(work.channels * static_cast<int64_t>(work.planes->taps.size()));
+  const double absent = std::max(1 - work.vectors_per_row / columns, 0.0);
+  const double entries = generated_entries(work, grid), loads = columns * (1 - std::pow(absent, work.rows / groups));
+  const auto read = static_cast<double>(work.channels * footprint_of(work, grid));
+  const bool far = read > 0.75 * static_cast<double>(l2_budget());
+  const double position =
+      slot_cycles(entries, loads * grid.loads) + (far ? kLostLine : kNearLine) * loads + kCall * grid.blocks + kFinish;
+  const double code = 11 * entries + 10 * loads;
+  return groups * (sums * position + stream_cycles(grid, code, groups * code)) + kFirstLine * read / 64;
+}
+
+inline double rows_cycles(const Work& work, const Grid& grid) {
+  return grid.generated ? generated_cycles(work, grid)
+                        : static_cast<double>(work.rows) * row_cycles(work, grid, grid.blocks);
 }
 
 // Blocks of channels: the more, the more of what a tile reads of one stays in L1 while all rows pass, and the more
 // often partial sums come and go.
 inline int64_t blocks_of(const Work& work, const Grid& grid) {
+  if (grid.generated) {
+    const int64_t bodies = std::llround(generated_entries(work, grid) / kBody);
+    return std::clamp<int64_t>(bodies, 1, std::max<int64_t>(work.channels, 1));
+  }
   int64_t best = 1;
   double least = row_cycles(work, grid, 1);
   for (int64_t blocks = 2; blocks <= std::min<int64_t>(work.channels, 64); blocks += 1 + blocks / 8) {
@@ -114,7 +175,6 @@ inline int64_t blocks_of(const Work& work, const Grid& grid) {
 // Cycles of a whole pass, roughly: its rows, and what each line and vector costs on its way in and out, more where it
 // is turned around.
 inline double cycles(const Work& work, const Grid& grid) {
-  const double row = row_cycles(work, grid, grid.blocks);
   const auto lanes = static_cast<double>(grid.lanes), phases = static_cast<double>(work.planes->phases.size());
   const double wide = grid.strip[1] + grid.halo[1], lines_in = work.channels * phases * (grid.strip[0] + grid.halo[0]);
   const double results = work.rows * work.vector * grid.strip[0];
@@ -135,19 +195,42 @@ inline double cycles(const Work& work, const Grid& grid) {
     // Strips are not packed in bands: what does not fit in L2 goes to L3 and back.
     around += kFarLine * std::max(lines_in * wide * work.bytes - l2_budget(), 0.0) / 64;
   }
-  return ceil_div(work.batch, grid.images) * (work.rows * grid.tiles[0] * grid.tiles[1] * row + around);
+  const auto tiles = static_cast<double>(grid.tiles[0] * grid.tiles[1]);
+  return ceil_div(work.batch, grid.images) * (tiles * rows_cycles(work, grid) + around);
+}
+
+// Calls body with all tiles that generated code may have over the strips of a grid: as large as the caches allow.
+template <class Body>
+void for_code(const Work& work, Grid grid, Body body) {
+  const int d = grid.strip[0] > 1 ? 0 : 1;
+  grid.generated = true;
+  grid.rows = kGeneratedRows / work.vector * work.vector;
+  grid.blocks = blocks_of(work, grid);
+  for (int64_t cuts = 1; cuts <= std::min<int64_t>(grid.strip[d], 64); ++cuts) {
+    grid.tiles = d == 0 ? Pair{cuts, 1} : Pair{1, cuts};
+    body(grid);
+  }
 }
 
 // Takes the best tiles for the strips of a grid.
 inline void choose_tiles(const Work& work, const TileShape& shape, Grid& grid) {
   Grid tried = grid;
+  auto attempt = [&](const Pair& tiles) {
+    tried.tiles = tiles;
+    tried.blocks = blocks_of(work, tried);
+    tried.cost = cycles(work, tried);
+    if (tried.cost < grid.cost) grid = tried;
+  };
+  if (shape.generated) {
+    return for_code(work, tried, [&](Grid code) {
+      code.cost = cycles(work, code);
+      if (code.cost < grid.cost) grid = code;
+    });
+  }
   for (int64_t lines = 1; lines <= std::min<int64_t>(shape.lines, grid.strip[0]); ++lines) {
     const int64_t most = std::min<int64_t>(shape.positions / lines, grid.strip[1]);
     for (int64_t width = 1; width <= most; ++width) {
-      tried.tiles = {ceil_div(grid.strip[0], lines), ceil_div(grid.strip[1], width)};
-      tried.blocks = blocks_of(work, tried);
-      tried.cost = cycles(work, tried);
-      if (tried.cost < grid.cost) grid = tried;
+      attempt({ceil_div(grid.strip[0], lines), ceil_div(grid.strip[1], width)});
     }
   }
 }
@@ -231,7 +314,7 @@ inline int64_t bands_of(const Work& work, const TileShape& shape, int64_t channe
   const Layout layout = shared_layout(*work.planes, work.width, work.pixels[1], shape.lanes, true);
   const int64_t line = channels * static_cast<int64_t>(layout.left.size()) * layout.pitch * work.bytes / shape.lanes;
   const int64_t fit = kBandBudget / std::max<int64_t>(line, 1) - work.planes->halo[0];
-  const int64_t tile = ceil_div(int64_t{shape.positions} * shape.lanes, layout.pitch);
+  const int64_t tile = ceil_div(std::min<int64_t>(shape.positions, 28) * shape.lanes, layout.pitch);
   return ceil_div(work.pixels[0], std::max<int64_t>({fit, 4 * work.planes->halo[0], tile}));
 }
 
@@ -254,14 +337,16 @@ using GridKey = std::vector<int64_t>;
 // The best of the grids that `grid_of(kernels)` finds for each width of vectors. To look for it takes a few percent of
 // a small layer's time, so that a thread remembers what it found.
 template <class T, class GridOf>
-Grid best_width(const GridKey& key, GridOf grid_of) {
+Grid best_width(const GridKey& key, bool generated, GridOf grid_of) {
   constexpr size_t kMost = 1024;
   thread_local std::map<GridKey, Grid> found;
   if (const auto known = found.find(key); known != found.end()) return known->second;
   if (found.size() >= kMost) found.clear();
   Grid best;
-  for (int width = 0; width < type_kernels<T>().widths; ++width) {
-    Grid grid = grid_of(type_kernels<T>().lanes[width]);
+  const TypeKernels<T>& kernels = type_kernels<T>();
+  const int first = generated ? kernels.generated : 0, end = generated ? first + 1 : kernels.widths;
+  for (int width = first; width < end; ++width) {
+    Grid grid = grid_of(kernels.lanes[width]);
     grid.width = width;
     if (grid.cost < best.cost) best = grid;
   }

@@ -84,6 +84,16 @@ Work work_of(const Rows<T>& rows, int64_t batch, const Pair& pixels, int64_t wid
           lanes * static_cast<int64_t>(sizeof(T))};
 }
 
+// The tiles that rows can be multiplied on: of any size by code.
+template <class T>
+TileShape shape_of(const Rows<T>& rows, const LaneKernels<T>& kernels) {
+  TileShape shape = kernels.tile_shape(rows.vector);
+  if (!rows.generated) return shape;
+  shape.generated = true;
+  shape.positions = shape.lines = std::numeric_limits<int>::max();
+  return shape;
+}
+
 // Of the only pass the grid knows; of several it was chosen for the one with the most entries.
 template <class T>
 void choose_blocks(std::vector<Pass<T>>& passes, const Batch<const T>& source, const Pair& pixels, const Planes& planes,
@@ -105,7 +115,9 @@ bool locate(Pass<T>& pass, int64_t pitch, const Layout& layout, int64_t step) {
   }
   Rows<T>& rows = pass.rows;
   pass.offsets = offsets_of(rows, tiling, pass.plan);
-  if (pass.plan && pass.plan->order && !pass.offsets.starts) {  // the plan is for others, and so is the values' order
+  if (pass.offsets.code) rows.cuts = &pass.offsets.code->cuts();
+  const bool made_before = pass.offsets.starts || pass.offsets.code;
+  if (pass.plan && pass.plan->order && !made_before) {  // the plan is for others, and so is the values' order
     const int64_t count = rows.crow[rows.packed()];
     pass.values.resize(count * rows.vector);
     for (int64_t i = 0; i < count; ++i) {
@@ -245,8 +257,8 @@ void over_runs(const Grid& grid, const Batch<const T>& source, const Pair& pixel
 // All that the choice of a grid depends on, besides what `kind` tells apart.
 template <class T>
 GridKey grid_key(int64_t kind, const Conv2dShape& shape, const Rows<T>& rows, bool last) {
-  GridKey key{kind, last, shape.batch, shape.in_channels, shape.out_channels, shape.groups, rows.packed_per_group,
-              rows.vector, rows.crow[rows.packed()]};
+  GridKey key{kind, last, rows.generated, shape.batch, shape.in_channels, shape.out_channels, shape.groups,
+              rows.packed_per_group, rows.vector, rows.crow[rows.packed()]};
   for (const Pair& pair : {shape.input, shape.kernel, shape.stride, shape.padding, shape.dilation}) {
     key.insert(key.end(), pair.begin(), pair.end());
   }
@@ -258,8 +270,8 @@ enum GridKind : int64_t { kForwardGrid, kInputGradGrid, kWeightGradGrid };
 template <class T>
 Grid planes_grid(const GridKey& key, const Rows<T>& rows, const Batch<const T>& source, const Pair& pixels,
                  const Planes& planes) {
-  return best_width<T>(key, [&](const LaneKernels<T>& kernels) {
-    const TileShape shape = kernels.tile_shape(rows.vector);
+  return best_width<T>(key, rows.generated, [&](const LaneKernels<T>& kernels) {
+    const TileShape shape = shape_of(rows, kernels);
     const Work work = work_of(rows, source.count, pixels, source.size[1], planes, shape.lanes);
     return best_grid(work, shape, bands_of(work, shape, source.channels), !source.last);
   });
@@ -291,8 +303,8 @@ struct FlatPixels {
              reinterpret_cast<uintptr_t>(source.data) % (lanes * sizeof(T)) == 0;
     };
     key.push_back(reinterpret_cast<uintptr_t>(source.data) % 64);
-    grid = best_width<T>(key, [&](const LaneKernels<T>& kernels) {
-      const TileShape shape = kernels.tile_shape(rows.vector);
+    grid = best_width<T>(key, rows.generated, [&](const LaneKernels<T>& kernels) {
+      const TileShape shape = shape_of(rows, kernels);
       const int64_t apart = lies_well(shape.lanes) ? source.count : 1;
       const Work work = work_of(rows, apart, pixels, pixels[1], planes, shape.lanes);
       return flat_grid(work, shape, source.count / apart * count);
@@ -304,6 +316,15 @@ struct FlatPixels {
   Grid grid;
   bool in_place;
 };
+
+// How a convolution's own pixels are multiplied by its rows.
+template <class T>
+Grid forward_grid(const Conv2dShape& shape, const Rows<T>& rows) {
+  const Batch<const T> source{nullptr, shape.batch, shape.in_channels, shape.input, false};
+  const GridKey key = grid_key(kForwardGrid, shape, rows, false);
+  if (is_flat(shape)) return FlatPixels<T>(key, rows, source, shape.stride, shape.output).grid;
+  return planes_grid(key, rows, source, shape.output, input_planes(shape, shape.output));
+}
 
 // One pass of a 1 x 1 kernel without padding, over runs of the source's pixels: those of an image where they lie, or
 // those of all images one after the other. `pixels` are every stride-th of the source, and every step-th of the result.

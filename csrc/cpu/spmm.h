@@ -1,69 +1,19 @@
 // Drives the spmm kernel over packed planes: blocks of channels, chunks of rows, threads over images or rows.
 #pragma once
 #include <ATen/Parallel.h>
-#include <c10/util/Exception.h>
 
 #include <limits>
+#include <type_traits>
 
+#include "generated.h"
 #include "lanes.h"
-#include "pattern.h"
-#include "planes.h"
+#include "rows.h"
 
 namespace sparsekd::cpu {
 
-// Rows of a packed weight. Row groups of one convolution group share its planes and its columns.
-template <class T>
-struct Rows {
-  int64_t groups = 1;            // convolution groups
-  int64_t packed_per_group = 0;  // row groups in each
-  int vector = 1;
-  const int32_t* crow = nullptr;    // [groups * packed_per_group + 1]
-  const int32_t* col = nullptr;     // [n_vectors]
-  const T* values = nullptr;        // [n_vectors, vector]
-  const int64_t* row_of = nullptr;  // [groups * packed_per_group * vector] result row, -1 for padding
-  bool in_order = true;             // whether row_of rises by one within a convolution group
-  int64_t channels_per_group = 0;   // planes' channels that one convolution group reads
-  int64_t taps = 1;
-  const char* name = "col_indices";
-
-  int64_t packed() const { return groups * packed_per_group; }
-  int64_t columns() const { return channels_per_group * taps; }
-};
-
-// All that offsets and where their blocks begin depend on: elements between channels, blocks of channels, and elements
-// from a position to each tap.
-using Tiling = std::vector<int64_t>;
-
-inline Tiling tiling_of(int64_t pitch, int64_t blocks, const std::vector<Tap>& taps, const Layout& layout,
-                        int64_t step) {
-  Tiling tiling{pitch, blocks};
-  // A tap that takes no part has no entry that points here.
-  for (const Tap& tap : taps) tiling.push_back(tap.phase < 0 ? 0 : layout.at(tap) * step);
-  return tiling;
-}
-
-// table[column] = where the column's vectors are from the first position of a convolution group's planes on.
-template <class T>
-std::vector<int32_t> column_table(const Rows<T>& rows, const Tiling& tiling) {
-  const int64_t elements = rows.channels_per_group * tiling[0];
-  TORCH_CHECK_VALUE(elements <= std::numeric_limits<int32_t>::max(),
-                    "Expected a padded image of fewer than 2^31 elements per convolution group, got ", elements);
-  std::vector<int32_t> table;
-  table.reserve(rows.columns());
-  for (int64_t c = 0; c < rows.channels_per_group; ++c) {
-    for (size_t tap = 2; tap < tiling.size(); ++tap) table.push_back(static_cast<int32_t>(c * tiling[0] + tiling[tap]));
-  }
-  return table;
-}
-
-// First column that is not of the first `block + 1` of `blocks` blocks of channels.
-template <class T>
-uint32_t block_limit(const Rows<T>& rows, int64_t block, int64_t blocks) {
-  return static_cast<uint32_t>(rows.channels_per_group * (block + 1) / blocks * rows.taps);
-}
-
 // Where the columns of some rows are: entry i at offset[i]; channels are `pitch` apart.
 struct Offsets {
+  const GeneratedRows* code = nullptr;  // which knows all else
   const int32_t* offset = nullptr;
   // Row group r has entries starts[at] .. starts[at + next] - 1 in a block, at = block * row groups + r. Null if nobody
   // counted them.
@@ -84,6 +34,7 @@ struct OffsetPlan {
   const int32_t* starts;           // [blocks + 1, row groups], or if ordered [blocks * row groups + 1]
   const int32_t* offset;           // [n_vectors]
   const int32_t* order = nullptr;  // [n_vectors] if ordered: the pattern's entry at each place
+  const GeneratedRows* code = nullptr;  // in the place of starts and offsets
 };
 
 // Whether a plan's starts rise from its first entry to its last, so that they are nobody else's memory.
@@ -146,6 +97,8 @@ template <class T>
 Offsets offsets_of(const Rows<T>& rows, const Tiling& tiling, const OffsetPlan* plan) {
   Offsets offsets;
   if (plan && plan->tiling == tiling) {
+    offsets.code = plan->code;
+    if (offsets.code) return offsets;
     TORCH_CHECK_INDEX(starts_fit(rows, *plan), "Expected a plan whose blocks of channels share each row's entries out");
     offsets.offset = plan->offset;
     offsets.starts = plan->starts;
@@ -177,6 +130,12 @@ void check_cursors(const Rows<T>& rows, const int32_t* cursor, int64_t begin, in
 template <class T>
 void multiply_tile(const Grid& grid, const Rows<T>& rows, const Offsets& offsets, int64_t blocks, SpmmTile<T> tile,
                    int64_t begin, int64_t end, T* scratch, std::vector<int32_t>& cursor) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (offsets.code) {
+      tile.init = tile.init ? tile.init + begin * rows.vector : nullptr;
+      return offsets.code->multiply(tile, rows.values, begin, end, scratch);
+    }
+  }
   const bool counted = offsets.starts != nullptr;
   if (!counted) {
     cursor.assign(rows.crow + begin, rows.crow + end);
@@ -216,6 +175,14 @@ void multiply_tile(const Grid& grid, const Rows<T>& rows, const Offsets& offsets
   if (!whole) outside_error(rows.col, rows.crow[rows.packed()], rows.columns(), rows.name);
 }
 
+// The last row group up to `end`, but after `begin`, before which rows may be cut.
+template <class T>
+int64_t cut_before(const Rows<T>& rows, int64_t begin, int64_t end) {
+  if (rows.cuts == nullptr) return end;
+  const int64_t first = *std::upper_bound(rows.cuts->begin(), rows.cuts->end(), begin);
+  return std::max(first, *(std::upper_bound(rows.cuts->begin(), rows.cuts->end(), end) - 1));
+}
+
 // Calls body(begin, end) for chunks of row groups begin .. end - 1 that stay in one convolution group and whose partial
 // sums of `elements` per row stay in L2.
 template <class T, class Body>
@@ -223,7 +190,7 @@ void for_chunks(const Rows<T>& rows, int64_t elements, int64_t begin, int64_t en
   const int64_t most = std::max<int64_t>(256 * 1024 / (elements * rows.vector * static_cast<int64_t>(sizeof(T))), 1);
   while (begin < end) {
     const int64_t group = begin / rows.packed_per_group;
-    const int64_t stop = std::min({end, (group + 1) * rows.packed_per_group, begin + most});
+    const int64_t stop = cut_before(rows, begin, std::min({end, (group + 1) * rows.packed_per_group, begin + most}));
     body(group, begin, stop);
     begin = stop;
   }
@@ -240,7 +207,7 @@ void parallel_rows(const Rows<T>& rows, Body body) {
   starts[0] = 0;
   for (int64_t thread = 1, row = 0; thread < threads; ++thread) {
     while (row < rows.packed() && rows.crow[row] + kRowCost * row < work * thread / threads) ++row;
-    starts[thread] = row;
+    starts[thread] = rows.cuts ? *std::lower_bound(rows.cuts->begin(), rows.cuts->end(), row) : row;
   }
   at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
     for (int64_t thread = from; thread < to; ++thread) {

@@ -4,6 +4,7 @@
 #include <memory>
 #include <numeric>
 
+#include "direct.h"
 #include "passes.h"
 
 namespace sparsekd::cpu {
@@ -17,7 +18,7 @@ constexpr double kPooled = 48, kCollected = 1.5;
 // What the activations of a layer cost if they don't stay in L2, and of those what doesn't stay in L3: so much of it is
 // one thread's.
 double far_cycles(int64_t bytes) {
-  constexpr double kL3Line = 6;
+  constexpr double kL3Line = 2;
   constexpr int64_t kL3Share = 8;  // L2 budgets
   const double beyond_l2 = static_cast<double>(std::max<int64_t>(bytes - l2_budget(), 0));
   const double beyond_l3 = static_cast<double>(std::max<int64_t>(bytes - kL3Share * l2_budget(), 0));
@@ -35,6 +36,7 @@ std::vector<int> sums_of(int vector, int64_t positions) {
 
 // The same of all of a grid's tiles; empty if they differ.
 std::vector<int> sums_of(int vector, const Grid& grid) {
+  if (grid.generated) return {1};
   const int64_t least = (grid.strip[0] / grid.tiles[0]) * (grid.strip[1] / grid.tiles[1]);
   const std::vector<int> sums = sums_of(vector, grid.largest());
   return least > 0 && sums_of(vector, least) == sums ? sums : std::vector<int>{};
@@ -76,10 +78,9 @@ class Layer {
     }
     pattern_.emplace(of.crow_indices, of.col_indices, std::nullopt, shape.out_channels, shape.groups, of.vector);
     rows_ = rows_of<float>(shape, *pattern_, nullptr);
-    const Batch<const float> source{nullptr, shape.batch, shape.in_channels, shape.input, false};
-    const GridKey key = grid_key(kForwardGrid, shape, rows_, false);
-    grid_ = is_flat(shape) ? FlatPixels<float>(key, rows_, source, shape.stride, shape.output).grid
-                           : planes_grid(key, rows_, source, shape.output, planes_);
+    rows_.generated = pays_to_generate(shape, *pattern_);
+    grid_ = forward_grid(shape, rows_);
+    rows_.generated = can_generate(shape, *pattern_);  // in strips
     alone = grid_.cost * static_cast<double>(shape.groups);
   }
 
@@ -112,7 +113,8 @@ class Layer {
                             units;
       return grid;
     }
-    const TileShape most = type_kernels<float>().lanes[strips.width].tile_shape(rows_.vector);
+    const TypeKernels<float>& kernels = type_kernels<float>();
+    const TileShape most = kernels.lanes[strips.width].tile_shape(rows_.vector);
     const Work work = work_of(rows_, shape.batch, shape.output, shape.input[1], planes_, strips.lanes);
     const std::vector<int> sums = sums_of(rows_.vector, grid_);
     if (sums.empty()) return std::nullopt;
@@ -128,18 +130,40 @@ class Layer {
       packing = source == StripSource::apart ? kMoved * all : kPacked * pixels + kMoved * (all - pixels);
       packing *= static_cast<double>(shape.in_channels);
     }
+    auto cost = [&](const Grid& tried) {
+      const double tiles = static_cast<double>(shape.groups * tried.tiles[0] * tried.tiles[1]);
+      return far + units * (packing + tiles * rows_cycles(work, tried));
+    };
+    if (one_sum(sums) && rows_.generated && strips.width == kernels.generated && within_reach(strips)) {
+      for_code(work, grid, [&](const Grid& code) {
+        const double cycles = cost(code);
+        if (cycles < best.cost) (best = code).cost = cycles;
+      });
+      if (generates_always()) return found(best);
+    }
+    if (strips.width >= kernels.widths) return found(best);
     for (int64_t lines = 1; lines <= std::min<int64_t>(most.lines, grid.strip[0]); ++lines) {
       for (int64_t width = 1; width <= std::min<int64_t>(most.positions / lines, grid.strip[1]); ++width) {
         grid.tiles = {ceil_div(grid.strip[0], lines), ceil_div(grid.strip[1], width)};
-        if (sums_of(rows_.vector, grid) != sums) continue;
+        const std::vector<int> made_so = sums_of(rows_.vector, grid);
+        if (made_so != sums && !(one_sum(made_so) && one_sum(sums))) continue;
         grid.blocks = one_sum(sums) ? blocks_of(work, grid) : grid_.blocks;
-        const double tiles = static_cast<double>(shape.groups * grid.tiles[0] * grid.tiles[1]);
-        grid.cost =
-            far + units * (packing + static_cast<double>(work.rows) * tiles * row_cycles(work, grid, grid.blocks));
+        grid.cost = cost(grid);
         if (grid.cost < best.cost) best = grid;
       }
     }
+    return found(best);
+  }
+
+  static std::optional<Grid> found(const Grid& best) {
     return best.cost < std::numeric_limits<double>::max() ? std::optional(best) : std::nullopt;
+  }
+
+  // Whether code can tell how far apart channels and their taps are.
+  bool within_reach(const Grid& strips) const {
+    int64_t plane = strips.lanes;
+    for (int d = 0; d < 2; ++d) plane *= shape.stride[d] * strips.strip[d] + 4 * shape.padding[d] + planes_.halo[d] + 1;
+    return plane * shape.in_channels <= GeneratedRows::kFarthest;
   }
 
   Planes planes_;
@@ -318,8 +342,9 @@ std::vector<StripRegion> plan_strips(const std::vector<StripLayer>& layers, cons
   std::vector<StripRegion> regions;
   while (!left.empty()) {
     Gain best{{}, always ? std::numeric_limits<double>::lowest() : 0};
-    for (int width = 0; width < type_kernels<float>().widths; ++width) {
-      const int64_t lanes = type_kernels<float>().lanes[width].tile_shape(1).lanes;
+    const TypeKernels<float>& kernels = type_kernels<float>();
+    for (int width = 0; width < std::max(kernels.widths, kernels.generated + 1); ++width) {
+      const int64_t lanes = kernels.lanes[width].tile_shape(1).lanes;
       for (Grid strips : strip_grids(left.begin()->second.shape.batch, {1, 1}, lanes)) {
         strips.width = width;
         best = best_in(left, strips, read, taken, std::move(best));

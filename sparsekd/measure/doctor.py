@@ -22,7 +22,7 @@ from typing import IO, NamedTuple
 import torch
 
 from . import tuned
-from .machine import extension_file, loaded_isa
+from .machine import extension_file, generates_code, loaded_isa
 
 __all__ = ["Finding", "print_report", "report"]
 
@@ -88,6 +88,7 @@ def extension(file: Path | None, isa: str | None) -> list[Finding]:
         return [
             Finding("extension", f"loaded from {file}" if file else "loaded"),
             Finding("CPU kernels", f"{isa} (torch itself uses {processor} here)"),
+            generated_code(generates_code(), isa),
         ]
     if file is not None:
         advice = (
@@ -100,6 +101,16 @@ def extension(file: Path | None, isa: str | None) -> list[Finding]:
     ]
 
 
+def generated_code(made: bool | None, isa: str) -> Finding:
+    """Code for final patterns, which needs AVX-512 and memory that may be executed."""
+    if made:
+        return Finding("generated code", "made for frozen layers where it is faster")
+    if isa != "avx512":
+        return Finding("generated code", "none, as it is made with AVX-512 alone")
+    advice = "It is switched off by SPARSEKD_GENERATE=never, or the system gives no memory that may be executed."
+    return Finding("generated code", "none", advice)
+
+
 def environment(environ: Mapping[str, str]) -> list[Finding]:
     ours = sorted(f"{name}={value}" for name, value in environ.items() if name.startswith("SPARSEKD_"))
     advice = []
@@ -108,6 +119,8 @@ def environment(environ: Mapping[str, str]) -> list[Finding]:
         advice.append(f"Expected SPARSEKD_CPU_ISA to be baseline, avx2 or avx512, got {isa!r}.")
     if switch not in ("", "0", "1"):
         advice.append(f"Expected SPARSEKD_CUDA to be 0 or 1, got {switch!r}.")
+    if (wish := environ.get("SPARSEKD_GENERATE", "")) not in ("", "auto", "always", "never"):
+        advice.append(f"Expected SPARSEKD_GENERATE to be auto, always or never, got {wish!r}.")
     return [Finding("environment", ", ".join(ours) or "no SPARSEKD_ variable is set", " ".join(advice))]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["clock", "extension_file", "identity", "loaded_isa", "processor"]
+__all__ = ["clock", "extension_file", "generates_code", "identity", "loaded_isa", "processor"]
 
 
 @functools.cache
@@ -36,6 +36,13 @@ def loaded_isa() -> str | None:
     if not hasattr(torch.ops.sparsekd, "cpu_isa"):
         return None
     return str(torch.ops.sparsekd.cpu_isa())
+
+
+def generates_code() -> bool | None:
+    """Whether the CPU kernels make code for final patterns, or None when the extension is not loaded."""
+    if not hasattr(torch.ops.sparsekd, "generates_code"):
+        return None
+    return bool(torch.ops.sparsekd.generates_code())
 
 
 @functools.cache

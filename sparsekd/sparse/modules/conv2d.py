@@ -214,6 +214,8 @@ class SparseConv2d(Watched, SparseConv):
         plan = self.plan_for(input, (*(1,) * (4 - input.dim()), *input.shape))
         if plan is not None and self.padding_mode == "zeros":
             self.remember(input)
+            if (output := self.again(input)) is not None:  # all inferences take the same way, and give the same bits
+                return output
         input, padding = self._padded(input)
         geometry = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
         geometry["kernel_size"] = self.kernel_size

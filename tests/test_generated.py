@@ -1,0 +1,151 @@
+"""Code that is made for final patterns: what the interpreting kernels and float64 say, on any layer."""
+
+import os
+import random
+
+import pytest
+import torch
+from conftest import ISA_FLAGS, assert_near, cpu_flags, python_under_isa
+from test_strips import Net, check, fused, random_net
+from torch import nn
+from torch.overrides import BaseTorchFunctionMode
+
+from sparsekd.sparse.modules import FusedConv2d, SparseConv2d
+from sparsekd.sparse.modules.fused import ACTIVATIONS
+
+needs_avx512 = pytest.mark.skipif(not ISA_FLAGS["avx512"] <= cpu_flags(), reason="code is made with AVX-512 alone")
+
+
+def always(code, wish="always"):
+    """A new interpreter that makes code wherever it can, as the wish is read once per process."""
+    run = python_under_isa("avx512", f"import os; os.environ['SPARSEKD_GENERATE'] = {wish!r}\n" + code)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+def random_layer(seed):
+    """A frozen layer, its input and perhaps a residual."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    groups, vector = draw.choice([1, 1, 1, 2, 3]), draw.choice([1, 1, 1, 2, 3, 4, 8, 30])
+    channels, rows = groups * draw.randint(1, 40), groups * draw.randint(1, 70)
+    kernel = [draw.choice([1, 1, 3, 2]), draw.choice([1, 3, 5])] if draw.random() < 0.6 else [1, 1]
+    dilation = draw.choice([1, 1, 2])
+    padding = [draw.randint(0, dilation * (k - 1)) for k in kernel]
+    stride = draw.choice([1, 1, 2, (1, 2)])
+    size = [dilation * (k - 1) + 1 + draw.randint(0, 30) for k in kernel]
+    conv = nn.Conv2d(channels, rows, kernel, stride, padding, dilation, groups, bias=draw.random() < 0.7)
+    in_group = rows // groups
+    kept = torch.rand(groups, -(-in_group // vector), 1, *conv.weight.shape[1:]) < draw.choice([0.03, 0.1, 0.4, 1])
+    kept[:, draw.randrange(kept.shape[1])] = False
+    mask = kept.expand(-1, -1, vector, -1, -1, -1).flatten(1, 2)[:, :in_group].reshape(conv.weight.shape)
+    permute = vector > 1 and draw.random() < 0.2
+    sparse = SparseConv2d.from_dense(conv, None if permute else mask, vector=vector, permute=permute)
+    sparse.freeze()
+    layer = FusedConv2d(sparse, draw.choice(list(ACTIVATIONS))).requires_grad_(False)
+    input = torch.randn(draw.randint(1, 5), channels, *size)
+    with torch.no_grad():
+        shape = sparse.to_dense()(input).shape
+    return layer, input, torch.randn(shape) if draw.random() < 0.5 else None
+
+
+@torch.no_grad()
+def check_layer(seed):
+    """How many bytes of code the layer has."""
+    layer, input, residual = random_layer(seed)
+    got, again = layer(input, residual), layer(input, residual)
+    assert torch.equal(got, again), seed
+    want = layer.conv.to_dense().double()(input.double())
+    want = ACTIVATIONS[layer.activation](want if residual is None else want + residual)
+    assert_near(got, want, torch.float32, f"seed {seed}")
+    torch.set_num_threads(2)
+    assert torch.equal(layer(input, residual), got), seed
+    torch.set_num_threads(1)
+    return layer.conv._plans.bound[input.shape, layer.activation].code_bytes(layer.conv.vector)
+
+
+@needs_avx512
+def test_random_layers():
+    code = "import test_generated as t\nprint(*[t.check_layer(seed) for seed in range(120)])"
+    made = [int(size) for size in always(code)]
+    assert sum(size > 0 for size in made) > 100, made
+
+
+@needs_avx512
+def test_networks_in_strips():
+    code = "import test_generated as t\nprint(sum(len(t.check(*t.random_net(seed))) for seed in range(40)))"
+    assert int(always(code)[0]) > 40
+
+
+@needs_avx512
+def test_no_code_where_it_is_not_wanted():
+    code = "import test_generated as t\nprint(*[t.check_layer(seed) for seed in range(4)])"
+    assert always(code, "never") == ["0"] * 4
+    run = python_under_isa(
+        "avx512",
+        "import os; os.environ['SPARSEKD_GENERATE'] = 'no'\nimport sparsekd\n"
+        "print(__import__('torch').ops.sparsekd.generates_code())",
+    )
+    assert "Expected SPARSEKD_GENERATE to be auto, always or never, got no" in run.stderr
+
+
+@pytest.fixture
+def large():
+    """A layer that is worth code, and its input."""
+    torch.manual_seed(0)
+    return fused(64, 60, (3, 3), density=0.1), torch.randn(1, 64, 28, 28)
+
+
+def has_code(layer, input):
+    return layer.conv._plans.bound[input.shape, layer.activation].code_bytes(layer.conv.vector) > 0
+
+
+@torch.no_grad()
+def test_the_same_bits_as_without(large):
+    layer, input = large
+    got = layer(input)
+    assert has_code(layer, input) == bool(torch.ops.sparsekd.generates_code())
+    with BaseTorchFunctionMode():  # goes the long way
+        assert torch.equal(layer(input), got)
+
+
+@torch.no_grad()
+def test_values_that_change_are_read_again(large):
+    layer, input = large
+    before = layer(input)
+    layer.conv.values.mul_(2)
+    layer.conv.bias.mul_(2)
+    assert_near(layer(input), 2 * before)
+
+
+@torch.no_grad()
+def test_an_input_that_lies_elsewhere(large):
+    layer, input = large
+    want = layer(input)
+    beside = torch.zeros(input.numel() + 1)[1:].view_as(input).copy_(input)
+    assert_near(layer(beside), want)
+    assert_near(layer(input.transpose(2, 3).contiguous().transpose(2, 3)), want)
+
+
+@torch.no_grad()
+def test_nan_stays_nan(large):
+    layer, input = large
+    input[0, 0, 10, 10] = torch.nan
+    with BaseTorchFunctionMode():
+        reached = torch.isnan(layer(input))
+    assert 0 < reached.sum() < 9 * 60 and torch.equal(torch.isnan(layer(input)), reached)
+
+
+@torch.no_grad()
+def test_nothing_is_written_beside_results(large):
+    layer, input = large
+    net = Net(input)
+    net.add(layer, net.add(fused(64, 64, (1, 1), density=0.1), 0))
+    assert check(net)
+
+
+def test_the_sample_is_not_of_one_kind():
+    layers = [random_layer(seed)[0].conv for seed in range(120)]
+    assert {conv.vector for conv in layers} == {1, 2, 3, 4, 8, 30}
+    assert {conv.groups for conv in layers} == {1, 2, 3}
+    assert os.environ.get("SPARSEKD_GENERATE", "auto") == "auto" and random_net(1)
