@@ -8,14 +8,7 @@ from torch import Tensor
 from .arguments import convolution, prepared, residual_of
 from .conv2d_planned import Plan
 from .registered import OPS, check_device
-from .rules import (
-    check_same_device,
-    like,
-    output_size,
-    register_for_inference,
-    register_gradient,
-    save_factors,
-)
+from .rules import check_same_device, convolved, like, register_for_inference, register_gradient, save_factors
 
 
 def conv2d(
@@ -134,38 +127,27 @@ def transpose_pattern(
 
 
 @torch.library.register_fake("sparsekd::conv2d")
-def _conv2d_fake(
-    input, values, crow, col, rows, transpose, bias, out_channels, kernel_size, stride, padding, dilation, groups
-):
+def _conv2d_fake(input, values, crow, col, rows, transpose, bias, *geometry):
     check_same_device(
         input, {"values": values, "crow_indices": crow, "col_indices": col, "row_indices": rows, "bias": bias}
     )
-    size = output_size(input, kernel_size, stride, padding, dilation)
-    return like(input, (input.shape[0], out_channels, *size))
+    return convolved(input, *geometry)
 
 
 @torch.library.register_fake("sparsekd::conv2d_fused")
-def _conv2d_fused_fake(
-    input, values, crow, col, rows, scale, shift, residual, activation, out_channels, kernel_size, stride, padding,
-    dilation, groups
-):  # fmt: skip
+def _conv2d_fused_fake(input, values, crow, col, rows, scale, shift, residual, activation, *geometry):
     check_same_device(input, {"scale": scale, "shift": shift, "residual": residual})
-    geometry = (out_channels, kernel_size, stride, padding, dilation, groups)
     return _conv2d_fake(input, values, crow, col, rows, None, None, *geometry)
 
 
 @torch.library.register_fake("sparsekd::conv2d_input_grad")
-def _conv2d_input_grad_fake(
-    grad_output, values, crow, col, rows, transpose, input_size, kernel_size, stride, padding, dilation, groups
-):
+def _conv2d_input_grad_fake(grad_output, values, crow, col, rows, transpose, input_size, *geometry):
     check_same_device(grad_output, {"values": values, "crow_indices": crow, "col_indices": col, "row_indices": rows})
     return like(grad_output, tuple(input_size))
 
 
 @torch.library.register_fake("sparsekd::conv2d_weight_grad")
-def _conv2d_weight_grad_fake(
-    input, grad_output, crow, col, rows, vector, kernel_size, stride, padding, dilation, groups
-):
+def _conv2d_weight_grad_fake(input, grad_output, crow, col, rows, vector, *geometry):
     check_same_device(
         input, {"grad_output": grad_output, "crow_indices": crow, "col_indices": col, "row_indices": rows}
     )

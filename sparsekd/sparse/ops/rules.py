@@ -19,6 +19,11 @@ def output_size(input: Tensor, kernel_size, stride, padding, dilation) -> list[i
     return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
 
 
+def convolved(input: Tensor, out_channels: int, *geometry) -> Tensor:
+    """What a convolution makes of ``[N, C, H, W]``; geometry: kernel_size, stride, padding, dilation, groups."""
+    return like(input, (input.shape[0], out_channels, *output_size(input, *geometry[:-1])))
+
+
 def check_same_device(first: Tensor, others: dict[str, Tensor | None]) -> None:
     """One tensor on meta brings the whole call to the fake kernel, whose result on the CPU would hold any numbers."""
     for name, tensor in others.items():
