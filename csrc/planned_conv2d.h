@@ -41,9 +41,8 @@ class PlannedConv2d : public torch::CustomClassHolder {
         dilation_(std::move(dilation)),
         out_channels_(out_channels),
         groups_(groups) {
-    const Conv2dShape shape =
-        checked_shape(input_size_, out_channels_, kernel_size_, stride_, padding_, dilation_, groups_);
-    output_size_ = {shape.batch, out_channels_, shape.output[0], shape.output[1]};
+    const auto size = shape().output_size();
+    output_size_.assign(size.begin(), size.end());
   }
 
   // Whether nothing but the operator itself is wanted at the moment.
@@ -56,7 +55,8 @@ class PlannedConv2d : public torch::CustomClassHolder {
   // is broadcast.
   OptionalTensor run(const at::Tensor& input, const at::Tensor& values, const OptionalTensor& shift,
                      const OptionalTensor& residual) const {
-    if (!plain() || !fits(input, input_size_) || (residual && !fits(*residual, output_size_))) return std::nullopt;
+    if (!plain() || !is_cpu_floats(input, input_size_)) return std::nullopt;
+    if (residual && !is_cpu_floats(*residual, output_size_)) return std::nullopt;
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("sparsekd::conv2d_planned", "").typed<Signature>();
     const at::AutoDispatchBelowAutograd below;  // its autograd formula is in Python
@@ -72,7 +72,7 @@ class PlannedConv2d : public torch::CustomClassHolder {
     layer.activation = activation_of(activation_);
     const bool clamps = layer.activation != Activation::silu && layer.activation != Activation::hardswish;
     if (!ordered_ || row_indices_ || !clamps) return std::nullopt;
-    layer.shape = checked_shape(input_size_, out_channels_, kernel_size_, stride_, padding_, dilation_, groups_);
+    layer.shape = shape();
     layer.vector = values.size(1);
     const int64_t row_groups = groups_ * ceil_div(out_channels_ / groups_, layer.vector);
     layer.crow_indices = plan_.narrow(0, 0, row_groups + 1);
@@ -82,16 +82,14 @@ class PlannedConv2d : public torch::CustomClassHolder {
   const Numbers& output_size() const { return output_size_; }
 
  private:
-  static bool fits(const at::Tensor& tensor, const Numbers& size) {
-    return tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.scalar_type() == at::kFloat &&
-           tensor.sizes() == at::IntArrayRef(size);
-  }
-
   using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::IntArrayRef,
                                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                const OptionalTensor&, c10::string_view, bool, c10::SymInt, c10::SymIntArrayRef,
                                c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymInt);
 
+  Conv2dShape shape() const {
+    return checked_shape(input_size_, out_channels_, kernel_size_, stride_, padding_, dilation_, groups_);
+  }
   static c10::SymIntArrayRef numbers(const Numbers& values) { return c10::fromIntArrayRefSlow(values); }
 
   const at::Tensor plan_;

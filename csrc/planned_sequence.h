@@ -174,8 +174,8 @@ class PlannedSequence : public torch::CustomClassHolder {
         layer->input = input;
         layer->residual = residual;
         layer->output = inputs_ + static_cast<int64_t>(i);
-        const Conv2dShape& shape = layer->shape;
-        sizes[layer->output] = {shape.batch, shape.out_channels, shape.output[0], shape.output[1]};
+        const auto size = layer->shape.output_size();
+        sizes[layer->output].assign(size.begin(), size.end());
         layers.push_back(std::move(*layer));
         weights.push_back({step.values, step.shift});
         step_of.push_back(i);

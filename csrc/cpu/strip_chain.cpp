@@ -17,11 +17,6 @@ at::Tensor empty_floats(at::IntArrayRef size) {
   return result;
 }
 
-bool floats(const at::Tensor& tensor, at::IntArrayRef size) {
-  return tensor.defined() && tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.scalar_type() == at::kFloat &&
-         tensor.sizes() == size;
-}
-
 }  // namespace
 
 struct StripChain::Built {
@@ -102,7 +97,7 @@ StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<
     back.step = from_strips(output, shape.out_channels);
     back.input = back.output = layer.output;
     back.to_images = true;
-    made_[layer.output] = {shape.batch, shape.out_channels, shape.output[0], shape.output[1]};
+    made_[layer.output] = shape.output_size();
     add(std::move(back));
   }
   share_memory();
@@ -131,7 +126,7 @@ void StripChain::share_memory() {
 
 bool StripChain::run(std::vector<Lying>& lying) const {
   for (const auto& [place, size] : given_) {
-    if (!floats(lying[place].images, size)) return false;
+    if (!is_cpu_floats(lying[place].images, size)) return false;
   }
   for (const Op& op : ops_) {
     if (op.conv && !op.conv->fits(op.weights.values, op.weights.shift)) return false;
