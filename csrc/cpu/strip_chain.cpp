@@ -65,7 +65,7 @@ StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<
     StripLayout input;
     if (from_images) {
       const Pair& size = shape.input;
-      if (!made_.count(layer.input)) given_[layer.input] = {shape.batch, shape.in_channels, size[0], size[1]};
+      given_[layer.input] = {shape.batch, shape.in_channels, size[0], size[1]};
     } else if (member.source == StripSource::regrouped) {
       input = *member.from;
       strips_.try_emplace(layer.input, Strips{input, member.from_channels, true});
