@@ -54,19 +54,9 @@ class Call(NamedTuple):
     teacher_weight: Tensor
     teacher_bias: Tensor | None
     target: Tensor | None
-    temperature: float
-    alpha: float
-    divergence: str
-    beta: float
-    ignore_index: int
-    label_smoothing: float
-    distill_ignored: bool
+    settings: Settings
     chunk_rows: int
     wanted: list[bool]
-
-    @property
-    def settings(self) -> Settings:
-        return Settings(*self[7:14])
 
     @property
     def rows(self) -> int:
@@ -83,7 +73,8 @@ RowsOfLoss = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tenso
 
 
 def _checked(arguments: tuple) -> Call:
-    call = Call(*arguments)
+    call = Call(*arguments[:7], Settings(*arguments[7:14]), *arguments[14:])
+    settings = call.settings
     student, weight, bias, teacher, teacher_weight, teacher_bias, target = call[:7]
     for whose, hidden, head, shift in (
         ("student", student, weight, bias),
@@ -111,11 +102,11 @@ def _checked(arguments: tuple) -> Call:
         )
     if teacher.device != student.device:
         raise ValueError(f"Expected teacher on {student.device}, got {teacher.device}")
-    checks.check_loss_settings(call.temperature, call.alpha, call.label_smoothing, target)
-    if call.divergence not in DIVERGENCES:
-        raise ValueError(f"Expected divergence to be one of {', '.join(DIVERGENCES)}, got {call.divergence!r}")
-    if call.divergence == "jsd" and not 0 < call.beta < 1:
-        raise ValueError(f"Expected beta in (0, 1), got {call.beta}")
+    checks.check_loss_settings(settings.temperature, settings.alpha, settings.label_smoothing, target)
+    if settings.divergence not in DIVERGENCES:
+        raise ValueError(f"Expected divergence to be one of {', '.join(DIVERGENCES)}, got {settings.divergence!r}")
+    if settings.divergence == "jsd" and not 0 < settings.beta < 1:
+        raise ValueError(f"Expected beta in (0, 1), got {settings.beta}")
     if call.chunk_rows < 0:
         raise ValueError(f"Expected chunk_rows of at least 1, or 0 for a size by memory, got {call.chunk_rows}")
     checks.check_target(target, student, call.rows)
@@ -212,20 +203,21 @@ def linear_kd_loss(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from . import kd_loss
 
     call = _checked(arguments)
-    labelled = kd_loss.count_labels(call.target, call.ignore_index)
+    settings = call.settings
+    labelled = kd_loss.count_labels(call.target, settings.ignore_index)
     half = call.student.dtype == torch.float16
 
     def rows_of_loss(s, t, of_chunk, with_grad):
         losses = s.new_empty((s.shape[0],), dtype=call.dtype)
         kd_loss.launch(
-            s, t, of_chunk, labelled, losses, s if with_grad else None, call.rows, call.temperature, call.alpha,
-            call.ignore_index, call.label_smoothing, call.distill_ignored, call.divergence, call.beta,
-            grad_scale=power_of_2(call.rows) if half else 1,
+            s, t, of_chunk, labelled, losses, s if with_grad else None, call.rows, settings.temperature,
+            settings.alpha, settings.ignore_index, settings.label_smoothing, settings.distill_ignored,
+            settings.divergence, settings.beta, grad_scale=power_of_2(call.rows) if half else 1,
         )  # fmt: skip
         return losses.sum(dtype=torch.float64), s
 
     loss, *grads = _run(call, 0, rows_of_loss)
-    return total(loss, call.rows, labelled, call.distill_ignored, call.dtype), *grads
+    return total(loss, call.rows, labelled, settings.distill_ignored, call.dtype), *grads
 
 
 # --- on the CPU ------------------------------------------------------------------------------------------------------
@@ -234,7 +226,8 @@ def linear_kd_loss(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def linear_kd_loss_cpu(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results as those of :func:`linear_kd_loss`."""
     call = _checked(arguments)
-    target, ignore_index, distill_ignored, dtype = call.target, call.ignore_index, call.distill_ignored, call.dtype
+    target, settings, dtype = call.target, call.settings, call.dtype
+    temperature, alpha, divergence, beta, ignore_index, label_smoothing, distill_ignored = settings
     rows, classes, labelled = call.rows, call.student_weight.shape[0], None
     if target is not None:
         known = target != ignore_index
@@ -248,19 +241,19 @@ def linear_kd_loss_cpu(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tens
     given = (call.student.dtype, call.teacher.dtype)
     wide = torch.float64 if torch.float64 in given else torch.float32
     # The weight of a row in either mean.
-    hard = (1 - call.alpha) / count if count else 0.0
-    soft = call.alpha / distilled if distilled else 0.0
+    hard = (1 - alpha) / count if count else 0.0
+    soft = alpha / distilled if distilled else 0.0
 
     def rows_of_loss(s, t, of_chunk, with_grad):
         known = s.shape[0] if of_chunk is None else int((of_chunk != ignore_index).sum())
         if hard + soft == 0 or not (known or distill_ignored):
             return 0.0, None
         if not s.is_cpu:
-            return _rows_elsewhere(s, t, of_chunk, known, hard, soft, call.settings)
+            return _rows_elsewhere(s, t, of_chunk, known, hard, soft, settings)
         s, t = s.to(wide), t.to(wide)
         loss = torch.ops.sparsekd.kd_loss_rows_(
-            s, t, of_chunk, call.temperature, hard, soft, call.divergence, call.beta, ignore_index,
-            call.label_smoothing, distill_ignored, with_grad,
+            s, t, of_chunk, temperature, hard, soft, divergence, beta, ignore_index, label_smoothing, distill_ignored,
+            with_grad,
         )  # fmt: skip
         return loss, s.to(dtype)
 
