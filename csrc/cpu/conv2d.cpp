@@ -22,11 +22,9 @@ bool lies_last(const at::Tensor& tensor) {
 
 at::Tensor empty(at::IntArrayRef size, const at::Tensor& like, bool last) {
   const auto format = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  at::Tensor result = at::empty(size, like.options().memory_format(format));
   // Blocks of this size are mapped anew at each call, and to fill their pages one by one is a fifth of a training step.
   constexpr size_t kMapped = size_t{4} << 20;
-  if (result.nbytes() >= kMapped) prefer_huge_pages(result.mutable_data_ptr(), result.nbytes());
-  return result;
+  return empty_large(size, like.options().memory_format(format), kMapped);
 }
 
 // So many of a plan's entries: what narrow() gives, without its way through the dispatcher, which a small layer feels.

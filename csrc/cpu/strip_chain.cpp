@@ -1,7 +1,6 @@
 #include "strip_chain.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <utility>
@@ -11,11 +10,7 @@
 namespace sparsekd::cpu {
 namespace {
 
-at::Tensor empty_floats(at::IntArrayRef size) {
-  at::Tensor result = at::empty(size, at::kFloat);
-  prefer_huge_pages(result.mutable_data_ptr(), result.nbytes());
-  return result;
-}
+at::Tensor empty_floats(at::IntArrayRef size) { return empty_large(size, at::kFloat, kHugePage); }
 
 }  // namespace
 
