@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
-from sparsekd.measure.timing import compare, peak_flops, speedup, threads
+from sparsekd.measure.timing import Timing, compare, peak_flops, speedup, threads
 from sparsekd.sparse import ops
 from sparsekd.sparse.modules import SparseConv2d
 
@@ -105,12 +104,21 @@ def run(layer: Layer, args: argparse.Namespace) -> dict:
     error = float((got - expected).abs().max() / expected.abs().max())
     if not error < 1e-5:
         raise SystemExit(f"Expected {layer} within 1e-5 of torch in float64, got {error:.2g}")
-    dense = {"nchw": lambda: conv(x), "channels_last": lambda: last(x_last), "prepacked": prepacked(conv, x_last)}
-    engines = {**dense, "sparse": lambda: sparse(x)}
+    engines = {
+        "nchw": lambda: conv(x),
+        "channels_last": lambda: last(x_last),
+        "prepacked": prepacked(conv, x_last),
+        "sparse": lambda: sparse(x),
+    }
     timings = compare(engines, rounds=args.rounds, min_time=args.min_time, clock=args.clock)
-    best = min(dense, key=lambda name: timings[name].min)
-    gain = speedup(timings[best], timings["sparse"])
     flops = 2 * sparse.nnz * expected.shape[0] * expected.shape[2] * expected.shape[3]
+    return figures(layer, timings) | {"gflops": flops / timings["sparse"].min / 1e9, "error": error}
+
+
+def figures(layer: Layer, timings: dict[str, Timing]) -> dict:
+    """Of a layer whose sparse way was timed in turn with dense ones."""
+    best = min((name for name in timings if name != "sparse"), key=lambda name: timings[name].min)
+    gain = speedup(timings[best], timings["sparse"])
     return {
         "layer": str(layer),
         **asdict(layer),
@@ -120,9 +128,42 @@ def run(layer: Layer, args: argparse.Namespace) -> dict:
         "speedup": gain.value,
         "speedup_low": gain.low,
         "speedup_high": gain.high,
-        "gflops": flops / timings["sparse"].min / 1e9,
-        "error": error,
     }
+
+
+HEADER = f"{'layer':32} {'dense ms':>9} {'as':>14} {'sparse ms':>9} {'speed-up':>8}  {'interval':13}"
+
+
+def line(row: dict) -> str:
+    """A row of :func:`figures` under HEADER."""
+    interval = f"{row['speedup_low']:.2f}-{row['speedup_high']:.2f}"
+    return (
+        f"{row['layer']:32} {row['dense_ms']:9.3f} {row['dense']:>14} {row['sparse_ms']:9.3f} "
+        f"{row['speedup']:7.2f}x  {interval:13}"
+    )
+
+
+def parser_of(description: str, batch: int, rounds: int) -> argparse.ArgumentParser:
+    """The options of a benchmark of single layers."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="resnet18")
+    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--vector", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--min-time", type=float, default=0.01)
+    parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu")
+    parser.add_argument("--json", metavar="FILE")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    args = parser.parse_args()
+    if not 0 <= args.sparsity < 1:
+        raise SystemExit(f"Expected sparsity in [0, 1), got {args.sparsity}")
+    torch.manual_seed(0)
+    return args
 
 
 def plot(rows: list[dict], args: argparse.Namespace, peak: float) -> None:
@@ -152,44 +193,23 @@ def plot(rows: list[dict], args: argparse.Namespace, peak: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", default="resnet18")
-    parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--vector", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=1)
+    parser = parser_of(__doc__, batch=1, rounds=9)
     parser.add_argument("--kernel", type=int, help="only layers of this kernel size")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--min-time", type=float, default=0.01)
-    parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu")
-    parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE.png", help="bars of the speed-up, layer by layer")
-    args = parser.parse_args()
-    if not 0 <= args.sparsity < 1:
-        raise SystemExit(f"Expected sparsity in [0, 1), got {args.sparsity}")
-    torch.manual_seed(0)
-    rows = []
+    args, rows = parsed(parser), []
     with threads(args.threads), torch.no_grad():
         peak = peak_flops() / 1e9
         print(
             f"float32 on both sides, {args.threads} thread(s), {args.clock} time, sparsity {args.sparsity}, "
             f"V={args.vector}, batch {args.batch}, {ops.cpu_isa()}, FMA peak {peak:.0f} GF/s"
         )
-        print(
-            f"{'layer':32} {'dense ms':>9} {'as':>14} {'sparse ms':>9} {'speed-up':>8}  {'interval':13} "
-            f"{'GF/s':>6} {'peak':>5}"
-        )
+        print(f"{HEADER} {'GF/s':>6} {'peak':>5}")
         for layer in suite(args.suite):
             if args.kernel and layer.kernel != args.kernel:
                 continue
             row = run(layer, args)
             rows.append(row)
-            interval = f"{row['speedup_low']:.2f}-{row['speedup_high']:.2f}"
-            print(
-                f"{row['layer']:32} {row['dense_ms']:9.3f} {row['dense']:>14} {row['sparse_ms']:9.3f} "
-                f"{row['speedup']:7.2f}x  {interval:13} {row['gflops']:6.1f} {row['gflops'] / peak:5.0%}"
-            )
-            sys.stdout.flush()
+            print(f"{line(row)} {row['gflops']:6.1f} {row['gflops'] / peak:5.0%}", flush=True)
     for kernel in sorted({row["kernel"] for row in rows}):
         gains = [row["speedup"] for row in rows if row["kernel"] == kernel]
         mean = math.exp(sum(map(math.log, gains)) / len(gains))

@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
-from dataclasses import asdict
 
 import torch
-from conv2d import Layer, pruned, suite
+from conv2d import HEADER, Layer, figures, line, parsed, parser_of, pruned, suite
 from torch import nn
 
-from sparsekd.measure.timing import compare, speedup, threads
+from sparsekd.measure.timing import compare, threads
 from sparsekd.sparse import ops
 
 
@@ -67,46 +65,21 @@ def run(layer: Layer, args: argparse.Namespace) -> dict:
         "sparse": step(sparse, x.clone(), grad),
     }
     timings = compare(engines, rounds=args.rounds, min_time=args.min_time, clock=args.clock)
-    best = min(("nchw", "channels_last"), key=lambda name: timings[name].min)
-    gain = speedup(timings[best], timings["sparse"])
-    return {
-        "layer": str(layer), **asdict(layer), "dense": best, "dense_ms": timings[best].min * 1e3,
-        "sparse_ms": timings["sparse"].min * 1e3, "speedup": gain.value, "speedup_low": gain.low,
-        "speedup_high": gain.high, "error": worst,
-    }  # fmt: skip
+    return figures(layer, timings) | {"error": worst}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", default="resnet18")
-    parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--vector", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--min-time", type=float, default=0.01)
-    parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu")
-    parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args()
-    if not 0 <= args.sparsity < 1:
-        raise SystemExit(f"Expected sparsity in [0, 1), got {args.sparsity}")
-    torch.manual_seed(0)
-    rows = []
+    args, rows = parsed(parser_of(__doc__, batch=32, rounds=5)), []
     with threads(args.threads):
         print(
             f"forward and backward, float32 on both sides, {args.threads} thread(s), {args.clock} time, "
             f"sparsity {args.sparsity}, V={args.vector}, batch {args.batch}, {ops.cpu_isa()}"
         )
-        print(f"{'layer':32} {'dense ms':>9} {'as':>14} {'sparse ms':>9} {'speed-up':>8}  {'interval':13}")
+        print(HEADER)
         for layer in suite(args.suite):
             row = run(layer, args)
             rows.append(row)
-            interval = f"{row['speedup_low']:.2f}-{row['speedup_high']:.2f}"
-            print(
-                f"{row['layer']:32} {row['dense_ms']:9.2f} {row['dense']:>14} {row['sparse_ms']:9.2f} "
-                f"{row['speedup']:7.2f}x  {interval:13}"
-            )
-            sys.stdout.flush()
+            print(line(row), flush=True)
     mean = math.exp(sum(math.log(row["speedup"]) for row in rows) / len(rows))
     print(f"geometric mean of {len(rows)} layers: {mean:.2f}x")
     if args.json:

@@ -7,6 +7,11 @@
 
 namespace sparsekd {
 
+// Whether a tensor is strided floats of this size on the CPU.
+inline bool is_cpu_floats(const at::Tensor& t, at::IntArrayRef size) {
+  return t.is_cpu() && t.layout() == at::kStrided && t.scalar_type() == at::kFloat && t.sizes() == size;
+}
+
 inline void check_dim(const at::Tensor& t, const char* name, int64_t dim) {
   TORCH_CHECK_VALUE(t.dim() == dim, "Expected ", name, " with ", dim, " dimensions, got shape ", t.sizes());
 }
@@ -45,12 +50,12 @@ inline void check_values(const at::Tensor& values, const at::Tensor& like, const
   check_size(values, "values", 0, col_indices.size(0), "the number of col_indices");
 }
 
-// The channels' scale or shift, or an undefined tensor.
+// The channels' scale, shift or bias, or an undefined tensor.
 inline at::Tensor checked_channels(const std::optional<at::Tensor>& t, const char* name, const at::Tensor& input,
-                                   int64_t channels) {
+                                   int64_t channels, const char* meaning = "output channels") {
   if (!t) return {};
   check_dim(*t, name, 1);
-  check_size(*t, name, 0, channels, "output channels");
+  check_size(*t, name, 0, channels, meaning);
   check_same(*t, name, input, "input");
   return t->contiguous();
 }

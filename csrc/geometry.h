@@ -22,6 +22,7 @@ struct Conv2dShape {
   int64_t batch, in_channels, out_channels, groups;
   Pair input, output, kernel, stride, padding, dilation;
   int64_t taps() const { return kernel[0] * kernel[1]; }
+  std::array<int64_t, 4> output_size() const { return {batch, out_channels, output[0], output[1]}; }
 };
 
 inline Pair checked_pair(at::IntArrayRef values, const char* name, int64_t least) {
@@ -58,6 +59,19 @@ inline Conv2dShape checked_shape(at::IntArrayRef input_size, int64_t out_channel
                       d == 0 ? "height" : "width", "), got ", padded, " from an input of shape ", input_size);
     shape.output[d] = (padded - reach) / shape.stride[d] + 1;
   }
+  return shape;
+}
+
+// The same of a gradient's arguments, with the output channels that `grad_output` has.
+inline Conv2dShape checked_grad_shape(const at::Tensor& grad_output, at::IntArrayRef input_size,
+                                      at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                                      at::IntArrayRef dilation, int64_t groups) {
+  check_dim(grad_output, "grad_output", 4);
+  const Conv2dShape shape =
+      checked_shape(input_size, grad_output.size(1), kernel_size, stride, padding, dilation, groups);
+  const auto size = shape.output_size();
+  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(size), "Expected grad_output of shape ",
+                    at::IntArrayRef(size), ", got ", grad_output.sizes());
   return shape;
 }
 

@@ -44,9 +44,8 @@ class PlannedConv2d : public torch::CustomClassHolder {
         dilation_(std::move(dilation)),
         out_channels_(out_channels),
         groups_(groups) {
-    const Conv2dShape shape =
-        checked_shape(input_size_, out_channels_, kernel_size_, stride_, padding_, dilation_, groups_);
-    output_size_ = {shape.batch, out_channels_, shape.output[0], shape.output[1]};
+    const auto size = shape().output_size();
+    output_size_.assign(size.begin(), size.end());
   }
 
   // Whether nothing but the operator itself is wanted at the moment.
@@ -59,7 +58,8 @@ class PlannedConv2d : public torch::CustomClassHolder {
   // is broadcast.
   OptionalTensor run(const at::Tensor& input, const at::Tensor& values, const OptionalTensor& shift,
                      const OptionalTensor& residual) const {
-    if (!plain() || !fits(input, input_size_) || (residual && !fits(*residual, output_size_))) return std::nullopt;
+    if (!plain() || !is_cpu_floats(input, input_size_)) return std::nullopt;
+    if (residual && !is_cpu_floats(*residual, output_size_)) return std::nullopt;
     const bool watched = c10::impl::dispatch_mode_enabled();  // by a mode that is to see every operator
     const Generated* const own = watched || values.dim() != 2 ? nullptr : generated(values.size(1));
     if (own && own->fits(values, shift)) {
@@ -82,7 +82,7 @@ class PlannedConv2d : public torch::CustomClassHolder {
     layer.activation = activation_of(activation_);
     const bool clamps = layer.activation != Activation::silu && layer.activation != Activation::hardswish;
     if (!ordered_ || row_indices_ || !clamps) return std::nullopt;
-    layer.shape = checked_shape(input_size_, out_channels_, kernel_size_, stride_, padding_, dilation_, groups_);
+    layer.shape = shape();
     layer.vector = values.size(1);
     const int64_t row_groups = groups_ * ceil_div(out_channels_ / groups_, layer.vector);
     layer.crow_indices = plan_.narrow(0, 0, row_groups + 1);
@@ -101,7 +101,7 @@ class PlannedConv2d : public torch::CustomClassHolder {
   struct Generated {
     bool fits(const at::Tensor& given, const OptionalTensor& shift) const {
       const auto floats = [](const at::Tensor& tensor, at::IntArrayRef size) {
-        return PlannedConv2d::fits(tensor, size) && tensor.is_contiguous();
+        return is_cpu_floats(tensor, size) && tensor.is_contiguous();
       };
       return floats(given, {conv->order().size(0), vector}) && (!shift || floats(*shift, {out_channels}));
     }
@@ -126,16 +126,14 @@ class PlannedConv2d : public torch::CustomClassHolder {
     return generated_.get();
   }
 
-  static bool fits(const at::Tensor& tensor, at::IntArrayRef size) {
-    return tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.scalar_type() == at::kFloat &&
-           tensor.sizes() == size;
-  }
-
   using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::IntArrayRef,
                                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                const OptionalTensor&, c10::string_view, bool, c10::SymInt, c10::SymIntArrayRef,
                                c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymInt);
 
+  Conv2dShape shape() const {
+    return checked_shape(input_size_, out_channels_, kernel_size_, stride_, padding_, dilation_, groups_);
+  }
   static c10::SymIntArrayRef numbers(const Numbers& values) { return c10::fromIntArrayRefSlow(values); }
 
   const at::Tensor plan_;

@@ -174,8 +174,8 @@ class PlannedSequence : public torch::CustomClassHolder {
         layer->input = input;
         layer->residual = residual;
         layer->output = inputs_ + static_cast<int64_t>(i);
-        const Conv2dShape& shape = layer->shape;
-        sizes[layer->output] = {shape.batch, shape.out_channels, shape.output[0], shape.output[1]};
+        const auto size = layer->shape.output_size();
+        sizes[layer->output].assign(size.begin(), size.end());
         layers.push_back(std::move(*layer));
         weights.push_back({step.values, step.shift});
         step_of.push_back(i);
@@ -207,7 +207,14 @@ class PlannedSequence : public torch::CustomClassHolder {
       const auto& members = region.members;
       auto step_at = [&](size_t member) { return step_of[members[member].layer]; };
       for (size_t first = 0, last; first < members.size(); first = last) {
-        for (last = first + 1; last < members.size() && step_at(last) == step_at(last - 1) + 1;) ++last;
+        // Images that a chain makes are read after it: packing looks past a unit's own, where another thread may write.
+        std::vector<bool> made(places_, false);
+        for (last = first; last < members.size(); ++last) {
+          const cpu::StripLayer& layer = layers[members[last].layer];
+          const bool follows = last == first || step_at(last) == step_at(last - 1) + 1;
+          if (!follows || (members[last].source == StripSource::images && made[layer.input])) break;
+          made[layer.output] = true;
+        }
         std::vector<bool> strips = regrouped;  // that are read after this chain
         for (size_t i = last; i < members.size(); ++i) {
           const cpu::StripLayer& layer = layers[members[i].layer];

@@ -1,5 +1,6 @@
-// Tensors that stay: a network's packed weights and plans, side by side in huge pages (pages.h).
+// Tensors in huge pages (pages.h): large results; and what stays, a network's packed weights and plans, side by side.
 #pragma once
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
 #include <memory>
@@ -9,8 +10,21 @@
 
 namespace sparsekd {
 
-// An uninitialised contiguous CPU tensor. Pages are shared in the order of the calls, which is that of a network's
-// layers, and end with the last of their tensors.
+// An uninitialised CPU tensor that asks for huge pages from so many bytes on.
+inline at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options, size_t least) {
+  at::Tensor result = at::empty(sizes, options);
+  if (result.nbytes() >= least) prefer_huge_pages(result.mutable_data_ptr(), result.nbytes());
+  return result;
+}
+
+// What an operator returns. Blocks of this size are mapped anew at each call, and to fill their pages one by one is a
+// fifth of a training step.
+inline at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return empty_large(sizes, options, size_t{4} << 20);
+}
+
+// An uninitialised contiguous CPU tensor that stays. Pages are shared in the order of the calls, which is that of a
+// network's layers, and end with the last of their tensors.
 inline at::Tensor empty_resident(at::IntArrayRef sizes, const at::TensorOptions& options) {
   struct Pages {
     explicit Pages(size_t wanted) : bytes(wanted), data(static_cast<char*>(take_pages(bytes))) {}

@@ -168,3 +168,13 @@ def checked_geometry(input_size, kernel_size, stride, padding, dilation, groups)
         output.append((padded - reach) // stride[d] + 1)
     geometry = Geometry(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
     return geometry, (output[0], output[1])
+
+
+def checked_grad_geometry(grad_output: Tensor, input_size, *geometry) -> Geometry:
+    """The geometry of the convolution whose results ``grad_output`` belongs to."""
+    check_dim(grad_output, "grad_output", 4)
+    checked, output = checked_geometry(input_size, *geometry)
+    expected = (input_size[0], grad_output.shape[1], *output)
+    if tuple(grad_output.shape) != expected:
+        raise ValueError(f"Expected grad_output of shape {expected}, got {tuple(grad_output.shape)}")
+    return checked

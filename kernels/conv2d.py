@@ -320,13 +320,8 @@ def conv2d_input_grad(
 ) -> Tensor:
     """dgrad. ``transpose``, the list of single entries, is not read: blocks of channels have a plan of their own."""
     checks.check_floating(grad_output, "grad_output")
-    checks.check_dim(grad_output, "grad_output", 4)
-    geometry, out_size = checks.checked_geometry(input_size, kernel_size, stride, padding, dilation, groups)
+    geometry = checks.checked_grad_geometry(grad_output, input_size, kernel_size, stride, padding, dilation, groups)
     out_channels = grad_output.shape[1]
-    if tuple(grad_output.shape) != (input_size[0], out_channels, *out_size):
-        raise ValueError(
-            f"Expected grad_output of shape {(input_size[0], out_channels, *out_size)}, got {tuple(grad_output.shape)}"
-        )
     checks.check_dim(col_indices, "col_indices", 1)
     checks.check_values(values, grad_output, "grad_output", col_indices)
     vector = values.shape[1]

@@ -21,8 +21,6 @@ softmax", 2018.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +29,7 @@ from torch.library import wrap_triton
 
 from . import checks
 from .checks import cdiv, power_of_2
+from .linear_kd_loss import total
 
 ONE_BLOCK = 8192  # classes that stay in registers
 # Classes at a time beyond, and a warp for each 256 of them. What the second pass of a divergence other than the forward
@@ -280,16 +279,6 @@ def count_labels(target: Tensor | None, ignore_index: int) -> Tensor | None:
     return None if target is None else (target != ignore_index).sum()
 
 
-def total(losses: Tensor, labelled: Tensor | None, distill_ignored: bool, dtype: torch.dtype) -> Tensor:
-    """As torch: the mean over no rows is NaN. Unlabelled rows that are distilled make the loss well defined."""
-    loss = losses.sum(dtype=torch.float64)
-    if losses.shape[0] == 0:
-        return torch.full_like(loss, math.nan, dtype=dtype)
-    if labelled is not None and not distill_ignored:
-        loss = torch.where(labelled > 0, loss, math.nan)
-    return loss.to(dtype)
-
-
 def kd_loss_forward(
     student: Tensor,
     teacher: Tensor,
@@ -324,4 +313,4 @@ def kd_loss_forward(
         settings = (temperature, alpha, ignore_index, label_smoothing, distill_ignored)
         target = None if target is None else target.contiguous()
         launch(student, teacher, target, labelled, losses, grad if with_grad else None, rows, *settings)
-    return total(losses, labelled, distill_ignored, dtype), grad
+    return total(losses.sum(dtype=torch.float64), rows, labelled, distill_ignored, dtype), grad

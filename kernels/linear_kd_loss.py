@@ -44,21 +44,38 @@ class Settings(NamedTuple):
     distill_ignored: bool
 
 
+class Call(NamedTuple):
+    """What the op is called with; hidden states ``[batch, length, features]``."""
+
+    student: Tensor
+    student_weight: Tensor
+    student_bias: Tensor | None
+    teacher: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Tensor | None
+    target: Tensor | None
+    settings: Settings
+    chunk_rows: int
+    wanted: list[bool]
+
+    @property
+    def rows(self) -> int:
+        return self.student.shape[0] * self.student.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of loss and gradients."""
+        return torch.float64 if self.student.dtype == torch.float64 else torch.float32
+
+
 # (logits of the student, of the teacher, target, with gradient) of a chunk: its part of the loss, and the gradient
 RowsOfLoss = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]]
 
 
-def _check(
-    student: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    target: Tensor | None,
-    settings: Settings,
-    chunk_rows: int,
-) -> None:
+def _checked(arguments: tuple) -> Call:
+    call = Call(*arguments[:7], Settings(*arguments[7:14]), *arguments[14:])
+    settings = call.settings
+    student, weight, bias, teacher, teacher_weight, teacher_bias, target = call[:7]
     for whose, hidden, head, shift in (
         ("student", student, weight, bias),
         ("teacher", teacher, teacher_weight, teacher_bias),
@@ -90,9 +107,10 @@ def _check(
         raise ValueError(f"Expected divergence to be one of {', '.join(DIVERGENCES)}, got {settings.divergence!r}")
     if settings.divergence == "jsd" and not 0 < settings.beta < 1:
         raise ValueError(f"Expected beta in (0, 1), got {settings.beta}")
-    if chunk_rows < 0:
-        raise ValueError(f"Expected chunk_rows of at least 1, or 0 for a size by memory, got {chunk_rows}")
-    checks.check_target(target, student, student.shape[0] * student.shape[1])
+    if call.chunk_rows < 0:
+        raise ValueError(f"Expected chunk_rows of at least 1, or 0 for a size by memory, got {call.chunk_rows}")
+    checks.check_target(target, student, call.rows)
+    return call
 
 
 def rows_by_memory(tensors: list[Tensor | None], bytes_per_row: int, rows: int, device: str) -> int:
@@ -120,20 +138,11 @@ def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
     return torch.mm(hidden, weight.t(), out=out) if bias is None else torch.addmm(bias, hidden, weight.t(), out=out)
 
 
-def _run(
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None],
-    target: Tensor | None,
-    settings: Settings,
-    chunk_rows: int,
-    wanted: list[bool],
-    workspace_per_logit: int,
-    rows_of_loss: RowsOfLoss,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    student, weight, bias, teacher, teacher_weight, teacher_bias = tensors
+def _run(call: Call, workspace_per_logit: int, rows_of_loss: RowsOfLoss) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    student, weight, bias, teacher, teacher_weight, teacher_bias, target = call[:7]
     batch, length, features = student.shape
-    classes, rows = weight.shape[0], batch * length
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    wanted = [wanted[0], wanted[1], wanted[2] and bias is not None]
+    classes, rows, dtype, chunk_rows = weight.shape[0], call.rows, call.dtype, call.chunk_rows
+    wanted = [call.wanted[0], call.wanted[1], call.wanted[2] and bias is not None]
     grad_hidden = torch.empty_like(student, dtype=dtype) if wanted[0] else student.new_empty(0, dtype=dtype)
     grad_weight = weight.new_zeros(weight.shape if wanted[1] else (0,), dtype=dtype)
     grad_bias = weight.new_zeros((classes,) if wanted[2] else (0,), dtype=dtype)
@@ -141,7 +150,7 @@ def _run(
     if not chunk_rows:
         logits = student.element_size() + teacher.element_size() + workspace_per_logit * any(wanted)
         per_row = classes * logits + features * (dtype.itemsize + student.element_size()) * wanted[0]
-        held = [*tensors, grad_hidden, grad_weight, grad_bias]
+        held = [*call[:6], grad_hidden, grad_weight, grad_bias]
         chunk_rows = rows_by_memory(held, per_row, rows, student.device.type)
     scale = power_of_2(rows) if student.dtype == torch.float16 else 1
     chunks = list(_chunks(batch, length, chunk_rows)) if rows else []
@@ -180,7 +189,7 @@ def _run(
     return loss, grad_hidden, grad_weight, grad_bias
 
 
-def _total(loss: Tensor, rows: int, labelled: Tensor | None, distill_ignored: bool, dtype: torch.dtype) -> Tensor:
+def total(loss: Tensor, rows: int, labelled: Tensor | None, distill_ignored: bool, dtype: torch.dtype) -> Tensor:
     """As torch: the mean over no rows is NaN. Unlabelled rows that are distilled make the loss well defined."""
     if rows == 0:
         return torch.full_like(loss, math.nan, dtype=dtype)
@@ -189,73 +198,37 @@ def _total(loss: Tensor, rows: int, labelled: Tensor | None, distill_ignored: bo
     return loss.to(dtype)
 
 
-def linear_kd_loss(
-    student: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    target: Tensor | None,
-    temperature: float,
-    alpha: float,
-    divergence: str,
-    beta: float,
-    ignore_index: int,
-    label_smoothing: float,
-    distill_ignored: bool,
-    chunk_rows: int,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def linear_kd_loss(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, gradients of student, student_weight, student_bias); see ``csrc/ops.cpp`` and ``sparsekd.sparse.ops``."""
     from . import kd_loss
 
-    settings = Settings(temperature, alpha, divergence, beta, ignore_index, label_smoothing, distill_ignored)
-    tensors = (student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
-    _check(*tensors, target, settings, chunk_rows)
-    rows = student.shape[0] * student.shape[1]
-    labelled = kd_loss.count_labels(target, ignore_index)
-    half = student.dtype == torch.float16
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    call = _checked(arguments)
+    settings = call.settings
+    labelled = kd_loss.count_labels(call.target, settings.ignore_index)
+    half = call.student.dtype == torch.float16
 
     def rows_of_loss(s, t, of_chunk, with_grad):
-        losses = s.new_empty((s.shape[0],), dtype=dtype)
+        losses = s.new_empty((s.shape[0],), dtype=call.dtype)
         kd_loss.launch(
-            s, t, of_chunk, labelled, losses, s if with_grad else None, rows, temperature, alpha, ignore_index,
-            label_smoothing, distill_ignored, divergence, beta, grad_scale=power_of_2(rows) if half else 1,
+            s, t, of_chunk, labelled, losses, s if with_grad else None, call.rows, settings.temperature,
+            settings.alpha, settings.ignore_index, settings.label_smoothing, settings.distill_ignored,
+            settings.divergence, settings.beta, grad_scale=power_of_2(call.rows) if half else 1,
         )  # fmt: skip
         return losses.sum(dtype=torch.float64), s
 
-    loss, *grads = _run(tensors, target, settings, chunk_rows, wanted, 0, rows_of_loss)
-    return _total(loss, rows, labelled, distill_ignored, dtype), *grads
+    loss, *grads = _run(call, 0, rows_of_loss)
+    return total(loss, call.rows, labelled, settings.distill_ignored, call.dtype), *grads
 
 
 # --- on the CPU ------------------------------------------------------------------------------------------------------
 
 
-def linear_kd_loss_cpu(
-    student: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    target: Tensor | None,
-    temperature: float,
-    alpha: float,
-    divergence: str,
-    beta: float,
-    ignore_index: int,
-    label_smoothing: float,
-    distill_ignored: bool,
-    chunk_rows: int,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings = Settings(temperature, alpha, divergence, beta, ignore_index, label_smoothing, distill_ignored)
-    tensors = (student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
-    _check(*tensors, target, settings, chunk_rows)
-    rows, classes = student.shape[0] * student.shape[1], student_weight.shape[0]
-    labelled = None
+def linear_kd_loss_cpu(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments and results as those of :func:`linear_kd_loss`."""
+    call = _checked(arguments)
+    target, settings, dtype = call.target, call.settings, call.dtype
+    temperature, alpha, divergence, beta, ignore_index, label_smoothing, distill_ignored = settings
+    rows, classes, labelled = call.rows, call.student_weight.shape[0], None
     if target is not None:
         known = target != ignore_index
         labelled = known.sum()
@@ -265,8 +238,8 @@ def linear_kd_loss_cpu(
             raise IndexError(f"Expected targets in 0..{classes - 1} or ignore_index={ignore_index}, got {got}")
     count = None if labelled is None else int(labelled)
     distilled = rows if count is None or distill_ignored else count
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    given = (call.student.dtype, call.teacher.dtype)
+    wide = torch.float64 if torch.float64 in given else torch.float32
     # The weight of a row in either mean.
     hard = (1 - alpha) / count if count else 0.0
     soft = alpha / distilled if distilled else 0.0
@@ -285,10 +258,10 @@ def linear_kd_loss_cpu(
         return loss, s.to(dtype)
 
     # Where logits are narrower, or the student's narrower than the teacher's, there is a copy of them.
-    extra = wide.itemsize * ((student.dtype != wide) + (teacher.dtype != wide))
-    extra += student.element_size() if student.dtype != wide else 0
-    loss, *grads = _run(tensors, target, settings, chunk_rows, wanted, extra, rows_of_loss)
-    return _total(loss, rows, labelled, distill_ignored, dtype), *grads
+    extra = wide.itemsize * sum(narrow != wide for narrow in given)
+    extra += given[0].itemsize if given[0] != wide else 0
+    loss, *grads = _run(call, extra, rows_of_loss)
+    return total(loss, rows, labelled, distill_ignored, dtype), *grads
 
 
 def _rows_elsewhere(

@@ -141,18 +141,13 @@ def conv2d_weight_grad(
 ) -> Tensor:
     """``[n_vectors, V]`` in the input's dtype; arguments as the op's in ``csrc/ops.cpp``."""
     checks.check_floating(input, "input")
-    checks.check_dim(grad_output, "grad_output", 4)
     checks.check_like(grad_output, "grad_output", input, "input")
-    geometry, out_size = checks.checked_geometry(input.shape, kernel_size, stride, padding, dilation, groups)
+    geometry = checks.checked_grad_geometry(grad_output, input.shape, kernel_size, stride, padding, dilation, groups)
     out_channels = grad_output.shape[1]
-    if tuple(grad_output.shape) != (input.shape[0], out_channels, *out_size):
-        raise ValueError(
-            f"Expected grad_output of shape {(input.shape[0], out_channels, *out_size)}, got {tuple(grad_output.shape)}"
-        )
     checks.check_dim(col_indices, "col_indices", 1)
     checks.check_pattern(crow_indices, col_indices, row_indices, input, out_channels, groups, vector)
     n_vectors = col_indices.shape[0]
-    pixels = input.shape[0] * out_size[0] * out_size[1]
+    pixels = grad_output.numel() // out_channels
     if n_vectors == 0 or pixels == 0:
         return input.new_zeros((n_vectors, vector))
     if max(input[0].numel(), grad_output[0].numel(), pixels) > checks.INT32_LIMIT:

@@ -33,7 +33,7 @@ EXAMPLES = {
     ),
     "compress": (
         "sparsekd compress --teacher teacher.safetensors --target 0.9 --epochs 12 --out small.safetensors\n"
-        "sparsekd compress --weights distilled.safetensors --teacher teacher.safetensors --target 2x --pattern 4x1 "
+        "sparsekd compress --weights distilled.safetensors --teacher teacher.safetensors --target 1.3x --pattern 4x1 "
         "--out fast.safetensors"
     ),
     "sensitivity": "sparsekd sensitivity --weights distilled.safetensors --importance gradient --png sensitivity.png",

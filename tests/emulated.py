@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -161,3 +162,29 @@ def counting():
         yield
     finally:
         emulator().functions.emulator_count(0)
+
+
+SETUP = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import emulated
+from pathlib import Path
+from sparsekd.sparse import formats
+emulator = emulated.load(Path({library!r}))
+torch.manual_seed(0)
+said = ""
+def run(name, *arguments):
+    global said
+    try:
+        return getattr(emulator.ops, name)(*arguments)
+    except RuntimeError as error:
+        said = said or str(error).splitlines()[0]
+"""
+
+
+def said_of(library, *runs):
+    """What the emulator first complains of while code calls ``run(operator, *arguments)``, in a process of its own."""
+    code = SETUP.format(tests=str(ROOT / "tests"), library=str(library)) + "".join(runs) + 'print("said:", said)'
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return ran.stdout.rpartition("said:")[2].strip()

@@ -283,16 +283,21 @@ def test_layers_of_a_real_network(vector, stride):
         )
 
 
-def test_columns_in_any_order_and_twice():
-    """Kernels search among sorted columns for speed only; a column named twice counts twice."""
-    case = Case(batch=2, channels_per_group=200, filters_per_group=6, size=(14, 14), density=0.5, dtype=torch.float64)
-    input, _, packed, bias = make(case)
+def in_any_order(packed):
+    """The same weight with the columns of each row group shuffled, and where each was."""
     order = []
     for begin, end in itertools.pairwise(packed.crow_indices.tolist()):
         row = list(range(begin, end))
         random.Random(begin).shuffle(row)
         order += row
-    shuffled = packed._replace(values=packed.values[order], col_indices=packed.col_indices[order])
+    return packed._replace(values=packed.values[order], col_indices=packed.col_indices[order]), order
+
+
+def test_columns_in_any_order_and_twice():
+    """Kernels search among sorted columns for speed only; a column named twice counts twice."""
+    case = Case(batch=2, channels_per_group=200, filters_per_group=6, size=(14, 14), density=0.5, dtype=torch.float64)
+    input, _, packed, bias = make(case)
+    shuffled, order = in_any_order(packed)
     assert_near(run_op(case, input, shuffled, bias), run_op(case, input, packed, bias))
     planned = dataclasses.replace(case, planned=True)
     for one in (case, planned):

@@ -1,12 +1,10 @@
 """The emulator reports what it is there to find: bugs sown into the real kernels, one at a time."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import emulated
 import pytest
+from emulated import said_of
 
 # file, what stands there, what is put in its place, what the checker says of it.
 BUGS = {
@@ -252,23 +250,6 @@ BUGS = {
 }
 IN_MAKE_TEST = ("no barrier after the copies", "last column never written", "border off by one", "one label too many")
 
-SETUP = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-import emulated
-from pathlib import Path
-from sparsekd.sparse import formats
-emulator = emulated.load(Path({library!r}))
-torch.manual_seed(0)
-said = ""
-def run(name, *arguments):
-    global said
-    try:
-        getattr(emulator.ops, name)(*arguments)
-    except RuntimeError as error:
-        said = said or str(error).splitlines()[0]
-"""
-
 # Several blocks of channels, two groups, odd sizes, borders; whole images, and strips of them, in the lanes; with
 # channels last, too.
 CONV2D = """
@@ -352,13 +333,6 @@ RUNS = {"conv2d_records.cuh": CONV2D, "lanes.cuh": CONV2D, "weight_grad.cuh": WE
 RUNS |= dict.fromkeys(("conv2d.cuh", "conv2d_finish.cuh"), IN_RECTANGLES + IN_RUNS + INTERLEAVED + CONV2D)
 RUNS["planar.cuh"] = TURNED
 RUNS |= dict.fromkeys(("kd_loss.cuh", "kd_loss_terms.cuh"), KD_LOSS)
-
-
-def said_of(library, *runs):
-    code = SETUP.format(tests=str(Path(__file__).parent), library=str(library)) + "".join(runs) + 'print("said:", said)'
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=emulated.ROOT)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    return ran.stdout.rpartition("said:")[2].strip()
 
 
 def test_nothing_is_said_of_the_kernels_as_they_are():

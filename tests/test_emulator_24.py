@@ -1,12 +1,10 @@
 """The emulator reports bugs sown into the 2:4 convolution, one at a time, as in test_emulator.py."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import emulated
 import pytest
+from emulated import said_of
 
 FILE = "conv2d_24.cuh"
 FOREIGN = "out of bounds|output.* before it was written"  # what lies behind a buffer may be the output
@@ -53,37 +51,19 @@ BUGS = {
 # Two blocks of channels that are not full, borders, pixels and rows that don't fill a tile; and a single step, whose
 # stage is the one that the results take.
 RUN = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-import emulated
-from pathlib import Path
 from test_conv2d_24 import mask_24
 from sparsekd.sparse import formats_24
-emulator = emulated.load(Path({library!r}))
-torch.manual_seed(0)
-said = ""
 for seed, shape in ((0, (88, 80, 3, 3)), (1, (88, 80, 3, 3)), (0, (88, 64, 1, 1))):
     emulator.functions.emulator_set_seed(seed)
     values, metadata = formats_24.pack_24(torch.randn(shape).half(), mask_24(shape))
     input = torch.randn(1, shape[1], 7, 6).half().contiguous(memory_format=torch.channels_last)
-    try:
-        emulator.ops.conv2d_24(input, values, metadata, None, 88, shape[2:], (1, 1), (1, 1), (1, 1), 1)
-    except RuntimeError as error:
-        said = said or str(error).splitlines()[0]
-print("said:", said)
+    run("conv2d_24", input, values, metadata, None, 88, shape[2:], (1, 1), (1, 1), (1, 1), 1)
 """
-
-
-def said_of(library):
-    code = RUN.format(tests=str(Path(__file__).parent), library=str(library))
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=emulated.ROOT)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    return ran.stdout.rpartition("said:")[2].strip()
 
 
 @pytest.mark.slow
 def test_nothing_is_said_of_the_kernel_as_it_is():
-    assert said_of(emulated.library_path()) == ""
+    assert said_of(emulated.library_path(), RUN) == ""
 
 
 @pytest.mark.slow
@@ -93,5 +73,5 @@ def test_finds(bug, tmp_path):
     source = (emulated.ROOT / "csrc" / "cuda" / FILE).read_text()
     assert source.count(right) == 1, "the place where the bug is sown is gone"
     emulated.library_path()
-    said = said_of(emulated.compile_changed(tmp_path, {FILE: source.replace(right, wrong)}))
+    said = said_of(emulated.compile_changed(tmp_path, {FILE: source.replace(right, wrong)}), RUN)
     assert re.search(says, said), said

@@ -1,12 +1,10 @@
 """The emulator reports bugs sown into the tensor-core convolution, one at a time, as in test_emulator.py."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import emulated
 import pytest
+from emulated import said_of
 
 FILES = tuple(f"conv2d_tensor{part}.cuh" for part in ("", "_pattern", "_stage", "_finish", "_joined"))
 
@@ -99,14 +97,6 @@ BUGS = {
 # Three blocks of channels in little shared memory, odd columns and octets, borders, two matrices of rows a warp; fewer
 # channels, which one buffer takes. Blocks of threads go on from tile to tile.
 RUN = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-import emulated
-from pathlib import Path
-from sparsekd.sparse import formats
-emulator = emulated.load(Path({library!r}))
-torch.manual_seed(0)
-said = ""
 for vector, seed, shared, channels in ((8, 0, 40, 90), (16, 1, 40, 90), (32, 0, 40, 90), (16, 0, 163, 24)):
     emulator.functions.emulator_set_device(8, shared << 10, 1)
     emulator.functions.emulator_set_seed(seed)
@@ -115,32 +105,14 @@ for vector, seed, shared, channels in ((8, 0, 40, 90), (16, 1, 40, 90), (32, 0, 
     input, values = torch.randn(3, channels, 9, 9).half(), values.half()
     geometry = (64, (3, 3), (1, 1), (1, 1), (1, 1), 1)
     tiling = emulator.ops.conv2d_tiling(col, vector, input.shape, *geometry)
-
-    def to_images():  # by tiles of whole rows
-        emulator.ops.conv2d(input, values, crow, col, None, None, None, *geometry)
-
-    def to_lanes():
-        plan = emulator.ops.conv2d_plan(crow, col, tiling, vector, input.shape, *geometry)
-        emulator.ops.conv2d_planned(input, values, plan, tiling, *[None] * 4, "none", True, *geometry)
-
-    for run in (to_images, to_lanes):
-        try:
-            run()
-        except RuntimeError as error:
-            said = said or str(error).splitlines()[0]
-print("said:", said)
+    run("conv2d", input, values, crow, col, None, None, None, *geometry)  # by tiles of whole rows
+    plan = run("conv2d_plan", crow, col, tiling, vector, input.shape, *geometry)
+    run("conv2d_planned", input, values, plan, tiling, *[None] * 4, "none", True, *geometry)
 """
 
 
-def said_of(library):
-    code = RUN.format(tests=str(Path(__file__).parent), library=str(library))
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=emulated.ROOT)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    return ran.stdout.rpartition("said:")[2].strip()
-
-
 def test_nothing_is_said_of_the_kernels_as_they_are():
-    assert said_of(emulated.library_path()) == ""
+    assert said_of(emulated.library_path(), RUN) == ""
 
 
 @pytest.mark.slow
@@ -152,5 +124,5 @@ def test_finds(bug, tmp_path):
     assert len(holding) == 1, "the place where the bug is sown is gone"
     emulated.library_path()
     library = emulated.compile_changed(tmp_path, {holding[0]: sources[holding[0]].replace(right, wrong, 1)})
-    said = said_of(library)
+    said = said_of(library, RUN)
     assert re.search(says, said), said

@@ -157,6 +157,19 @@ def two_layers(size=(2, 4, 16, 16), **options):
     return net
 
 
+@pytest.mark.parametrize("batch", [7, 17, 33])  # that groups of images do not divide: else strips would be regrouped
+def test_images_that_the_same_strips_make(two_thread_counts, batch):
+    """A kernel that spans the image reads images of what other layers keep in strips."""
+    net = Net(torch.randn(batch, 8, 16, 16))
+    half = net.add(fused(8, 6, (3, 3), stride=2), 0)
+    conv = nn.Conv2d(6, 10, 9, padding=8)
+    sparse = SparseConv2d.from_dense(conv, torch.rand(conv.weight.shape) < 0.2)
+    sparse.freeze()
+    whole = net.add(FusedConv2d(sparse, "relu").requires_grad_(False), half)
+    net.add(fused(8, 10, (3, 3)), 0, whole)
+    assert two_thread_counts(lambda: check(net)) == [{1, 2, 3}, {1, 2, 3}]
+
+
 def test_what_a_chain_makes_is_a_convolution():
     net = two_layers()
     want = net.values[0]

@@ -22,11 +22,7 @@ bool lies_last(const at::Tensor& tensor) {
 
 at::Tensor empty(at::IntArrayRef size, const at::Tensor& like, bool last) {
   const auto format = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  at::Tensor result = at::empty(size, like.options().memory_format(format));
-  // Blocks of this size are mapped anew at each call, and to fill their pages one by one is a fifth of a training step.
-  constexpr size_t kMapped = size_t{4} << 20;
-  if (result.nbytes() >= kMapped) prefer_huge_pages(result.mutable_data_ptr(), result.nbytes());
-  return result;
+  return empty_result(size, like.options().memory_format(format));
 }
 
 // So many of a plan's entries: what narrow() gives, without its way through the dispatcher, which a small layer feels.
@@ -40,8 +36,7 @@ at::Tensor entries(const at::Tensor& plan, int64_t from, int64_t count) {
 
 // The channels' scale or shift, if any, in the dtype of the sums.
 at::Tensor wide_channels(const OptionalTensor& tensor, const char* name, const at::Tensor& input, int64_t channels) {
-  const at::Tensor checked = checked_channels(tensor, name, input, channels);
-  return checked.defined() ? widened(checked) : checked;
+  return widened(checked_channels(tensor, name, input, channels));
 }
 
 // A tiling of the ops: whether entries lie block by block, and what they depend on.
@@ -89,7 +84,7 @@ at::Tensor run_conv2d(const at::Tensor& input, const at::Tensor& values, const a
   check_values(values, input, "input", col_indices);
   Finish finish{wide_channels(scale, "scale", input, out_channels),
                 wide_channels(shift, shift_name, input, out_channels), {}, activation};
-  const int64_t size[] = {shape.batch, out_channels, shape.output[0], shape.output[1]};
+  const auto size = shape.output_size();
   const Pattern pattern(crow_indices, col_indices, row_indices, out_channels, geometry.groups, values.size(1));
   const bool last = lies_last(input);
   if (residual) {
@@ -192,17 +187,12 @@ at::Tensor conv2d_input_grad_cpu(const at::Tensor& grad_output, const at::Tensor
                                  at::IntArrayRef input_size, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   check_floating(grad_output, "grad_output");
-  check_dim(grad_output, "grad_output", 4);
-  const int64_t out_channels = grad_output.size(1);
-  const Conv2dShape shape = checked_shape(input_size, out_channels, kernel_size, stride, padding, dilation, groups);
-  TORCH_CHECK_VALUE(grad_output.sizes() ==
-                        at::IntArrayRef({shape.batch, out_channels, shape.output[0], shape.output[1]}),
-                    "Expected grad_output of shape [", shape.batch, ", ", out_channels, ", ", shape.output[0], ", ",
-                    shape.output[1], "], got ", grad_output.sizes());
+  const Conv2dShape shape =
+      checked_grad_shape(grad_output, input_size, kernel_size, stride, padding, dilation, groups);
   check_values(values, grad_output, "grad_output", col_indices);
   const at::Tensor plan = transpose ? *transpose
                                     : transpose_pattern(crow_indices, col_indices, row_indices, values.size(1),
-                                                        out_channels, shape.in_channels, shape.taps(), groups);
+                                                        shape.out_channels, shape.in_channels, shape.taps(), groups);
   check_same(plan, "transpose", crow_indices, "crow_indices");
   const Transposed transposed(plan, shape.in_channels, values.numel());
   const bool last = lies_last(grad_output);
@@ -218,17 +208,11 @@ at::Tensor conv2d_weight_grad_cpu(const at::Tensor& input, const at::Tensor& gra
                                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                   int64_t groups) {
   check_floating(input, "input");
-  check_dim(grad_output, "grad_output", 4);
   check_same(grad_output, "grad_output", input, "input");
-  const int64_t out_channels = grad_output.size(1);
   const Conv2dShape shape =
-      checked_shape(input.sizes(), out_channels, kernel_size, stride, padding, dilation, groups);
-  TORCH_CHECK_VALUE(grad_output.sizes() ==
-                        at::IntArrayRef({shape.batch, out_channels, shape.output[0], shape.output[1]}),
-                    "Expected grad_output of shape [", shape.batch, ", ", out_channels, ", ", shape.output[0], ", ",
-                    shape.output[1], "], got ", grad_output.sizes());
+      checked_grad_shape(grad_output, input.sizes(), kernel_size, stride, padding, dilation, groups);
   check_dim(col_indices, "col_indices", 1);
-  const Pattern pattern(crow_indices, col_indices, row_indices, out_channels, groups, vector);
+  const Pattern pattern(crow_indices, col_indices, row_indices, shape.out_channels, groups, vector);
   const bool last = lies_last(input) && lies_last(grad_output);
   const at::Tensor wide_input = last ? input : widened(input);
   at::Tensor grad_values = at::empty({pattern.n_vectors, vector}, wide_input.options());

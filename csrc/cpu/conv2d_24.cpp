@@ -65,7 +65,7 @@ at::Tensor run(const at::Tensor& input, const at::Tensor& values, const at::Tens
   check_floating(input, "input");
   const Conv2d24Shape shape =
       checked_shape_24(input, values, metadata, out_channels, kernel_size, stride, padding, dilation, groups);
-  const int64_t size[] = {shape.conv.batch, out_channels, shape.conv.output[0], shape.conv.output[1]};
+  const auto size = shape.conv.output_size();
   const at::Tensor scales = checked_channels(scale, "scale", input, out_channels);
   const at::Tensor shifts = checked_channels(shift, shift_name, input, out_channels);
   if (residual) check_residual(*residual, size, input);

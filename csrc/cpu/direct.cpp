@@ -15,6 +15,7 @@
 #include <numeric>
 
 #include "../check.h"
+#include "../resident.h"
 #include "passes.h"
 
 namespace sparsekd::cpu {
@@ -239,7 +240,7 @@ std::optional<at::Tensor> GeneratedConv2d::run(const at::Tensor& input, const at
   if (shift) finish.shift = shift->contiguous();
   if (residual) finish.residual = residual->contiguous();
   finish.activation = activation;
-  at::Tensor output = at::empty({shape_.batch, shape_.out_channels, shape_.output[0], shape_.output[1]}, at::kFloat);
+  at::Tensor output = empty_result(shape_.output_size(), at::kFloat);
   const OffsetPlan plan{tiling_, nullptr, nullptr, nullptr, code_.get()};
   direct_forward(shape_, pattern_, &plan, input, values, finish, false, output);
   return output;

@@ -249,10 +249,10 @@ ConvStrips::ConvStrips(const StripLayer& layer, StripSource source, const Grid& 
 }
 
 bool ConvStrips::fits(const at::Tensor& values, const std::optional<at::Tensor>& shift) const {
-  auto floats = [](const at::Tensor& tensor, at::IntArrayRef size) {
-    return tensor.is_cpu() && tensor.scalar_type() == at::kFloat && tensor.sizes() == size && tensor.is_contiguous();
+  auto are = [](const at::Tensor& tensor, at::IntArrayRef size) {
+    return is_cpu_floats(tensor, size) && tensor.is_contiguous();
   };
-  return floats(values, {pattern_.n_vectors, pattern_.vector}) && (!shift || floats(*shift, {shape_.out_channels}));
+  return are(values, {pattern_.n_vectors, pattern_.vector}) && (!shift || are(*shift, {shape_.out_channels}));
 }
 
 void ConvStrips::run(const UnitCall& call) const {

@@ -83,25 +83,20 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& values, const a
   check_floating(input, "input");
   check_dim(input, "input", 2);
   check_values(values, input, "input", col_indices);
-  if (bias) {
-    check_dim(*bias, "bias", 1);
-    check_size(*bias, "bias", 0, out_features, "output features");
-    check_same(*bias, "bias", input, "input");
-  }
+  const at::Tensor wide_bias = widened(checked_channels(bias, "bias", input, out_features, "output features"));
   const Pattern pattern(crow_indices, col_indices, row_indices, out_features, 1, values.size(1));
   check_index_range(input.size(1));
   const at::Tensor wide_input = widened(input), wide_values = widened(values);
   at::Tensor output = at::empty({input.size(0), out_features}, wide_input.options());
   if (input.size(0) > kSingly) {
     direct_forward(pixels_of_rows(input.size(0), input.size(1), out_features), pattern, nullptr, wide_input,
-                   wide_values, {{}, bias ? widened(*bias) : at::Tensor(), {}}, true, output);
+                   wide_values, {{}, wide_bias, {}}, true, output);
     return output.to(input.scalar_type());
   }
   dispatch(wide_input, [&](auto zero) {
     using T = decltype(zero);
     std::vector<T> init;
     if (bias) {
-      const at::Tensor wide_bias = widened(*bias);
       const T* data = wide_bias.const_data_ptr<T>();
       for (const int64_t row : pattern.row_of) init.push_back(row < 0 ? T(0) : data[row]);
     }

@@ -1,7 +1,6 @@
 #include "strip_chain.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <utility>
@@ -11,16 +10,7 @@
 namespace sparsekd::cpu {
 namespace {
 
-at::Tensor empty_floats(at::IntArrayRef size) {
-  at::Tensor result = at::empty(size, at::kFloat);
-  prefer_huge_pages(result.mutable_data_ptr(), result.nbytes());
-  return result;
-}
-
-bool floats(const at::Tensor& tensor, at::IntArrayRef size) {
-  return tensor.defined() && tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.scalar_type() == at::kFloat &&
-         tensor.sizes() == size;
-}
+at::Tensor empty_floats(at::IntArrayRef size) { return empty_large(size, at::kFloat, kHugePage); }
 
 }  // namespace
 
@@ -70,7 +60,7 @@ StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<
     StripLayout input;
     if (from_images) {
       const Pair& size = shape.input;
-      if (!made_.count(layer.input)) given_[layer.input] = {shape.batch, shape.in_channels, size[0], size[1]};
+      given_[layer.input] = {shape.batch, shape.in_channels, size[0], size[1]};
     } else if (member.source == StripSource::regrouped) {
       input = *member.from;
       strips_.try_emplace(layer.input, Strips{input, member.from_channels, true});
@@ -102,7 +92,7 @@ StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<
     back.step = from_strips(output, shape.out_channels);
     back.input = back.output = layer.output;
     back.to_images = true;
-    made_[layer.output] = {shape.batch, shape.out_channels, shape.output[0], shape.output[1]};
+    made_[layer.output] = shape.output_size();
     add(std::move(back));
   }
   share_memory();
@@ -131,7 +121,7 @@ void StripChain::share_memory() {
 
 bool StripChain::run(std::vector<Lying>& lying) const {
   for (const auto& [place, size] : given_) {
-    if (!floats(lying[place].images, size)) return false;
+    if (!is_cpu_floats(lying[place].images, size)) return false;
   }
   for (const Op& op : ops_) {
     if (op.conv && !op.conv->fits(op.weights.values, op.weights.shift)) return false;

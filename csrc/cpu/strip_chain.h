@@ -1,6 +1,7 @@
 // Layers that follow each other in strips, one unit of images after the other: what a unit's layer writes is still in
 // the caches when the next one reads it.
 #pragma once
+#include <array>
 #include <map>
 #include <memory>
 #include <optional>
@@ -59,7 +60,7 @@ class StripChain {
   int64_t units_ = 0, memory_ = 0;  // elements that a unit needs
   std::vector<Op> ops_;
   std::map<int64_t, Strips> strips_;                      // by place
-  std::map<int64_t, std::vector<int64_t>> given_, made_;  // sizes of images, by place
+  std::map<int64_t, std::array<int64_t, 4>> given_, made_;  // sizes of images, by place
 };
 
 }  // namespace sparsekd::cpu

@@ -31,15 +31,6 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // Even, so that rows begin at a 32-byte sector; but a single column lies in one piece.
 int64_t lane_columns(int64_t columns) { return columns == 1 ? 1 : round_up(columns, 2); }
 
-int phases_of(const TapAxis& axis) {
-  int most = 0;
-  for (int r = 0; r < axis.kernel; ++r) {
-    const int t = axis.add + r * axis.mult;
-    if (t % axis.div == 0) most = std::max(most, (t / axis.div - axis.least) % axis.stride);
-  }
-  return most + 1;
-}
-
 // The zeros that each row of the staged columns begins and ends with, at whatever phase, of which one may serve both it
 // and a neighbour.
 int64_t shared_zeros(const TapAxis& axis, int phases, int64_t columns) {
@@ -165,9 +156,9 @@ std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const at
 
 Choice checked_choice(const Problem& problem, int64_t n_vectors, const at::Tensor& output) {
   const std::optional<Choice> chosen = choose(problem, n_vectors, output);
-  TORCH_CHECK_NOT_IMPLEMENTED(chosen, "Expected a kernel whose reach (dilation * (size - 1), here ",
-                              problem.axes[0].most, " by ", problem.axes[1].most,
-                              ") fits a tile in shared memory: conv2d on cuda has no kernel for it");
+  TORCH_CHECK_NOT_IMPLEMENTED(chosen,
+                              "Expected a kernel whose reach, dilation * (size - 1), fits a tile in shared memory for "
+                              "conv2d on cuda, got ", problem.axes[0].most, " by ", problem.axes[1].most);
   return *chosen;
 }
 
@@ -254,38 +245,17 @@ void run_to_planes(Call& call, const Problem& problem, const Pattern& pattern, c
   const Choice c = checked_choice(problem, pattern.col.size(0), output);
   const int64_t slices = problem.interleaved ? 4 : ceil_div(problem.vector, c.variant.vector);
   const int64_t slices_per_group = problem.row_groups * slices / problem.groups;
-  const int64_t blocks = ceil_div(problem.channels_per_group(), c.block_channels);
   const int64_t limit = std::numeric_limits<int32_t>::max();
   const at::Tensor lanes = to_lanes(call, c.lanes, problem.axes, input, "lanes");
   const Records records = make_records(call, problem, pattern, c, int(slices), c.variant.vector);
 
   const int64_t warps = std::clamp<int64_t>(ceil_div(slices_per_group, c.variant.groups), 1, kConv2dWarps);
   Conv2dParams p{};
-  p.lanes = c.lanes;
-  std::copy_n(problem.axes, 2, p.axes);
-  p.input = lanes.const_data_ptr<float>();
-  p.records = records.records.const_data_ptr<uint8_t>();
-  p.starts = records.starts.const_data_ptr<int32_t>();
-  p.order = records.order.const_data_ptr<int32_t>();
-  p.row_indices = static_cast<const int32_t*>(data_of(pattern.rows));
-  p.slices = int(slices);
+  describe(p, problem, pattern, c, records, lanes, slices);
   p.slices_per_group = int(slices_per_group);
-  p.vector = int(problem.vector);
-  p.rows_per_group = int(problem.out_channels / problem.groups);
-  p.out_channels = int(problem.out_channels);
-  p.channels_per_group = int(problem.channels_per_group());
-  p.block_channels = int(c.block_channels);
-  p.blocks = int(blocks);
   p.n_records = int(pattern.col.size(0) * slices);
-  p.tile_h = c.tile_h;
-  p.tile_w = c.tile_w;
-  p.tiles_h = c.tiles_h;
-  p.tiles_w = c.tiles_w;
-  p.tile_rows = c.tile_rows;
-  p.tile_columns = c.tile_columns;
   p.step = c.step;
   p.run_length = c.run_length;
-  p.plane = c.plane;
   p.row_blocks = int(ceil_div(slices_per_group, warps * c.variant.groups));
   p.scale = data_of(finish.scale);
   p.shift = data_of(finish.shift);
@@ -343,7 +313,7 @@ at::Tensor run_conv2d(const at::Tensor& input, const at::Tensor& values, const a
   Finish finish{checked_channels(scale, "scale", input, out_channels),
                 checked_channels(shift, shift_name, input, out_channels), {}, activation};
   const auto format = input.suggest_memory_format();
-  const int64_t size[] = {shape.batch, out_channels, shape.output[0], shape.output[1]};
+  const auto size = shape.output_size();
   if (residual) {
     check_residual(*residual, size, input);
     finish.residual = residual->contiguous(format);

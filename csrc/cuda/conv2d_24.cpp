@@ -71,7 +71,7 @@ at::Tensor run(const at::Tensor& input, const at::Tensor& values, const at::Tens
   const Conv2dShape& conv = shape.conv;
   const at::Tensor scales = checked_channels(scale, "scale", input, out_channels);
   const at::Tensor shifts = checked_channels(shift, shift_name, input, out_channels);
-  const int64_t size[] = {conv.batch, out_channels, conv.output[0], conv.output[1]};
+  const auto size = conv.output_size();
   if (residual) check_residual(*residual, size, input);
   const int64_t limit = std::numeric_limits<int32_t>::max(), pixels = conv.batch * conv.output[0] * conv.output[1];
   for (int d = 0; d < 2; ++d) {

@@ -96,7 +96,8 @@ at::Tensor conv2d_planned_cuda(const at::Tensor& input, const at::Tensor& values
   TensorOperands operands{in_lanes ? lanes_in_order(input) : input, values.contiguous(), plan,
                           rows.value_or(at::Tensor()), checked_channels(scale, "scale", input, out_channels),
                           checked_channels(shift, "shift", input, out_channels), {}, {}, activation_of(activation)};
-  std::vector<int64_t> size{batch, out_channels, shape.output[0], shape.output[1]};
+  const auto images = shape.output_size();
+  std::vector<int64_t> size(images.begin(), images.end());
   if (to_lanes) {
     size[0] = ceil_div(batch, kLanes);
     size.push_back(kLanes);

@@ -66,8 +66,6 @@ Source source_of_images(Call& call, const TensorProblem& problem, const Tile& ti
           {{1, int(rows), 0, int(tile.phases[0] * rows)}, {1, int(columns), 0, int(pitch)}}};
 }
 
-const void* pointer(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
-
 }  // namespace
 
 TensorDevice tensor_device(Call& call, const at::Tensor& on) {
@@ -94,7 +92,7 @@ at::Tensor make_plan(Call& call, const TensorProblem& problem, const Tiling& til
   call.writes(sorted, "sorted");
   TensorPatternParams p{};
   p.crow = crow.const_data_ptr<int32_t>();
-  p.col = static_cast<const int32_t*>(pointer(col));
+  p.col = static_cast<const int32_t*>(data_of(col));
   p.row_groups = int(problem.row_groups);
   p.row_groups_per_group = int(problem.row_groups / problem.groups);
   p.slices = int(tile.slices);
@@ -129,7 +127,7 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   const at::Tensor fragments = at::empty({tile.n_octets, int64_t(tiling.variant.rows) * 8}, input.options());
   call.writes(fragments, "fragments");
   const TensorPlan plan = tile.plan(operands.plan);
-  const TensorValuesParams values{pointer(operands.values), plan.columns, int(tile.n_octets), int(problem.n_vectors),
+  const TensorValuesParams values{data_of(operands.values), plan.columns, int(tile.n_octets), int(problem.n_vectors),
                                   int(problem.vector), int(tile.slices), fragments.mutable_data_ptr()};
   call.launched(sparsekd_tensor_values(&values, tiling.variant.rows, call.stream()));
 
@@ -142,7 +140,7 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   std::copy_n(tile.phases, 2, p.phases);
   p.last_whole_phase = problem.axes[0].most % problem.axes[0].stride;
   p.plan = plan;
-  p.row_indices = static_cast<const int32_t*>(pointer(operands.rows));
+  p.row_indices = static_cast<const int32_t*>(data_of(operands.rows));
   p.fragments = fragments.const_data_ptr();
   p.all_slices = int(tile.all_slices);
   p.slices = int(tile.slices);
@@ -175,9 +173,9 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.lane_pitch = joined_lane_pitch(tiling.tile_h * tiling.tile_w, tiling.variant.rows);
   p.row_pitch = joined_row_pitch(p.lane_pitch, tiling.variant.rows);
   p.joined = !to_lanes && output.is_contiguous() && tiling.tile_w == problem.axes[1].positions;
-  p.scale = pointer(operands.scale);
-  p.shift = pointer(operands.shift);
-  p.residual = pointer(operands.residual);
+  p.scale = data_of(operands.scale);
+  p.shift = data_of(operands.shift);
+  p.residual = data_of(operands.residual);
   p.activation = operands.activation;
   p.dtype = dtype_of(output);
   p.output = output.mutable_data_ptr();

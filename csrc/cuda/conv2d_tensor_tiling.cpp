@@ -14,15 +14,6 @@ namespace {
 constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
 constexpr int64_t kFar = 1 << 20;  // more vectors than any shared memory holds
 
-int phases_of_taps(const TapAxis& axis) {
-  int most = 0;
-  for (int r = 0; r < axis.kernel; ++r) {
-    const int t = axis.add + r * axis.mult;
-    if (t % axis.div == 0) most = std::max(most, (t / axis.div - axis.least) % axis.stride);
-  }
-  return most + 1;
-}
-
 int64_t slice_rows(int64_t vector) { return vector > 32 ? 64 : vector > 16 ? 32 : vector > 8 ? 16 : 8; }
 
 int64_t in_fours(int64_t ints) { return ceil_div(ints, int64_t(4)) * 4; }
@@ -49,8 +40,8 @@ std::vector<int64_t> Tiling::numbers() const {
 Tile tile_of(const TensorProblem& problem, const Tiling& tiling) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
   Tile tile{};
-  tile.phases[0] = phases_of_taps(ay);
-  tile.phases[1] = phases_of_taps(ax);
+  tile.phases[0] = phases_of(ay);
+  tile.phases[1] = phases_of(ax);
   tile.tile_rows = tiling.tile_h + ay.most / ay.stride;
   tile.tile_columns = tiling.tile_w + ax.most / ax.stride;
   tile.last_place = int(std::min<int64_t>(

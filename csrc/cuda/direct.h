@@ -26,6 +26,16 @@ inline double sectors_of_each(int64_t element_size, int64_t elements, int64_t ap
   return static_cast<double>(bytes + 32 - border) / static_cast<double>(elements) / 32;
 }
 
+// The phases of a stride that taps read, up to the last of them.
+inline int phases_of(const TapAxis& axis) {
+  int most = 0;
+  for (int r = 0; r < axis.kernel; ++r) {
+    const int t = axis.add + r * axis.mult;
+    if (t % axis.div == 0) most = std::max(most, (t / axis.div - axis.least) % axis.stride);
+  }
+  return most + 1;
+}
+
 // What one launch of the convolution computes.
 struct Problem {
   int64_t batch, in_channels, out_channels, groups, vector, row_groups;
@@ -87,6 +97,33 @@ at::Tensor to_lanes(Call& call, const Lanes& lanes, const TapAxis (&axes)[2], co
                     const char* name);
 Records make_records(Call& call, const Problem& problem, const Pattern& pattern, const Choice& choice, int slices,
                      int kernel_vector);
+
+// What the parameters of the convolution and of its weight gradient have in common. `lanes` are the input's.
+template <class Params>
+void describe(Params& p, const Problem& problem, const Pattern& pattern, const Choice& choice, const Records& records,
+              const at::Tensor& lanes, int64_t slices) {
+  p.lanes = choice.lanes;
+  std::copy_n(problem.axes, 2, p.axes);
+  p.input = lanes.const_data_ptr<float>();
+  p.records = records.records.const_data_ptr<uint8_t>();
+  p.starts = records.starts.const_data_ptr<int32_t>();
+  p.order = records.order.const_data_ptr<int32_t>();
+  p.row_indices = static_cast<const int32_t*>(data_of(pattern.rows));
+  p.slices = int(slices);
+  p.vector = int(problem.vector);
+  p.rows_per_group = int(problem.out_channels / problem.groups);
+  p.out_channels = int(problem.out_channels);
+  p.channels_per_group = int(problem.channels_per_group());
+  p.block_channels = int(choice.block_channels);
+  p.blocks = int(ceil_div(problem.channels_per_group(), choice.block_channels));
+  p.tile_h = choice.tile_h;
+  p.tile_w = choice.tile_w;
+  p.tiles_h = choice.tiles_h;
+  p.tiles_w = choice.tiles_w;
+  p.tile_rows = choice.tile_rows;
+  p.tile_columns = choice.tile_columns;
+  p.plane = choice.plane;
+}
 
 // grad_values [n_vectors, V] of one convolution.
 void run_weight_grad(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input,

@@ -75,12 +75,9 @@ at::Tensor conv2d_input_grad_cuda(const at::Tensor& grad_output, const at::Tenso
                                   at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   check_device(grad_output, "grad_output");
   check_type(grad_output, "grad_output");
-  check_dim(grad_output, "grad_output", 4);
-  const int64_t out_channels = grad_output.size(1);
-  const Conv2dShape shape = checked_shape(input_size, out_channels, kernel_size, stride, padding, dilation, groups);
-  const int64_t size[] = {shape.batch, out_channels, shape.output[0], shape.output[1]};
-  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(size), "Expected grad_output of shape ",
-                    at::IntArrayRef(size), ", got ", grad_output.sizes());
+  const Conv2dShape shape =
+      checked_grad_shape(grad_output, input_size, kernel_size, stride, padding, dilation, groups);
+  const int64_t out_channels = shape.out_channels;
   check_values(values, grad_output, "grad_output", col);
   checked_row_groups(crow, col, rows, grad_output, out_channels, groups, values.size(1));
   const Pattern pattern = transposed(values, crow, col, rows, transpose, out_channels, shape.in_channels, shape.taps(),

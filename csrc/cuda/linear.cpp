@@ -33,15 +33,11 @@ at::Tensor linear_cuda(const at::Tensor& input, const at::Tensor& values, const 
   check_type(input, "input");
   check_dim(input, "input", 2);
   check_values(values, input, "input", col);
-  if (bias) {
-    check_dim(*bias, "bias", 1);
-    check_size(*bias, "bias", 0, out_features, "output features");
-    check_same(*bias, "bias", input, "input");
-  }
+  const Finish finish{{}, checked_channels(bias, "bias", input, out_features, "output features"), {},
+                      Activation::none};
   const int64_t row_groups = checked_row_groups(crow, col, rows, input, out_features, 1, values.size(1));
   const at::Tensor output = at::empty({input.size(0), out_features}, input.options());
   if (output.numel() == 0) return output;
-  const Finish finish{{}, bias ? bias->contiguous() : at::Tensor(), {}, Activation::none};
   const Pattern pattern{values.contiguous(), crow, col, {}, rows.value_or(at::Tensor()), {}};
   Call call(input);
   call.reads(input, "input");

@@ -37,32 +37,12 @@ void run_weight_grad(Call& call, const Problem& problem, const Pattern& pattern,
   const int64_t groups = weight_grad_groups(c.variant);
   const int64_t warps = std::clamp<int64_t>(ceil_div(slices_per_group, groups), 1, kConv2dWarps);
   WeightGradParams p{};
-  p.lanes = c.lanes;
-  std::copy_n(problem.axes, 2, p.axes);
-  p.input = input_lanes.const_data_ptr<float>();
+  describe(p, problem, pattern, c, records, input_lanes, slices);
   p.grad = grad_lanes.const_data_ptr<float>();
   p.grad_columns = of_output.columns;
   p.grad_plane = of_output.plane;
-  p.records = records.records.const_data_ptr<uint8_t>();
-  p.starts = records.starts.const_data_ptr<int32_t>();
-  p.order = records.order.const_data_ptr<int32_t>();
-  p.row_indices = static_cast<const int32_t*>(data_of(pattern.rows));
   p.row_groups_per_group = int(row_groups_per_group);
-  p.vector = int(problem.vector);
-  p.slices = int(slices);
-  p.rows_per_group = int(problem.out_channels / problem.groups);
-  p.out_channels = int(problem.out_channels);
-  p.channels_per_group = int(problem.channels_per_group());
-  p.block_channels = int(c.block_channels);
-  p.blocks = int(ceil_div(problem.channels_per_group(), c.block_channels));
   p.n_records = int(n_vectors);
-  p.tile_h = c.tile_h;
-  p.tile_w = c.tile_w;
-  p.tiles_h = c.tiles_h;
-  p.tiles_w = c.tiles_w;
-  p.tile_rows = c.tile_rows;
-  p.tile_columns = c.tile_columns;
-  p.plane = c.plane;
   p.row_blocks = int(ceil_div(slices_per_group, warps * groups));
   const int64_t tiles = int64_t(c.lanes.units) * p.tiles_h * p.tiles_w;
   const int64_t grid_y = problem.groups * p.row_blocks;
@@ -90,13 +70,10 @@ at::Tensor conv2d_weight_grad_cuda(const at::Tensor& input, const at::Tensor& gr
                                    at::IntArrayRef dilation, int64_t groups) {
   check_device(input, "input");
   check_type(input, "input");
-  check_dim(grad_output, "grad_output", 4);
   check_same(grad_output, "grad_output", input, "input");
-  const int64_t out_channels = grad_output.size(1);
-  const Conv2dShape shape = checked_shape(input.sizes(), out_channels, kernel_size, stride, padding, dilation, groups);
-  const int64_t size[] = {shape.batch, out_channels, shape.output[0], shape.output[1]};
-  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(size), "Expected grad_output of shape ",
-                    at::IntArrayRef(size), ", got ", grad_output.sizes());
+  const Conv2dShape shape =
+      checked_grad_shape(grad_output, input.sizes(), kernel_size, stride, padding, dilation, groups);
+  const int64_t out_channels = shape.out_channels;
   const int64_t row_groups = checked_row_groups(crow, col, rows, input, out_channels, groups, vector);
   const at::Tensor grad_values = at::empty({col.size(0), vector}, input.options());
   if (grad_values.numel() == 0) return grad_values;

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..measure import tuned
 from ..measure.machine import clock, identity
+from ..measure.report import LayerTimes
 from ..measure.timing import compare, speedup
 from . import cost_model, formats
 from .modules import SparseConv1d, SparseConv2d, SparseLinear, SparseModule
@@ -32,26 +33,8 @@ KINDS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What was chosen for one layer, and why. Times are milliseconds per forward, 0.0 where none is known."""
-
-    name: str
-    kind: str  # "Conv1d", "Conv2d" or "Linear"
-    kernel: str  # "sparse" or "dense"
-    reason: str
-    shape: tuple[int, ...] = ()  # of the input
-    sparsity: float = 0.0
-    vector: int = 0
-    dense_ms: float = 0.0  # the better of the two dense ways
-    dense_as: str = ""
-    sparse_ms: float = 0.0
-    speedup: float = 0.0
-    speedup_low: float = 0.0
-    speedup_high: float = 0.0
-    dense_bytes: int = 0
-    sparse_bytes: int = 0
-    source: str = ""  # of the times: "measured", "kept" (measured before, from disk) or "predicted"
-    error: float = 0.0  # of a predicted speed-up: in half of the layers it is less off than this, relatively
+class Choice(LayerTimes):
+    """What was chosen for one layer."""
 
     def kept_dense(self, reason: str) -> Choice:
         return replace(self, kernel="dense", reason=reason)

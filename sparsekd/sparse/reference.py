@@ -1,4 +1,8 @@
-"""What each operator means, in plain PyTorch on the dense weight: the oracle that every kernel is tested against."""
+"""What each operator means, in plain PyTorch on the dense weight: the oracle that every kernel is tested against.
+
+Arguments are those of the operator, in its order (``csrc/ops.cpp``); a convolution's end in ``out_channels``,
+``kernel_size`` and ``geometry``: stride, padding, dilation, groups.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,11 @@ def conv2d_reference(
     bias: Tensor | None,
     out_channels: int,
     kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
+    *geometry: object,
 ) -> Tensor:
-    shape = (out_channels, input.shape[1] // groups, *kernel_size)
-    weight = unpack(values, crow_indices, col_indices, row_indices, shape, groups)
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    shape = (out_channels, input.shape[1] // geometry[-1], *kernel_size)
+    weight = unpack(values, crow_indices, col_indices, row_indices, shape, geometry[-1])
+    return F.conv2d(input, weight, bias, *geometry)
 
 
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
@@ -42,10 +43,9 @@ def conv2d_fused_reference(
     shift: Tensor | None,
     residual: Tensor | None,
     activation: str,
-    out_channels: int,
     *geometry: object,
 ) -> Tensor:
-    output = conv2d_reference(input, values, crow_indices, col_indices, row_indices, None, out_channels, *geometry)
+    output = conv2d_reference(input, values, crow_indices, col_indices, row_indices, None, *geometry)
     return _finished(output, scale, shift, residual, activation)
 
 
@@ -56,13 +56,10 @@ def conv2d_24_reference(
     bias: Tensor | None,
     out_channels: int,
     kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
+    *geometry: object,
 ) -> Tensor:
-    weight = unpack_24(values, metadata, (out_channels, input.shape[1] // groups, *kernel_size), groups)
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    weight = unpack_24(values, metadata, (out_channels, input.shape[1] // geometry[-1], *kernel_size), geometry[-1])
+    return F.conv2d(input, weight, bias, *geometry)
 
 
 def conv2d_24_fused_reference(
@@ -73,12 +70,9 @@ def conv2d_24_fused_reference(
     shift: Tensor | None,
     residual: Tensor | None,
     activation: str,
-    out_channels: int,
     *geometry: object,
 ) -> Tensor:
-    return _finished(
-        conv2d_24_reference(input, values, metadata, None, out_channels, *geometry), scale, shift, residual, activation
-    )
+    return _finished(conv2d_24_reference(input, values, metadata, None, *geometry), scale, shift, residual, activation)
 
 
 def _finished(
@@ -97,14 +91,11 @@ def conv2d_input_grad_reference(
     row_indices: Tensor | None,
     input_size: tuple[int, int, int, int],
     kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
+    *geometry: object,
 ) -> Tensor:
-    shape = (grad_output.shape[1], input_size[1] // groups, *kernel_size)
-    weight = unpack(values, crow_indices, col_indices, row_indices, shape, groups)
-    return torch.nn.grad.conv2d_input(list(input_size), weight, grad_output, stride, padding, dilation, groups)
+    shape = (grad_output.shape[1], input_size[1] // geometry[-1], *kernel_size)
+    weight = unpack(values, crow_indices, col_indices, row_indices, shape, geometry[-1])
+    return torch.nn.grad.conv2d_input(list(input_size), weight, grad_output, *geometry)
 
 
 def conv2d_weight_grad_reference(
@@ -115,14 +106,11 @@ def conv2d_weight_grad_reference(
     row_indices: Tensor | None,
     vector: int,
     kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
+    *geometry: object,
 ) -> Tensor:
-    size = [grad_output.shape[1], input.shape[1] // groups, *kernel_size]
-    dense = torch.nn.grad.conv2d_weight(input, size, grad_output, stride, padding, dilation, groups)
-    return gather(dense, crow_indices, col_indices, row_indices, vector, groups)
+    size = [grad_output.shape[1], input.shape[1] // geometry[-1], *kernel_size]
+    dense = torch.nn.grad.conv2d_weight(input, size, grad_output, *geometry)
+    return gather(dense, crow_indices, col_indices, row_indices, vector, geometry[-1])
 
 
 def linear_reference(

@@ -59,20 +59,7 @@ class SparseConv(SparseModule):
     def from_dense(
         cls, conv: nn.Module, mask: Tensor | None = None, vector: int | str = 1, permute: bool | Tensor = False
     ):
-        """Packs ``conv``; the original is left as it is.
-
-        Args:
-            conv: the plain module.
-            mask: bool, the weight's shape, True = keep (the kept weights may be 0). None takes the weight's zeros; a
-                vector is then kept when any of its weights is non-zero.
-            vector: V, or "auto": the largest V whose groups of consecutive output channels share their columns. Output
-                channels need not be a multiple of V.
-            permute: True groups equal output channels that are not neighbours; or the permutation to use.
-
-        Raises:
-            TypeError: not torch's module, one with another forward, a complex weight, or a mask that is not bool.
-            ValueError: a mask of another shape, or one that does not fit V; a lazy module that has seen no input.
-        """
+        """Packs ``conv``; arguments and errors as in :meth:`SparseConv2d.from_dense`."""
         check_plain(conv, cls._kind, "forward", "_conv_forward")
         module = cls.__new__(cls)
         nn.Module.__init__(module)

@@ -8,14 +8,7 @@ from torch import Tensor
 from .arguments import convolution, prepared, residual_of
 from .conv2d_planned import Plan
 from .registered import OPS, check_device
-from .rules import (
-    check_same_device,
-    like,
-    output_size,
-    register_for_inference,
-    register_gradient,
-    save_factors,
-)
+from .rules import check_same_device, convolved, like, register_bilinear, register_for_inference
 
 
 def conv2d(
@@ -134,38 +127,27 @@ def transpose_pattern(
 
 
 @torch.library.register_fake("sparsekd::conv2d")
-def _conv2d_fake(
-    input, values, crow, col, rows, transpose, bias, out_channels, kernel_size, stride, padding, dilation, groups
-):
+def _conv2d_fake(input, values, crow, col, rows, transpose, bias, *geometry):
     check_same_device(
         input, {"values": values, "crow_indices": crow, "col_indices": col, "row_indices": rows, "bias": bias}
     )
-    size = output_size(input, kernel_size, stride, padding, dilation)
-    return like(input, (input.shape[0], out_channels, *size))
+    return convolved(input, *geometry)
 
 
 @torch.library.register_fake("sparsekd::conv2d_fused")
-def _conv2d_fused_fake(
-    input, values, crow, col, rows, scale, shift, residual, activation, out_channels, kernel_size, stride, padding,
-    dilation, groups
-):  # fmt: skip
+def _conv2d_fused_fake(input, values, crow, col, rows, scale, shift, residual, activation, *geometry):
     check_same_device(input, {"scale": scale, "shift": shift, "residual": residual})
-    geometry = (out_channels, kernel_size, stride, padding, dilation, groups)
     return _conv2d_fake(input, values, crow, col, rows, None, None, *geometry)
 
 
 @torch.library.register_fake("sparsekd::conv2d_input_grad")
-def _conv2d_input_grad_fake(
-    grad_output, values, crow, col, rows, transpose, input_size, kernel_size, stride, padding, dilation, groups
-):
+def _conv2d_input_grad_fake(grad_output, values, crow, col, rows, transpose, input_size, *geometry):
     check_same_device(grad_output, {"values": values, "crow_indices": crow, "col_indices": col, "row_indices": rows})
     return like(grad_output, tuple(input_size))
 
 
 @torch.library.register_fake("sparsekd::conv2d_weight_grad")
-def _conv2d_weight_grad_fake(
-    input, grad_output, crow, col, rows, vector, kernel_size, stride, padding, dilation, groups
-):
+def _conv2d_weight_grad_fake(input, grad_output, crow, col, rows, vector, *geometry):
     check_same_device(
         input, {"grad_output": grad_output, "crow_indices": crow, "col_indices": col, "row_indices": rows}
     )
@@ -181,59 +163,5 @@ def _transpose_pattern_fake(crow, col, rows, vector, out_channels, in_channels, 
     return crow.new_empty((torch.library.get_ctx().new_dynamic_size(),))
 
 
-# conv2d is linear in (input) and in (values); writing f for conv2d, f_x for the input gradient and f_w for the weight
-# gradient, <f(x, w), g> = <x, f_x(g, w)> = <w, f_w(x, g)>. So the gradient of each is one of the other two.
-
-
-def _conv2d_setup(ctx, inputs, output):
-    input, values, crow, col, rows, transpose, bias, out_channels, *ctx.geometry = inputs
-    save_factors(ctx, input, values, crow, col, rows, transpose)
-    ctx.input_size, ctx.vector = input.shape, values.shape[1]
-
-
-def _conv2d_backward(ctx, grad):
-    input, values, crow, col, rows, transpose = ctx.saved_tensors
-    grad_input = grad_values = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_input = OPS.conv2d_input_grad(grad, values, crow, col, rows, transpose, ctx.input_size, *ctx.geometry)
-    if ctx.needs_input_grad[1]:
-        grad_values = OPS.conv2d_weight_grad(input, grad, crow, col, rows, ctx.vector, *ctx.geometry)
-    if ctx.needs_input_grad[6]:
-        grad_bias = grad.sum((0, 2, 3))
-    return grad_input, grad_values, None, None, None, None, grad_bias, *[None] * 6
-
-
-def _conv2d_input_grad_setup(ctx, inputs, output):
-    grad_output, values, crow, col, rows, transpose, _, *ctx.geometry = inputs
-    ctx.save_for_backward(grad_output, values, crow, col, rows, transpose)
-
-
-def _conv2d_input_grad_backward(ctx, grad):
-    grad_output, values, crow, col, rows, transpose = ctx.saved_tensors
-    to_grad_output = to_values = None
-    if ctx.needs_input_grad[0]:
-        to_grad_output = OPS.conv2d(grad, values, crow, col, rows, transpose, None, grad_output.shape[1], *ctx.geometry)
-    if ctx.needs_input_grad[1]:
-        to_values = OPS.conv2d_weight_grad(grad, grad_output, crow, col, rows, values.shape[1], *ctx.geometry)
-    return to_grad_output, to_values, *[None] * 10
-
-
-def _conv2d_weight_grad_setup(ctx, inputs, output):
-    input, grad_output, crow, col, rows, _, *ctx.geometry = inputs
-    ctx.save_for_backward(input, grad_output, crow, col, rows)
-
-
-def _conv2d_weight_grad_backward(ctx, grad):
-    input, grad_output, crow, col, rows = ctx.saved_tensors
-    to_input = to_grad_output = None
-    if ctx.needs_input_grad[0]:
-        to_input = OPS.conv2d_input_grad(grad_output, grad, crow, col, rows, None, input.shape, *ctx.geometry)
-    if ctx.needs_input_grad[1]:
-        to_grad_output = OPS.conv2d(input, grad, crow, col, rows, None, None, grad_output.shape[1], *ctx.geometry)
-    return to_input, to_grad_output, *[None] * 9
-
-
-register_gradient("conv2d", _conv2d_setup, _conv2d_backward)
-register_gradient("conv2d_input_grad", _conv2d_input_grad_setup, _conv2d_input_grad_backward)
-register_gradient("conv2d_weight_grad", _conv2d_weight_grad_setup, _conv2d_weight_grad_backward)
+register_bilinear("conv2d", lambda input: input.shape)
 register_for_inference("conv2d_fused", instead="conv2d")

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..formats_24 import gather_24, unpack_24
 from .arguments import convolution, prepared, residual_of
 from .registered import OPS, check_device
-from .rules import check_same_device, like, output_size, register_for_inference, register_gradient
+from .rules import check_same_device, convolved, register_for_inference, register_gradient
 
 
 def conv2d_24(
@@ -75,21 +75,14 @@ def conv2d_24_fused(
 
 
 @torch.library.register_fake("sparsekd::conv2d_24")
-def _conv2d_24_fake(
-    input, values, metadata, bias, out_channels, kernel_size, stride, padding, dilation, groups
-):  # fmt: skip
+def _conv2d_24_fake(input, values, metadata, bias, *geometry):
     check_same_device(input, {"values": values, "metadata": metadata, "bias": bias})
-    size = output_size(input, kernel_size, stride, padding, dilation)
-    return like(input, (input.shape[0], out_channels, *size))
+    return convolved(input, *geometry)
 
 
 @torch.library.register_fake("sparsekd::conv2d_24_fused")
-def _conv2d_24_fused_fake(
-    input, values, metadata, scale, shift, residual, activation, out_channels, kernel_size, stride, padding, dilation,
-    groups
-):  # fmt: skip
+def _conv2d_24_fused_fake(input, values, metadata, scale, shift, residual, activation, *geometry):
     check_same_device(input, {"scale": scale, "shift": shift, "residual": residual})
-    geometry = (out_channels, kernel_size, stride, padding, dilation, groups)
     return _conv2d_24_fake(input, values, metadata, None, *geometry)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .arguments import autocast
 from .registered import OPS, call, check_device
-from .rules import check_same_device, register_gradient, save_factors
+from .rules import check_same_device, register_bilinear
 
 
 def linear(
@@ -64,54 +64,4 @@ def _linear_weight_grad_fake(input, grad_output, crow, col, rows, vector):
     return input.new_empty((col.shape[0], vector))
 
 
-def _linear_setup(ctx, inputs, output):
-    input, values, crow, col, rows, transpose, bias, _ = inputs
-    save_factors(ctx, input, values, crow, col, rows, transpose)
-    ctx.in_features, ctx.vector = input.shape[1], values.shape[1]
-
-
-def _linear_backward(ctx, grad):
-    input, values, crow, col, rows, transpose = ctx.saved_tensors
-    grad_input = grad_values = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_input = OPS.linear_input_grad(grad, values, crow, col, rows, transpose, ctx.in_features)
-    if ctx.needs_input_grad[1]:
-        grad_values = OPS.linear_weight_grad(input, grad, crow, col, rows, ctx.vector)
-    if ctx.needs_input_grad[6]:
-        grad_bias = grad.sum(0)
-    return grad_input, grad_values, None, None, None, None, grad_bias, None
-
-
-def _linear_input_grad_setup(ctx, inputs, output):
-    grad_output, values, crow, col, rows, transpose, _ = inputs
-    ctx.save_for_backward(grad_output, values, crow, col, rows, transpose)
-
-
-def _linear_input_grad_backward(ctx, grad):
-    grad_output, values, crow, col, rows, transpose = ctx.saved_tensors
-    to_grad_output = to_values = None
-    if ctx.needs_input_grad[0]:
-        to_grad_output = OPS.linear(grad, values, crow, col, rows, transpose, None, grad_output.shape[1])
-    if ctx.needs_input_grad[1]:
-        to_values = OPS.linear_weight_grad(grad, grad_output, crow, col, rows, values.shape[1])
-    return to_grad_output, to_values, *[None] * 5
-
-
-def _linear_weight_grad_setup(ctx, inputs, output):
-    input, grad_output, crow, col, rows, _ = inputs
-    ctx.save_for_backward(input, grad_output, crow, col, rows)
-
-
-def _linear_weight_grad_backward(ctx, grad):
-    input, grad_output, crow, col, rows = ctx.saved_tensors
-    to_input = to_grad_output = None
-    if ctx.needs_input_grad[0]:
-        to_input = OPS.linear_input_grad(grad_output, grad, crow, col, rows, None, input.shape[1])
-    if ctx.needs_input_grad[1]:
-        to_grad_output = OPS.linear(input, grad, crow, col, rows, None, None, grad_output.shape[1])
-    return to_input, to_grad_output, *[None] * 4
-
-
-register_gradient("linear", _linear_setup, _linear_backward)
-register_gradient("linear_input_grad", _linear_input_grad_setup, _linear_input_grad_backward)
-register_gradient("linear_weight_grad", _linear_weight_grad_setup, _linear_weight_grad_backward)
+register_bilinear("linear", lambda input: input.shape[1])
