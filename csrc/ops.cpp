@@ -150,7 +150,7 @@ TORCH_LIBRARY(sparsekd, m) {
       .def("max_pool2d", &sparsekd::PlannedSequence::max_pool2d)
       .def("shortcut", &sparsekd::PlannedSequence::shortcut)
       .def("output", &sparsekd::PlannedSequence::output, "",
-           {torch::arg("places"), torch::arg("strips") = "auto"})
+           {torch::arg("places"), torch::arg("strips") = "auto", torch::arg("measure") = true})
       .def("in_strips", &sparsekd::PlannedSequence::in_strips)
       .def("run", &sparsekd::PlannedSequence::run);
   // Memory of activations that is used again in the next forward.

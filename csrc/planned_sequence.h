@@ -52,8 +52,9 @@ class PlannedSequence : public torch::CustomClassHolder {
   }
 
   // What run() gives, by place. Activations stay in strips where that is faster by their costs ("auto"), wherever it is
-  // possible ("always"), or "never".
-  void output(Numbers places, const std::string& strips) {
+  // possible ("always"), or "never". `measure`: where there are two ways to run a layer in strips, with the same bits, the
+  // first runs tell which is faster; else its costs do.
+  void output(Numbers places, const std::string& strips, bool measure) {
     TORCH_CHECK_VALUE(strips == "auto" || strips == "always" || strips == "never",
                       "Expected strips to be auto, always or never, got ", strips);
     for (const int64_t place : places) check_place(place);
@@ -70,7 +71,7 @@ class PlannedSequence : public torch::CustomClassHolder {
       const bool kept = std::find(outputs_.begin(), outputs_.end(), place) != outputs_.end();
       if (!kept && last[place] >= 0) ends_[last[place]].push_back(place);
     }
-    if (strips != "never") keep_strips(strips == "always");
+    if (strips != "never") keep_strips(strips == "always", measure);
   }
 
   // The steps whose results stay in strips, by place of those.
@@ -159,7 +160,7 @@ class PlannedSequence : public torch::CustomClassHolder {
   }
 
   // Makes chains of the steps whose activations stay in strips.
-  void keep_strips(bool always) {
+  void keep_strips(bool always, bool measure) {
     std::vector<cpu::StripLayer> layers;
     std::vector<cpu::StripChain::Weights> weights;
     std::vector<size_t> step_of;
@@ -222,7 +223,8 @@ class PlannedSequence : public torch::CustomClassHolder {
           if (layer.residual >= 0) strips[layer.residual] = true;
         }
         Step& step = steps_[step_at(first)];
-        step.chain = std::make_shared<cpu::StripChain>(layers, weights, region, first, last, images, strips);
+        step.chain =
+            std::make_shared<cpu::StripChain>(layers, weights, region, first, last, images, strips, measure);
         step.past = step_at(last - 1) + 1;
         chained_ = true;
       }

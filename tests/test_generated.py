@@ -144,6 +144,24 @@ def test_nothing_is_written_beside_results(large):
     assert check(net)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ways_that_are_measured_give_the_same_bits(threads):
+    before = torch.get_num_threads()
+    net = Net(torch.randn(3, 64, 28, 28))
+    place = net.add(fused(64, 64, (1, 1), density=0.1), 0)
+    for _ in range(3):
+        place = net.add(fused(64, 64, (3, 3), density=0.1), place, place)
+    try:
+        torch.set_num_threads(threads)
+        sequence = net.sequence([place])
+        assert len(sequence.in_strips()) == 4
+        for _ in range(12):  # more than are compared
+            assert torch.equal(sequence.run([net.values[0]])[0], net.values[place])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_sample_is_not_of_one_kind():
     layers = [random_layer(seed)[0].conv for seed in range(120)]
     assert {conv.vector for conv in layers} == {1, 2, 3, 4, 8, 30}

@@ -81,6 +81,7 @@ class ConvStrips : public UnitStep {
 
   // The entry of the pattern whose values are wanted at each place, [n_vectors].
   const at::Tensor& order() const { return order_; }
+  bool generated() const { return code_ != nullptr; }
   // Whether these are this layer's.
   bool fits(const at::Tensor& values, const std::optional<at::Tensor>& shift) const;
   void run(const UnitCall& call) const override;

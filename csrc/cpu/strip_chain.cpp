@@ -3,12 +3,18 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 #include "scratch.h"
 
 namespace sparsekd::cpu {
 namespace {
+
+constexpr int64_t kTrials = 8;  // runs, half of them the one and half the other way
+
+// Code is twice as large as offsets, and so leaves less room in the caches for what other layers read.
+constexpr double kCodeCosts = 1.04;
 
 at::Tensor empty_floats(at::IntArrayRef size) { return empty_large(size, at::kFloat, kHugePage); }
 
@@ -38,7 +44,7 @@ void StripChain::want_strips(Built& built, int64_t place, int64_t channels) {
   const Strips strips{layout, built.region.channels[place], before || built.strips_wanted[place]};
   if (!strips_.try_emplace(place, strips).second || before) return;
   Op op;
-  op.step = to_strips(layout, channels);
+  op.way = way_of(to_strips(layout, channels));
   op.input = op.output = place;
   op.from_images = true;
   given_[place] = {layout.batch, channels, layout.image[0], layout.image[1]};
@@ -47,7 +53,7 @@ void StripChain::want_strips(Built& built, int64_t place, int64_t channels) {
 
 StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<Weights>& weights,
                        const StripRegion& region, size_t first, size_t last, const std::vector<bool>& images_wanted,
-                       const std::vector<bool>& strips_wanted) {
+                       const std::vector<bool>& strips_wanted, bool measures) {
   Built built{region, strips_wanted, std::vector<bool>(region.layouts.size(), false)};
   for (size_t i = 0; i < first; ++i) built.before[layers[region.members[i].layer].output] = true;
   for (size_t i = first; i < last; ++i) {
@@ -71,13 +77,16 @@ StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<
     if (layer.residual >= 0) want_strips(built, layer.residual, shape.out_channels);
     Op op;
     if (!layer.convolves()) {
-      op.step = pool_strips(layer, input, output);
+      op.way = way_of(pool_strips(layer, input, output));
     } else {
-      auto conv = std::make_unique<ConvStrips>(layer, member.source, member.grid, input, member.from_channels, output);
-      op.conv = conv.get();
+      auto by = [&](const Grid& grid) {
+        return way_of(
+            std::make_unique<ConvStrips>(layer, member.source, grid, input, member.from_channels, output));
+      };
+      op.way = by(member.grid);
+      if (measures && member.other) op.other = by(*member.other);
+      if (op.other) trials_ = kTrials;
       op.weights = weights[member.layer];
-      op.ordered = std::make_unique<OrderedValues>(conv->order());
-      op.step = std::move(conv);
     }
     op.input = layer.input;
     op.residual = layer.residual;
@@ -89,13 +98,46 @@ StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<
     add(std::move(op));
     if (!images_wanted[layer.output]) continue;
     Op back;
-    back.step = from_strips(output, shape.out_channels);
+    back.way = way_of(from_strips(output, shape.out_channels));
     back.input = back.output = layer.output;
     back.to_images = true;
     made_[layer.output] = shape.output_size();
     add(std::move(back));
   }
   share_memory();
+}
+
+std::shared_ptr<StripChain::Way> StripChain::way_of(std::unique_ptr<UnitStep> step) {
+  auto way = std::make_shared<Way>();
+  way->conv = dynamic_cast<const ConvStrips*>(step.get());
+  if (way->conv) way->ordered = std::make_unique<OrderedValues>(way->conv->order());
+  way->step = std::move(step);
+  return way;
+}
+
+std::pair<std::vector<std::shared_ptr<StripChain::Way>>, bool> StripChain::next_ways() const {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  const bool others = trials_ % 2 == 1;
+  std::vector<std::shared_ptr<Way>> ways;
+  ways.reserve(ops_.size());
+  for (const Op& op : ops_) ways.push_back(others && op.other ? op.other : op.way);
+  return {std::move(ways), others};
+}
+
+void StripChain::compare_ways(bool others, const std::vector<std::atomic<int64_t>>& took) const {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  if (trials_ == 0) return;
+  for (size_t i = 0; i < ops_.size(); ++i) {
+    int64_t& least = ops_[i].least[others ? 1 : 0];
+    least = std::min<int64_t>(least, took[i]);
+  }
+  if (--trials_ > 0) return;
+  for (Op& op : ops_) {
+    if (!op.other) continue;
+    auto costs = [&](const Way& way, int64_t least) { return (way.conv->generated() ? kCodeCosts : 1) * least; };
+    if (costs(*op.other, op.least[1]) < costs(*op.way, op.least[0])) op.way = op.other;
+    op.other = nullptr;
+  }
 }
 
 // Gives each place that does not outlive a unit the first gap that is free while it lives.
@@ -123,8 +165,11 @@ bool StripChain::run(std::vector<Lying>& lying) const {
   for (const auto& [place, size] : given_) {
     if (!is_cpu_floats(lying[place].images, size)) return false;
   }
-  for (const Op& op : ops_) {
-    if (op.conv && !op.conv->fits(op.weights.values, op.weights.shift)) return false;
+  const auto taken = next_ways();
+  const std::vector<std::shared_ptr<Way>>& ways = taken.first;
+  for (size_t i = 0; i < ops_.size(); ++i) {
+    const auto& [own, shift] = ops_[i].weights;
+    if (ways[i]->conv && !ways[i]->conv->fits(own, shift)) return false;
   }
   for (const auto& [place, size] : given_) lying[place].images = lying[place].images.contiguous();
   for (const auto& [place, size] : made_) lying[place].images = empty_floats(size);
@@ -135,13 +180,15 @@ bool StripChain::run(std::vector<Lying>& lying) const {
   std::vector<at::Tensor> values(ops_.size());
   std::vector<std::vector<float>> init(ops_.size());
   for (size_t i = 0; i < ops_.size(); ++i) {
-    if (!ops_[i].conv) continue;
+    if (!ways[i]->conv) continue;
     const auto& [own, shift] = ops_[i].weights;
-    values[i] = ops_[i].ordered->of(own);
+    values[i] = ways[i]->ordered->of(own);
     if (!shift) continue;
     init[i].assign(ops_[i].made, 0);
     std::copy_n(shift->const_data_ptr<float>(), shift->numel(), init[i].begin());
   }
+  using Clock = std::chrono::steady_clock;
+  std::vector<std::atomic<int64_t>> took(ops_.size());
   auto run_unit = [&](int64_t unit) {
     const Buffer<float> memory(memory_);
     // All images, or a unit's strips.
@@ -153,10 +200,13 @@ bool StripChain::run(std::vector<Lying>& lying) const {
     };
     for (size_t i = 0; i < ops_.size(); ++i) {
       const Op& op = ops_[i];
-      op.step->run({unit, at(op.input, op.from_images, op.regroups ? 0 : unit),
-                    op.from_images ? 0 : strips_.at(op.input).size(),
-                    op.residual < 0 ? nullptr : at(op.residual, false, unit), at(op.output, op.to_images, unit),
-                    op.conv ? values[i].const_data_ptr<float>() : nullptr, init[i].empty() ? nullptr : init[i].data()});
+      const auto start = Clock::now();
+      ways[i]->step->run({unit, at(op.input, op.from_images, op.regroups ? 0 : unit),
+                          op.from_images ? 0 : strips_.at(op.input).size(),
+                          op.residual < 0 ? nullptr : at(op.residual, false, unit), at(op.output, op.to_images, unit),
+                          ways[i]->conv ? values[i].const_data_ptr<float>() : nullptr,
+                          init[i].empty() ? nullptr : init[i].data()});
+      took[i] += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
     }
   };
   if (units_ >= at::get_num_threads()) {
@@ -166,6 +216,7 @@ bool StripChain::run(std::vector<Lying>& lying) const {
   } else {
     for (int64_t unit = 0; unit < units_; ++unit) run_unit(unit);
   }
+  compare_ways(taken.second, took);
   return true;
 }
 

@@ -2,9 +2,13 @@
 // the caches when the next one reads it.
 #pragma once
 #include <array>
+#include <atomic>
+#include <limits>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "in_strips.h"
@@ -25,20 +29,25 @@ class StripChain {
   };
 
   // The layers are those of the region's members `first` .. `last` - 1. By place: whether somebody reads its images, or
-  // its strips after this chain.
+  // its strips after this chain. `measures`: where there are two ways to run a layer, the first runs tell which stays.
   StripChain(const std::vector<StripLayer>& layers, const std::vector<Weights>& weights, const StripRegion& region,
-             size_t first, size_t last, const std::vector<bool>& images_wanted, const std::vector<bool>& strips_wanted);
+             size_t first, size_t last, const std::vector<bool>& images_wanted, const std::vector<bool>& strips_wanted,
+             bool measures);
 
   // All layers on activations by place, to which their results are added. False, and nothing is done, if one is not
   // what the chain was made for.
   bool run(std::vector<Lying>& lying) const;
 
  private:
-  struct Op {
+  struct Way {
     std::unique_ptr<UnitStep> step;
     const ConvStrips* conv = nullptr;  // `step`, if it is one
-    Weights weights;
     std::unique_ptr<OrderedValues> ordered;
+  };
+  struct Op {
+    std::shared_ptr<Way> way, other;  // the one that is taken, and one that it is still to be compared with
+    int64_t least[2] = {std::numeric_limits<int64_t>::max(), std::numeric_limits<int64_t>::max()};  // ns, of both
+    Weights weights;
     int64_t input = -1, residual = -1, output = -1;  // places
     bool from_images = false, regroups = false, to_images = false;
     int64_t made = 0;  // channels, with those that pad rows
@@ -53,12 +62,19 @@ class StripChain {
   };
   struct Built;  // what is known while a chain is made
 
+  static std::shared_ptr<Way> way_of(std::unique_ptr<UnitStep> step);
   void want_strips(Built& built, int64_t place, int64_t channels);
   void add(Op op);
   void share_memory();
 
+  // The ways of a run, and whether they are the others; then what they took, in ns.
+  std::pair<std::vector<std::shared_ptr<Way>>, bool> next_ways() const;
+  void compare_ways(bool others, const std::vector<std::atomic<int64_t>>& took) const;
+
   int64_t units_ = 0, memory_ = 0;  // elements that a unit needs
-  std::vector<Op> ops_;
+  mutable std::mutex mutex_;         // of the ways in `ops_`, and of:
+  mutable int64_t trials_ = 0;       // runs that are still to be timed, in turns
+  mutable std::vector<Op> ops_;
   std::map<int64_t, Strips> strips_;                      // by place
   std::map<int64_t, std::array<int64_t, 4>> given_, made_;  // sizes of images, by place
 };

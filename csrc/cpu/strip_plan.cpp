@@ -65,6 +65,12 @@ Grid for_images(Grid strips, const Pair& image) {
   return strips;
 }
 
+// How a layer may be run, and if there is another way to the same bits, that.
+struct Ways {
+  Grid grid;
+  std::optional<Grid> other;
+};
+
 // A layer by itself, and in strips.
 class Layer {
  public:
@@ -86,7 +92,7 @@ class Layer {
 
   // The tiles over the strips of a grid for the output, or over their pixels in one line, and what all of it costs;
   // null if none makes sums as they are made by itself.
-  std::optional<Grid> in(const Grid& strips, StripSource source, bool one_line) {
+  std::optional<Ways> in(const Grid& strips, StripSource source, bool one_line) {
     const auto [known, added] =
         found_.try_emplace({strips.width, strips.images, strips.down, static_cast<int64_t>(source), one_line});
     if (added) known->second = search(strips, source, one_line);
@@ -98,8 +104,8 @@ class Layer {
   double alone;  // cycles
 
  private:
-  std::optional<Grid> search(const Grid& strips, StripSource source, bool one_line) const {
-    Grid grid = strips, best;
+  std::optional<Ways> search(const Grid& strips, StripSource source, bool one_line) const {
+    Grid grid = strips, best, best_code;
     const double units = ceil_div(shape.batch, strips.images);
     const double made = static_cast<double>(strips.strip[0] * strips.strip[1] * strips.lanes) * sizeof(float);
     const double read =
@@ -111,7 +117,7 @@ class Layer {
       grid.cost = far + kCollected *
                             static_cast<double>(shape.taps() * shape.out_channels * strips.strip[0] * strips.strip[1]) *
                             units;
-      return grid;
+      return Ways{grid, std::nullopt};
     }
     const TypeKernels<float>& kernels = type_kernels<float>();
     const TileShape most = kernels.lanes[strips.width].tile_shape(rows_.vector);
@@ -137,11 +143,10 @@ class Layer {
     if (one_sum(sums) && rows_.generated && strips.width == kernels.generated && within_reach(strips)) {
       for_code(work, grid, [&](const Grid& code) {
         const double cycles = cost(code);
-        if (cycles < best.cost) (best = code).cost = cycles;
+        if (cycles < best_code.cost) (best_code = code).cost = cycles;
       });
-      if (generates_always()) return found(best);
     }
-    if (strips.width >= kernels.widths) return found(best);
+    if (strips.width >= kernels.widths || (generates_always() && found(best_code))) return ways(best_code, best);
     for (int64_t lines = 1; lines <= std::min<int64_t>(most.lines, grid.strip[0]); ++lines) {
       for (int64_t width = 1; width <= std::min<int64_t>(most.positions / lines, grid.strip[1]); ++width) {
         grid.tiles = {ceil_div(grid.strip[0], lines), ceil_div(grid.strip[1], width)};
@@ -152,11 +157,14 @@ class Layer {
         if (grid.cost < best.cost) best = grid;
       }
     }
-    return found(best);
+    return best.cost < best_code.cost ? ways(best, best_code) : ways(best_code, best);
   }
 
-  static std::optional<Grid> found(const Grid& best) {
-    return best.cost < std::numeric_limits<double>::max() ? std::optional(best) : std::nullopt;
+  static bool found(const Grid& grid) { return grid.cost < std::numeric_limits<double>::max(); }
+  static std::optional<Ways> ways(const Grid& best, const Grid& other) {
+    constexpr double kUnsure = 1.7;  // how far costs may be wrong about two ways
+    if (!found(best)) return std::nullopt;
+    return Ways{best, other.cost < kUnsure * best.cost ? std::optional(other) : std::nullopt};
   }
 
   // Whether code can tell how far apart channels and their taps are.
@@ -170,7 +178,7 @@ class Layer {
   std::optional<Pattern> pattern_;
   Rows<float> rows_;
   Grid grid_;
-  std::map<GridKey, std::optional<Grid>> found_;
+  std::map<GridKey, std::optional<Ways>> found_;
 };
 
 // Places that belong together.
@@ -221,16 +229,16 @@ Gain gain_of(Layers layers, const Grid& strips, std::vector<bool> elsewhere, con
     const StripSource source = source_of(layer->of, strips, taken);
     const bool lines = source == StripSource::strips && halo[alike.of(layer->of.input)] != Pair{0, 0};
     const bool fits = !taken[layer->of.output] && (layer->of.residual < 0 || !taken[layer->of.residual]);
-    const auto grid = fits ? layer->in(for_images(strips, layer->shape.output), source, is_flat(layer->shape) && !lines)
+    const auto ways = fits ? layer->in(for_images(strips, layer->shape.output), source, is_flat(layer->shape) && !lines)
                            : std::nullopt;
-    if (!grid) {
+    if (!ways) {
       elsewhere[layer->of.input] = true;
       if (layer->of.residual >= 0) elsewhere[layer->of.residual] = true;
       layers.erase(std::find(layers.begin(), layers.end(), std::pair(index, layer)));
       return gain_of(std::move(layers), strips, std::move(elsewhere), taken);
     }
-    gain.region.members.push_back({index, source, *grid});
-    gain.cycles += layer->alone - grid->cost;
+    gain.region.members.push_back({index, source, ways->grid, ways->other});
+    gain.cycles += layer->alone - ways->grid.cost;
   }
   gain.region.layouts.resize(elsewhere.size());
   auto lay = [&](int64_t place, const Pair& image, int64_t batch, int64_t channels) {

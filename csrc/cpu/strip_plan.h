@@ -13,6 +13,9 @@ struct StripRegion {
     size_t layer;  // of those that were planned for
     StripSource source;
     Grid grid;  // of a convolution
+    // Another way to the same results, to the last bit: by rows' code or without it, as it is not in `grid`. Which one is
+    // faster is for a measurement to say.
+    std::optional<Grid> other = std::nullopt;
     // Where a regrouped input lies in another region, and the channels of its units.
     std::optional<StripLayout> from = std::nullopt;
     int64_t from_channels = 0;

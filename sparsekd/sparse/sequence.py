@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode
 
+from ..measure.tuned import mode
 from . import ops  # noqa: F401  (registers the class)
 from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d
 from .modules.plans import changes
@@ -287,7 +288,7 @@ def _sequence(
     places = {node: i for i, node in enumerate(inputs)}
     for node in run:
         places[node] = steps[node].add(sequence, places)
-    sequence.output([places[node] for node in outputs], programs.strips)
+    sequence.output([places[node] for node in outputs], programs.strips, mode() != "off")
     programs.in_strips = programs.in_strips or bool(sequence.in_strips())
     start = sequence.run
 
