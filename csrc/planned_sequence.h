@@ -52,8 +52,8 @@ class PlannedSequence : public torch::CustomClassHolder {
   }
 
   // What run() gives, by place. Activations stay in strips where that is faster by their costs ("auto"), wherever it is
-  // possible ("always"), or "never". `measure`: where there are two ways to run a layer in strips, with the same bits, the
-  // first runs tell which is faster; else its costs do.
+  // possible ("always"), or "never". `measure`: where there are two ways to run a layer in strips, with the same bits,
+  // the first runs tell which is faster; else its costs do.
   void output(Numbers places, const std::string& strips, bool measure) {
     TORCH_CHECK_VALUE(strips == "auto" || strips == "always" || strips == "never",
                       "Expected strips to be auto, always or never, got ", strips);

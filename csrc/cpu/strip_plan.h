@@ -13,8 +13,8 @@ struct StripRegion {
     size_t layer;  // of those that were planned for
     StripSource source;
     Grid grid;  // of a convolution
-    // Another way to the same results, to the last bit: by rows' code or without it, as it is not in `grid`. Which one is
-    // faster is for a measurement to say.
+    // Another way to the same results, to the last bit: by rows' code or without it, as it is not in `grid`. Which one
+    // is faster is for a measurement to say.
     std::optional<Grid> other = std::nullopt;
     // Where a regrouped input lies in another region, and the channels of its units.
     std::optional<StripLayout> from = std::nullopt;
