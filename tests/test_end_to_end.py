@@ -72,6 +72,8 @@ def test_one_output_of_several_and_no_trace():
     x = torch.randn(1, 3, 8, 8)
     model = bench.folded(Several(), x)
     assert model(x).shape == (1, 4, 6, 6)
+    # An exporter puts a network back into its root's mode: dropout would be drawn from then on.
+    assert not any(module.training for module in model.modules())
 
 
 def test_who_is_out_and_why(monkeypatch):

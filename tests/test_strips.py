@@ -94,13 +94,14 @@ def random_net(seed):
             net.add(Shortcut(of.choice([(2, 2), (2, 2), (1, 1), (1, 2)]), new), input)
             continue
         kernel = of.choice([(1, 1), (1, 1), (3, 3), (3, 3), (5, 5), (3, 1), (7, 7), (2, 2) if not small else (1, 3)])
+        depthwise = of.random() < 0.2
         layer = fused(
             value.shape[1],
-            of.choice([*channels, value.shape[1]]),
+            value.shape[1] * of.choice([1, vector]) if depthwise else of.choice([*channels, value.shape[1]]),
             kernel,
             stride=of.choice([1, 1, 1, 2]) if not small else 1,
             vector=vector,
-            groups=groups,
+            groups=value.shape[1] if depthwise else groups,
             dilation=of.choice([1, 1, 1, 2]) if min(value.shape[2:]) > 8 else 1,
             activation=of.choice(["relu", "relu", "none", "relu6", "silu"]),
             density=of.choice([0.1, 0.3, 0.6, 1.0]),
@@ -184,6 +185,25 @@ def test_rows_that_pad_and_groups():
         net.add(fused(6 * groups, 6 * groups, (1, 1), vector=vector, groups=groups), place, place)
         whole = groups == 1 or 6 % vector == 0
         assert (len(check(net)) == 2) == whole
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"kernel": (5, 5), "dilation": 2}, {"vector": 2}])
+def test_depthwise_layers_are_members(threads, options):
+    before = torch.get_num_threads()
+    net = Net(torch.randn(1, 6, 40, 40))
+    wide = net.add(fused(6, 150, (1, 1), activation="relu6"), 0)
+    options = {"kernel": (3, 3), "activation": "relu6", "density": 0.5, **options}
+    apart = net.add(fused(150, 150 * options.get("vector", 1), groups=150, **options), wide)
+    net.add(fused(150 * options.get("vector", 1), 6, (1, 1), activation="none"), apart)
+    try:
+        torch.set_num_threads(threads)
+        assert check(net) == {1, 2, 3}
+    finally:
+        torch.set_num_threads(before)
+    conv = net.layers[1][0].conv
+    want = F.conv2d(net.values[1], conv.to_dense().weight, conv.bias, conv.stride, conv.padding, conv.dilation, 150)
+    assert_near(net.values[2], want.clamp(0, 6))
 
 
 def test_values_that_change_are_seen():

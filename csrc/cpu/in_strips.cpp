@@ -170,6 +170,21 @@ std::vector<int32_t> regrouped(const Planes& planes, const Grid& grid, const Str
 
 }  // namespace
 
+StripLayer StripLayer::without_groups() const {
+  const int64_t groups = shape.groups, columns = shape.in_channels / groups * shape.taps();
+  const int64_t rows = crow_indices.size(0) - 1;
+  const int32_t* const crow = crow_indices.const_data_ptr<int32_t>();
+  StripLayer layer = *this;
+  layer.shape.groups = 1;
+  layer.col_indices = col_indices.clone();
+  int32_t* const col = layer.col_indices.mutable_data_ptr<int32_t>();
+  for (int64_t row = 0; row < rows; ++row) {
+    const auto before = static_cast<int32_t>(row / (rows / groups) * columns);
+    for (int64_t i = crow[row]; i < crow[row + 1]; ++i) col[i] += before;
+  }
+  return layer;
+}
+
 int64_t StripLayout::pitch() const { return spread<float>(plane()[0] * plane()[1] * grid.lanes); }
 
 std::unique_ptr<UnitStep> to_strips(const StripLayout& output, int64_t channels) {
@@ -184,12 +199,20 @@ std::unique_ptr<UnitStep> pool_strips(const StripLayer& layer, const StripLayout
   return std::make_unique<PoolStrips>(layer, input, output);
 }
 
+// Where nothing is read again by the rows of other tiles' blocks, groups are no more than other rows: one call of the
+// kernel takes many.
 ConvStrips::ConvStrips(const StripLayer& layer, StripSource source, const Grid& grid, const StripLayout& input,
                        int64_t input_channels, const StripLayout& output)
+    : ConvStrips(layer.shape.groups > 1 && grid.blocks == 1 ? layer.without_groups() : layer,
+                 grid.blocks == 1 ? layer.shape.groups : 1, source, grid, input, input_channels, output) {}
+
+ConvStrips::ConvStrips(const StripLayer& layer, int64_t groups, StripSource source, const Grid& grid,
+                       const StripLayout& input, int64_t input_channels, const StripLayout& output)
     : shape_(layer.shape),
       crow_(layer.crow_indices),
       col_(layer.col_indices),
       pattern_(crow_, col_, {}, shape_.out_channels, shape_.groups, layer.vector),
+      merged_groups_(groups),
       activation_(layer.activation),
       source_(source),
       grid_(grid),
@@ -249,35 +272,41 @@ bool ConvStrips::fits(const at::Tensor& values, const std::optional<at::Tensor>&
   return floats(values, {pattern_.n_vectors, pattern_.vector}) && (!shift || floats(*shift, {shape_.out_channels}));
 }
 
+// Where channels from .. to - 1 of what is packed come from.
+void ConvStrips::pack(const UnitCall& call, const StripPacker<float>* packer, int64_t from, int64_t to,
+                      float* packed) const {
+  const LaneKernels<float>& kernels = type_kernels<float>().lanes[grid_.width];
+  const auto positions = static_cast<int64_t>(apart_.size());
+  if (source_ == StripSource::images) return packer->pack(call.unit * grid_.images, from, to, pitch_, packed);
+  const float* input = call.input;
+  if (source_ == StripSource::regrouped) {
+    const Grid& before = input_.grid;
+    const int64_t image = call.unit * grid_.images;
+    input += image / before.images * call.input_unit + image % before.images * before.down * before.across;
+  }
+  for (int64_t c = from; c < to; ++c) {
+    const float* const plane = input + c * input_.pitch();
+    if (source_ == StripSource::regrouped) {
+      kernels.regroup(plane, apart_.data(), positions, packed + c * pitch_);
+    } else {
+      kernels.collect(plane, apart_.data(), 1, positions, packed + c * pitch_);
+    }
+  }
+}
+
 void ConvStrips::run(const UnitCall& call) const {
   const LaneKernels<float>& kernels = type_kernels<float>().lanes[grid_.width];
-  const Buffer<float> packed(source_ == StripSource::strips ? 0 : shape_.in_channels * pitch_);
-  const auto positions = static_cast<int64_t>(apart_.size());
-  if (source_ == StripSource::regrouped) {
-    const Grid& from = input_.grid;
-    const int64_t image = call.unit * grid_.images;
-    const float* const first =
-        call.input + image / from.images * call.input_unit + image % from.images * from.down * from.across;
-    over_channels(shape_.in_channels, pitch_, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        kernels.regroup(first + c * input_.pitch(), apart_.data(), positions, packed.get() + c * pitch_);
-      }
-    });
-  } else if (source_ == StripSource::apart) {
-    over_channels(shape_.in_channels, pitch_, [&](int64_t from, int64_t end) {
-      for (int64_t c = from; c < end; ++c) {
-        kernels.collect(call.input + c * input_.pitch(), apart_.data(), 1, positions, packed.get() + c * pitch_);
-      }
-    });
-  } else if (source_ == StripSource::images) {
-    const Batch<const float> source{call.input, shape_.batch, shape_.in_channels, shape_.input, false};
-    const Planes whole = input_planes(shape_, output_.grid.covered());
-    const StripPacker<float> packer(source, planes_, whole, output_.grid);
-    over_channels(shape_.in_channels, pitch_, [&](int64_t from, int64_t end) {
-      packer.pack(call.unit * grid_.images, from, end, pitch_, packed.get());
-    });
+  const bool packs = source_ != StripSource::strips, merged = merged_groups_ > 1;
+  const Batch<const float> images{call.input, shape_.batch, shape_.in_channels, shape_.input, false};
+  const Planes whole = input_planes(shape_, output_.grid.covered());
+  std::optional<StripPacker<float>> packer;
+  if (source_ == StripSource::images) packer.emplace(images, planes_, whole, output_.grid);
+  const StripPacker<float>* const from_images = packer ? &*packer : nullptr;
+  const Buffer<float> packed(packs && !merged ? shape_.in_channels * pitch_ : 0);
+  if (packs && !merged) {
+    over_channels(shape_.in_channels, pitch_,
+                  [&](int64_t from, int64_t to) { pack(call, from_images, from, to, packed.get()); });
   }
-  const float* const source = source_ == StripSource::strips ? call.input : packed.get();
   const Rows<float> rows = rows_of(shape_, pattern_, call.values);
   Offsets offsets;
   offsets.offset = offsets_.const_data_ptr<int32_t>();
@@ -287,11 +316,33 @@ void ConvStrips::run(const UnitCall& call) const {
   offsets.limit = std::numeric_limits<uint32_t>::max();  // all were checked when they were made
   Epilogue<float> epilogue;
   epilogue.activation = activation_;
-  const int64_t out_pitch = output_.pitch(), elements = grid_.largest() * grid_.lanes;
+  const int64_t out_pitch = output_.pitch();
+  const int64_t merged_rows = rows.packed() / merged_groups_, merged_channels = shape_.in_channels / merged_groups_;
+  // Rows that share nothing with others take all tiles while their channels are in the caches.
+  const int64_t elements = merged ? merged_channels * pitch_ / (merged_rows * rows.vector) + out_pitch
+                                  : grid_.largest() * grid_.lanes;
   parallel_rows(rows, [&](int64_t from, int64_t to) {
     std::vector<int32_t> cursor;
-    const Buffer<float> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * elements);
+    const Buffer<float> scratch(merged ? 0 : std::min(to - from, rows.packed_per_group) * rows.vector * elements);
+    int64_t most = 0;  // merged channels of a chunk
+    auto channels_of = [&](int64_t begin, int64_t end) {
+      return std::pair(begin / merged_rows * merged_channels, ceil_div(end, merged_rows) * merged_channels);
+    };
+    if (packs && merged) {
+      for_chunks(rows, elements, from, to, [&](int64_t, int64_t begin, int64_t end) {
+        const auto [first, past] = channels_of(begin, end);
+        most = std::max(most, past - first);
+      });
+    }
+    const Buffer<float> own(most * pitch_);
     for_chunks(rows, elements, from, to, [&](int64_t group, int64_t begin, int64_t end) {
+      const float* source = packs ? packed.get() : call.input;
+      if (packs && merged) {
+        const auto [first, past] = channels_of(begin, end);
+        float* const at = own.get() - first * pitch_;  // where channel 0 would be
+        pack(call, from_images, first, past, at);
+        source = at;
+      }
       const int64_t before = begin * rows.vector * out_pitch;
       auto places = places_.begin();
       for (int64_t ty = 0; ty < grid_.tiles[0]; ++ty) {

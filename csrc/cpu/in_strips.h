@@ -12,6 +12,7 @@
 #include "lanes.h"
 #include "pattern.h"
 #include "spmm.h"
+#include "strips.h"
 
 namespace sparsekd::cpu {
 
@@ -42,6 +43,8 @@ struct StripLayer {
   int64_t zeros_before = 0;  // channels
   int64_t input = -1, residual = -1, output = -1;  // places; a residual of -1 is none
   bool convolves() const { return crow_indices.defined(); }
+  // The same layer without convolution groups: row k has columns of its own group's channels.
+  StripLayer without_groups() const;
   // Channels of its results, with those that pad rows.
   int64_t made_channels() const { return ceil_div(shape.out_channels / shape.groups, vector) * vector * shape.groups; }
 };
@@ -86,9 +89,14 @@ class ConvStrips : public UnitStep {
   void run(const UnitCall& call) const override;
 
  private:
+  ConvStrips(const StripLayer& layer, int64_t groups, StripSource source, const Grid& grid, const StripLayout& input,
+             int64_t input_channels, const StripLayout& output);
+  void pack(const UnitCall& call, const StripPacker<float>* packer, int64_t from, int64_t to, float* packed) const;
+
   const Conv2dShape shape_;
   const at::Tensor crow_, col_;
   const Pattern pattern_;
+  const int64_t merged_groups_;  // that are one here, whose rows read channels of their own each
   const Activation activation_;
   const StripSource source_;
   const Grid grid_;

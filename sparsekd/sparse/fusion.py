@@ -343,8 +343,9 @@ def _fastest(converted: nn.Module, example_inputs: object) -> nn.Module:
         if any(isinstance(module, SparseConv2d) for module in converted.modules()):
             networks["turned"] = _fused(converted, True, True)
     if any(isinstance(module, SparseConv2d) for module in converted.modules()):
-        if (packed := packed_whole(converted)) is not None:
-            networks["packed"] = _fused(packed, False, False)
+        for name, groups in (("packed", False), ("grouped", True)):
+            if (packed := packed_whole(converted, groups)) is not None:
+                networks[name] = _fused(packed, False, False)
     if _on_tensor_cores(converted):
         networks["lanes"] = _fused(converted, False, False, lanes=True)
     for piece in [piece for network in networks.values() for piece in network.modules()]:
