@@ -103,7 +103,7 @@ def random_net(seed):
             vector=vector,
             groups=value.shape[1] if depthwise else groups,
             dilation=of.choice([1, 1, 1, 2]) if min(value.shape[2:]) > 8 else 1,
-            activation=of.choice(["relu", "relu", "none", "relu6", "silu"]),
+            activation=of.choice(["relu", "relu", "none", "relu6", "silu", "hardswish"]),
             density=of.choice([0.1, 0.3, 0.6, 1.0]),
         )
         place = net.add(layer, input)

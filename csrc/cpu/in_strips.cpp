@@ -294,6 +294,19 @@ void ConvStrips::pack(const UnitCall& call, const StripPacker<float>* packer, in
   }
 }
 
+// What the kernel can't do to results on their way: of a plane's own pixels, what lies around them follows.
+void ConvStrips::activate(float* plane) const {
+  const Pair& strip = output_.grid.strip;
+  const int64_t together = output_.flat() ? strip[0] : 1;  // lines without a border between them
+  for (int64_t y = 0; y < strip[0]; y += together) {
+    EpilogueLine<float> line{};
+    line.from = line.out = plane + output_.at(y, 0);
+    line.count = together * strip[1] * output_.grid.lanes;
+    line.activation = activation_;
+    type_kernels<float>().epilogue(line);
+  }
+}
+
 void ConvStrips::run(const UnitCall& call) const {
   const LaneKernels<float>& kernels = type_kernels<float>().lanes[grid_.width];
   const bool packs = source_ != StripSource::strips, merged = merged_groups_ > 1;
@@ -354,14 +367,16 @@ void ConvStrips::run(const UnitCall& call) const {
           tile.output = call.output + before + output_.middle();
           tile.output_pitch = out_pitch;
           tile.places = (places++)->data();
-          epilogue.clamp(tile, tile.output, tile.output);
+          if (epilogue.clamps()) epilogue.clamp(tile, tile.output, tile.output);
           if (call.residual) tile.residual = call.residual + before + output_.middle();
           multiply_tile(grid_, rows, offsets, grid_.blocks, tile, begin, end, scratch.get(), cursor);
         }
       }
-      for (int64_t r = 0; !moves_.empty() && r < (end - begin) * rows.vector; ++r) {
-        kernels.move_lanes(call.output + before + r * out_pitch, moves_.data(), static_cast<int64_t>(moves_.size()),
-                           sources_.data());
+      for (int64_t r = 0; r < (end - begin) * rows.vector && !(moves_.empty() && epilogue.clamps()); ++r) {
+        float* const plane = call.output + before + r * out_pitch;
+        if (!epilogue.clamps()) activate(plane);
+        if (moves_.empty()) continue;
+        kernels.move_lanes(plane, moves_.data(), static_cast<int64_t>(moves_.size()), sources_.data());
       }
     });
   });

@@ -92,6 +92,7 @@ class ConvStrips : public UnitStep {
   ConvStrips(const StripLayer& layer, int64_t groups, StripSource source, const Grid& grid, const StripLayout& input,
              int64_t input_channels, const StripLayout& output);
   void pack(const UnitCall& call, const StripPacker<float>* packer, int64_t from, int64_t to, float* packed) const;
+  void activate(float* plane) const;
 
   const Conv2dShape shape_;
   const at::Tensor crow_, col_;
