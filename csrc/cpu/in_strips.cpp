@@ -124,6 +124,95 @@ class PoolStrips : public UnitStep {
   std::vector<LaneMove> moves_;
 };
 
+class ExciteStrips : public UnitStep {
+ public:
+  ExciteStrips(const StripLayer& layer, const StripLayout& input, const StripLayout& output)
+      : excitation_(layer.excitation), input_(input), output_(output), borders_(output.grid) {
+    const Grid& grid = output.grid;
+    moves_ = borders_.moves(output.image, output.plane(), {-output.halo[0], -output.halo[1]}, false);
+    cleans_ = input.flat() && output.image != grid.covered();
+    for (int i = 0; i < kSumLanes; ++i) image_[i] = static_cast<int>(i % grid.lanes / (grid.down * grid.across));
+  }
+
+  bool fits() const override { return excitation_->fits(); }
+
+  void run(const UnitCall& call) const override {
+    const int64_t channels = excitation_->channels(), images = output_.grid.images;
+    std::vector<float> means(images * channels), gates(images * channels);
+    over_channels(channels, input_.pitch(), [&](int64_t from, int64_t end) {
+      for (int64_t c = from; c < end; ++c) {
+        const float* const in = call.input + c * input_.pitch();
+        float* const out = call.output + c * output_.pitch();
+        float mean[kSumLanes];
+        if (cleans_) {  // what lies in the lanes beyond an image is no part of its mean
+          scale(in, nullptr, out);
+          move(out);
+          plane_means(out + output_.middle(), runs(output_), image_, static_cast<int>(images), pixels(), mean);
+        } else {
+          plane_means(in + input_.middle(), runs(input_), image_, static_cast<int>(images), pixels(), mean);
+        }
+        for (int64_t i = 0; i < images; ++i) means[i * channels + c] = mean[i];
+      }
+    });
+    for (int64_t i = 0; i < images; ++i) excitation_->gates(&means[i * channels], &gates[i * channels]);
+    over_channels(channels, input_.pitch(), [&](int64_t from, int64_t end) {
+      for (int64_t c = from; c < end; ++c) {
+        float gate[kSumLanes];
+        for (int i = 0; i < kSumLanes; ++i) gate[i] = gates[image_[i] * channels + c];
+        float* const out = call.output + c * output_.pitch();
+        scale(call.input + c * input_.pitch(), gate, out);
+        if (!output_.flat()) move(out);
+      }
+    });
+  }
+
+ private:
+  int64_t pixels() const { return output_.image[0] * output_.image[1]; }
+  // Lines of a plane; of one without borders all of it.
+  static PlaneRuns runs(const StripLayout& layout) {
+    const Pair& strip = layout.grid.strip;
+    const int64_t lanes = layout.grid.lanes;
+    if (layout.flat()) return {1, 0, strip[0] * strip[1] * lanes};
+    return {strip[0], layout.plane()[1] * lanes, strip[1] * lanes};
+  }
+
+  // A plane times its gates by lane, if any.
+  void scale(const float* in, const float* gate, float* out) const {
+    const Pair& strip = output_.grid.strip;
+    const int64_t lanes = output_.grid.lanes, together = input_.flat() && output_.flat() ? strip[0] : 1;
+    for (int64_t y = 0; y < strip[0]; y += together) {
+      const float* const from = in + input_.at(y, 0);
+      float* const to = out + output_.at(y, 0);
+      const int64_t count = together * strip[1] * lanes;
+      if (gate && output_.grid.images > 1) {
+        for (int64_t at = 0; at < count; at += lanes) {
+          for (int64_t lane = 0; lane < lanes; ++lane) to[at + lane] = from[at + lane] * gate[lane];
+        }
+        continue;
+      }
+      EpilogueLine<float> line{};
+      line.from = from;
+      line.out = to;
+      line.count = count;
+      line.scale = gate;
+      line.activation = Activation::none;
+      type_kernels<float>().epilogue(line);
+    }
+  }
+
+  void move(float* plane) const {
+    type_kernels<float>().lanes[output_.grid.width].move_lanes(
+        plane, moves_.data(), static_cast<int64_t>(moves_.size()), borders_.sources().data());
+  }
+
+  const std::shared_ptr<const Excitation> excitation_;
+  const StripLayout input_, output_;
+  Borders<float> borders_;
+  std::vector<LaneMove> moves_;
+  bool cleans_;
+  int image_[kSumLanes];  // of a unit, by lane
+};
+
 // Where the vectors of `planes` over an output's strips lie in a plane of the input's; -1 for those that no tap reads.
 std::vector<int32_t> drawn_apart(const Planes& planes, const StripLayout& input) {
   std::vector<int32_t> from;
@@ -195,7 +284,8 @@ std::unique_ptr<UnitStep> from_strips(const StripLayout& input, int64_t channels
   return std::make_unique<FromStrips>(input, channels);
 }
 
-std::unique_ptr<UnitStep> pool_strips(const StripLayer& layer, const StripLayout& input, const StripLayout& output) {
+std::unique_ptr<UnitStep> other_strips(const StripLayer& layer, const StripLayout& input, const StripLayout& output) {
+  if (layer.excitation) return std::make_unique<ExciteStrips>(layer, input, output);
   return std::make_unique<PoolStrips>(layer, input, output);
 }
 

@@ -12,6 +12,7 @@
 #include "lanes.h"
 #include "pattern.h"
 #include "spmm.h"
+#include "squeeze_excite.h"
 #include "strips.h"
 
 namespace sparsekd::cpu {
@@ -32,15 +33,16 @@ struct StripLayout {
   bool flat() const { return halo == Pair{0, 0}; }
 };
 
-// A layer as far as it matters where its activations lie; those have places 0, 1, ... Without indices it is a max-pool,
-// or with a kernel of one pixel a shortcut: every stride-th pixel of its input's channels, with others of zeros before
-// and after them.
+// A layer as far as it matters where its activations lie; those have places 0, 1, ... Without indices it is a squeeze-
+// and-excitation, a max-pool, or with a kernel of one pixel a shortcut: every stride-th pixel of its input's channels,
+// with others of zeros before and after them.
 struct StripLayer {
   Conv2dShape shape;
   Activation activation = Activation::none;
   at::Tensor crow_indices, col_indices;
   int64_t vector = 1;
   int64_t zeros_before = 0;  // channels
+  std::shared_ptr<const Excitation> excitation;
   int64_t input = -1, residual = -1, output = -1;  // places; a residual of -1 is none
   bool convolves() const { return crow_indices.defined(); }
   // The same layer without convolution groups: row k has columns of its own group's channels.
@@ -68,12 +70,14 @@ class UnitStep {
  public:
   virtual ~UnitStep() = default;
   virtual void run(const UnitCall& call) const = 0;
+  // Whether the weights that it has itself are as they were.
+  virtual bool fits() const { return true; }
 };
 
 std::unique_ptr<UnitStep> to_strips(const StripLayout& output, int64_t channels);
 std::unique_ptr<UnitStep> from_strips(const StripLayout& input, int64_t channels);
-// A max-pool or a shortcut. The padding of the input is zero.
-std::unique_ptr<UnitStep> pool_strips(const StripLayer& layer, const StripLayout& input, const StripLayout& output);
+// What is no convolution. The padding of the input is zero.
+std::unique_ptr<UnitStep> other_strips(const StripLayer& layer, const StripLayout& input, const StripLayout& output);
 
 // act(conv2d + shift + residual). `input` is not looked at if that comes from images; `input_channels` are those of its
 // units with what pads them.
@@ -85,6 +89,7 @@ class ConvStrips : public UnitStep {
   // The entry of the pattern whose values are wanted at each place, [n_vectors].
   const at::Tensor& order() const { return order_; }
   // Whether these are this layer's.
+  using UnitStep::fits;
   bool fits(const at::Tensor& values, const std::optional<at::Tensor>& shift) const;
   void run(const UnitCall& call) const override;
 

@@ -81,7 +81,7 @@ StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<
     if (layer.residual >= 0) want_strips(built, layer.residual, shape.out_channels);
     Op op;
     if (!layer.convolves()) {
-      op.step = pool_strips(layer, input, output);
+      op.step = other_strips(layer, input, output);
     } else {
       auto conv = std::make_unique<ConvStrips>(layer, member.source, member.grid, input, member.from_channels, output);
       op.conv = conv.get();
@@ -134,7 +134,7 @@ bool StripChain::run(std::vector<Lying>& lying) const {
     if (!floats(lying[place].images, size)) return false;
   }
   for (const Op& op : ops_) {
-    if (op.conv && !op.conv->fits(op.weights.values, op.weights.shift)) return false;
+    if (op.conv ? !op.conv->fits(op.weights.values, op.weights.shift) : !op.step->fits()) return false;
   }
   for (const auto& [place, size] : given_) lying[place].images = lying[place].images.contiguous();
   for (const auto& [place, size] : made_) lying[place].images = empty_floats(size);

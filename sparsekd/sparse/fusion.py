@@ -4,6 +4,7 @@
                                                         done to results while they are in the cache
     max-pool                                            MaxPool2d of modules/fused.py
     shortcuts without parameters                        Shortcut of modules/fused.py: shortcuts.py
+    squeeze-and-excitation                              one module, its small layers dense: squeeze_excite.py
     dropout and stochastic depth in eval mode, Identity gone
     convolutions of a few input channels                computed by the sparse kernels, too: few_channels.py
     large activations                                   in the memory of those of the last forward: arena.py
@@ -39,6 +40,7 @@ from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d, SparseModul
 from .recorded import check_calls, check_near, record_calls
 from .sequence import in_strips, leave_strips, run_in_sequence
 from .shortcuts import replace_shortcuts
+from .squeeze_excite import replace_squeeze_excitations
 from .surgery import call, copied
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -316,7 +318,9 @@ def _on_tensor_cores(model: nn.Module) -> bool:
 def _fused(model: nn.Module, channels_last: bool, turn: bool, lanes: bool = False) -> nn.Module:
     """A copy with the graphs' epilogues and pools fused, and the convolutions left dense stored in a format."""
     model = copy.deepcopy(model)
-    for piece in [m for m in model.modules() if isinstance(m, fx.GraphModule)]:
+    made = Choices(choices(model), seconds=choices(model).seconds)
+    for name, piece in [(n, m) for n, m in model.named_modules() if isinstance(m, fx.GraphModule)]:
+        replace_squeeze_excitations(piece, f"{name}." if name else "", _activation, made)
         _fuse_epilogues(piece)
         _replace_pools(piece)
         replace_shortcuts(piece)
@@ -327,8 +331,8 @@ def _fused(model: nn.Module, channels_last: bool, turn: bool, lanes: bool = Fals
     for module in model.modules():
         if type(module) is nn.Conv2d:
             module.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    renamed = Choices(seconds=choices(model).seconds)
-    for name, choice in choices(model).items():
+    renamed = Choices(seconds=made.seconds)
+    for name, choice in made.items():
         inside = isinstance(model.get_submodule(name), FusedConv2d)
         renamed[f"{name}.conv" if inside else name] = choice
     keep_choices(model, renamed)
