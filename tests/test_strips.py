@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import ISA_FLAGS, assert_near, cpu_flags, python_under_isa
 from torch import nn
 
-from sparsekd.sparse.modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d
+from sparsekd.sparse.modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d, SqueezeExcite
 from sparsekd.sparse.modules.fused import ACTIVATIONS
 
 
@@ -46,6 +46,10 @@ class Net:
                 continue
             if isinstance(layer, Shortcut):
                 sequence.shortcut(input, list(layer.stride), list(layer.new_channels))
+                continue
+            if isinstance(layer, SqueezeExcite):
+                weights = (layer.reduce, layer.reduce_bias, layer.expand, layer.expand_bias)
+                sequence.squeeze_excite(input, *weights, layer.activation, layer.gate)
                 continue
             conv = layer.conv
             bound = conv._plans.bound[self.values[input].shape, layer.activation]
@@ -88,6 +92,11 @@ def random_net(seed):
         if of.random() < 0.15 and not small:
             kernel = of.choice([(3, 3), (2, 2), (3, 2)])
             net.add(MaxPool2d(kernel, (2, 2), tuple(k // 2 for k in kernel)), input)
+            continue
+        if of.random() < 0.1:
+            channels_of = value.shape[1]
+            inner = nn.Conv2d(channels_of, 3, 1), nn.Conv2d(3, channels_of, 1, bias=False)
+            net.add(SqueezeExcite(*inner, "silu", of.choice(["sigmoid", "hardsigmoid"])).requires_grad_(False), input)
             continue
         if of.random() < 0.1:
             new = (groups * of.randint(0, 2), groups * of.randint(0, 2))

@@ -320,7 +320,7 @@ def _fused(model: nn.Module, channels_last: bool, turn: bool, lanes: bool = Fals
     model = copy.deepcopy(model)
     made = Choices(choices(model), seconds=choices(model).seconds)
     for name, piece in [(n, m) for n, m in model.named_modules() if isinstance(m, fx.GraphModule)]:
-        replace_squeeze_excitations(piece, f"{name}." if name else "", _activation, made)
+        replace_squeeze_excitations(piece, f"{name}." if name else "", made, _activation, _in_place)
         _fuse_epilogues(piece)
         _replace_pools(piece)
         replace_shortcuts(piece)

@@ -8,6 +8,7 @@ With one module in the place of these six the layers around them run in one sequ
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,13 @@ GATE_CALLS = {torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", F.hardsigmoid: "ha
 PRODUCTS = (operator.mul, torch.mul, "mul")
 
 
-def replace_squeeze_excitations(graph: fx.GraphModule, prefix: str, activation_of, choices: Choices) -> None:
+def replace_squeeze_excitations(
+    graph: fx.GraphModule, prefix: str, choices: Choices, activation_of: Callable, in_place: Callable
+) -> None:
     """They become :class:`SqueezeExcite` modules, which is said in ``choices``, where names have a prefix.
 
-    ``activation_of(graph, node)`` names the activation that a node is, if it is one.
+    ``activation_of(graph, node)`` names the activation that a node is, if it is one; ``in_place(graph, node)`` tells
+    whether it changes its input.
     """
     count: dict[int, int] = {}
     for node in graph.graph.nodes:
@@ -35,7 +39,10 @@ def replace_squeeze_excitations(graph: fx.GraphModule, prefix: str, activation_o
         chain = _chain(graph, product, activation_of, count)
         if chain is None:
             continue
-        source, reduce, activation, expand, gate = chain
+        source, nodes, activation, gate = chain
+        *_, reduce, expand = (node for node in nodes if isinstance(_module(graph, node), (nn.Conv2d, SparseConv2d)))
+        if _disturbed(graph, nodes, product, in_place):
+            continue
         layers = [_plain(graph.get_submodule(node.target)) for node in (reduce, expand)]
         graph.set_submodule(expand.target, SqueezeExcite(*layers, activation, gate))
         with graph.graph.inserting_before(product):
@@ -43,7 +50,8 @@ def replace_squeeze_excitations(graph: fx.GraphModule, prefix: str, activation_o
         choices.pop(prefix + reduce.target, None)
         if (choice := choices.get(prefix + expand.target)) is not None:
             choices[prefix + expand.target] = choice.kept_dense("squeeze-and-excitation, with the layer before it")
-    graph.graph.eliminate_dead_code()
+        for node in (product, *reversed(nodes)):
+            graph.graph.erase_node(node)
     graph.delete_all_unused_submodules()
     graph.recompile()
 
@@ -57,7 +65,7 @@ def _module(graph: fx.GraphModule, node: object) -> nn.Module | None:
 
 
 def _chain(graph: fx.GraphModule, product: fx.Node, activation_of, count: dict[int, int]) -> tuple | None:
-    """(source, reduce, activation, expand, gate) of a product that is such a one."""
+    """(source, nodes from the mean to the gate, activation, gate) of a product that is such a one."""
     is_product = product.op in ("call_function", "call_method") and product.target in PRODUCTS
     if not is_product or len(product.args) != 2 or product.kwargs:
         return None
@@ -66,15 +74,23 @@ def _chain(graph: fx.GraphModule, product: fx.Node, activation_of, count: dict[i
         expand = scale.args[0] if gate else None
         if not gate or not _is_layer(graph, expand, count):
             continue
-        reduce, activation = expand.args[0], "none"
+        reduce, activation, inner = expand.args[0], "none", []
         if isinstance(reduce, fx.Node) and (found := activation_of(graph, reduce)) and len(reduce.users) == 1:
+            inner.append(reduce)
             reduce, activation = reduce.args[0], found
         if not _is_layer(graph, reduce, count):
             continue
         mean = reduce.args[0]
         if isinstance(source, fx.Node) and _is_mean(graph, mean, source):
-            return source, reduce, activation, expand, gate
+            return source, [mean, reduce, *inner, expand, scale], activation, gate
     return None
+
+
+def _disturbed(graph: fx.GraphModule, nodes: list[fx.Node], product: fx.Node, in_place: Callable) -> bool:
+    """Whether something may change the source between its mean and the product."""
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    between = (node for node, place in order.items() if order[nodes[0]] < place < order[product])
+    return any(in_place(graph, node) for node in between if node not in nodes)
 
 
 def _gate(graph: fx.GraphModule, node: object) -> str | None:

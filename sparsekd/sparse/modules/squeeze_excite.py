@@ -30,7 +30,8 @@ class SqueezeExcite(Watched):
     def __init__(self, reduce: nn.Conv2d, expand: nn.Conv2d, activation: str, gate: str) -> None:
         super().__init__()
         self.reduce, self.expand = (_flat(layer.weight) for layer in (reduce, expand))  # [S, C], [C, S]
-        self.reduce_bias, self.expand_bias = reduce.bias, expand.bias
+        self.register_parameter("reduce_bias", reduce.bias)
+        self.register_parameter("expand_bias", expand.bias)
         self.activation, self.gate = activation, gate
 
     def forward(self, input: Tensor) -> Tensor:
