@@ -6,7 +6,7 @@
     shortcuts without parameters                        Shortcut of modules/fused.py: shortcuts.py
     squeeze-and-excitation                              one module, its small layers dense: squeeze_excite.py
     dropout and stochastic depth in eval mode, Identity gone
-    convolutions of a few input channels                computed by the sparse kernels, too: few_channels.py
+    convolutions of a few input channels, depthwise     computed by the sparse kernels, too: few_channels.py
     large activations                                   in the memory of those of the last forward: arena.py
     runs of such layers                                 without Python between them: sequence.py; activations stay as
                                                         the kernels read them, image by image
@@ -67,8 +67,9 @@ def optimize_for_inference(
     """A copy of the model for inference, with pruned layers sparse where that is faster and their neighbours fused.
 
     Batch-norm is folded into convolutions and linear layers; ReLU, ReLU6, SiLU, Hardswish and residual additions are
-    done by the sparse convolutions before them; max-pool is an operator of ours; the convolution of an image's few
-    channels, though dense, may go through the sparse kernels. What is fused is kept only if the network is faster so.
+    done by the sparse convolutions before them; max-pool and squeeze-and-excitation are operators of ours; the
+    convolution of an image's few channels and depthwise ones, though dense, may go through the sparse kernels. What is
+    fused is kept only if the network is faster so.
     Parts that torch.fx cannot trace stay as :func:`convert` makes them, which is said in a warning. Memory of
     activations of 1 MiB or more is kept from one forward to the next, as much as a forward takes at once. From the
     third forward of a size on, layers that follow each other run without Python between them (hooks, replaced layers
