@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         where = machine()
     if args.json:
         with open(args.json, "w") as file:
-            settings = {name: value for name, value in vars(args).items() if name not in ("plot", "files")}
+            settings = {name: value for name, value in vars(args).items() if name not in ("json", "plot", "files")}
             json.dump({"settings": settings, "machine": where, "peak_gflops": peak, "rows": rows}, file, indent=1)
     if args.plot:
         plot(rows, args.plot)
