@@ -109,6 +109,9 @@ TORCH_LIBRARY(sparsekd, m) {
         "SymInt[2] dilation, SymInt groups) -> Tensor");
   // For inference; floats.
   m.def("max_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding) -> Tensor");
+  // input * gate(expand @ act(reduce @ mean over pixels + reduce_bias) + expand_bias); gate: sigmoid or hardsigmoid.
+  m.def("squeeze_excite(Tensor input, Tensor reduce, Tensor? reduce_bias, Tensor expand, Tensor? expand_bias, "
+        "str activation, str gate) -> Tensor");
   m.def("linear(Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? row_indices, "
         "Tensor? transpose, Tensor? bias, SymInt out_features) -> Tensor");
   m.def("linear_input_grad(Tensor grad_output, Tensor values, Tensor crow_indices, Tensor col_indices, "
@@ -149,6 +152,7 @@ TORCH_LIBRARY(sparsekd, m) {
       .def("conv2d", &sparsekd::PlannedSequence::conv2d)
       .def("max_pool2d", &sparsekd::PlannedSequence::max_pool2d)
       .def("shortcut", &sparsekd::PlannedSequence::shortcut)
+      .def("squeeze_excite", &sparsekd::PlannedSequence::squeeze_excite)
       .def("output", &sparsekd::PlannedSequence::output, "",
            {torch::arg("places"), torch::arg("strips") = "auto", torch::arg("measure") = true})
       .def("in_strips", &sparsekd::PlannedSequence::in_strips)

@@ -76,12 +76,11 @@ class PlannedConv2d : public torch::CustomClassHolder {
   }
 
   // What a sequence has to know for keeping activations in strips, if the layer can do so at all: with values that are
-  // kept in an order, by epilogues that are done where results are stored.
+  // kept in an order.
   std::optional<cpu::StripLayer> in_strips(const at::Tensor& values) const {
     cpu::StripLayer layer;
     layer.activation = activation_of(activation_);
-    const bool clamps = layer.activation != Activation::silu && layer.activation != Activation::hardswish;
-    if (!ordered_ || row_indices_ || !clamps) return std::nullopt;
+    if (!ordered_ || row_indices_) return std::nullopt;
     layer.shape = shape();
     layer.vector = values.size(1);
     const int64_t row_groups = groups_ * ceil_div(out_channels_ / groups_, layer.vector);

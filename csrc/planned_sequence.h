@@ -51,6 +51,17 @@ class PlannedSequence : public torch::CustomClassHolder {
     return add(std::move(step));
   }
 
+  int64_t squeeze_excite(int64_t input, at::Tensor reduce, std::optional<at::Tensor> reduce_bias, at::Tensor expand,
+                         std::optional<at::Tensor> expand_bias, const std::string& activation,
+                         const std::string& gate) {
+    Step step = next({input, -1});
+    step.excitation = std::make_shared<const cpu::Excitation>(
+        cpu::Excitation{std::move(reduce), std::move(reduce_bias), std::move(expand), std::move(expand_bias),
+                        activation_of(activation), cpu::hard_gate(gate)});
+    step.names = {activation, gate};
+    return add(std::move(step));
+  }
+
   // What run() gives, by place. Activations stay in strips where that is faster by their costs ("auto"), wherever it is
   // possible ("always"), or "never". `measure`: where there are two ways to run a layer in strips, with the same bits,
   // the first runs tell which is faster; else its costs do.
@@ -107,20 +118,26 @@ class PlannedSequence : public torch::CustomClassHolder {
  private:
   struct Step {
     std::array<int64_t, 2> reads;  // places of the input and the residual, or -1
-    c10::intrusive_ptr<PlannedConv2d> conv;  // null: a max-pool, or a shortcut
+    c10::intrusive_ptr<PlannedConv2d> conv;  // null: a max-pool, a shortcut, or a squeeze-and-excitation
     bool shortcut = false;
+    std::shared_ptr<const cpu::Excitation> excitation;
+    std::array<std::string, 2> names;  // its activation and gate
     at::Tensor values;
     std::optional<at::Tensor> shift;
     std::array<Numbers, 3> geometry;
     std::shared_ptr<const cpu::StripChain> chain;  // of this step and those up to `past`, if not null
     size_t past = 0;
 
-    // A max-pool or a shortcut as a layer in strips, if the size of its input is known.
+    // What is no convolution as a layer in strips, if the size of its input is known.
     std::optional<cpu::StripLayer> other(const Numbers& size) const {
       if (size.empty()) return std::nullopt;
       cpu::StripLayer layer;
       const auto& [first, second, padding] = geometry;
-      if (shortcut) {
+      if (excitation) {
+        if (!excitation->fits() || excitation->channels() != size[1]) return std::nullopt;
+        layer.excitation = excitation;
+        layer.shape = checked_shape(size, size[1], {1, 1}, {1, 1}, {0, 0}, {1, 1}, size[1]);
+      } else if (shortcut) {
         layer.zeros_before = second[0];
         layer.shape = checked_shape(size, second[0] + size[1] + second[1], {1, 1}, first, {0, 0}, {1, 1}, 1);
       } else {
@@ -133,6 +150,17 @@ class PlannedSequence : public torch::CustomClassHolder {
       const auto& [stride, channels, _] = geometry;
       const at::Tensor pixels = input.slice(2, 0, input.size(2), stride[0]).slice(3, 0, input.size(3), stride[1]);
       return at::constant_pad_nd(pixels, {0, 0, 0, 0, channels[0], channels[1]});
+    }
+
+    at::Tensor excited(const at::Tensor& input) const {
+      using OptionalTensor = std::optional<at::Tensor>;
+      using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                                   const OptionalTensor&, c10::string_view, c10::string_view);
+      static const auto op =
+          c10::Dispatcher::singleton().findSchemaOrThrow("sparsekd::squeeze_excite", "").typed<Signature>();
+      const at::AutoDispatchBelowAutograd below;
+      return op.call(input, excitation->reduce, excitation->reduce_bias, excitation->expand, excitation->expand_bias,
+                     names[0], names[1]);
     }
 
     at::Tensor pooled(const at::Tensor& input) const {
@@ -150,7 +178,8 @@ class PlannedSequence : public torch::CustomClassHolder {
     const auto [input, residual] = step.reads;
     at::Tensor& result = lying[inputs_ + i].images;
     if (!step.conv) {
-      result = step.shortcut ? step.shortened(lying[input].images) : step.pooled(lying[input].images);
+      const at::Tensor& images = lying[input].images;
+      result = step.excitation ? step.excited(images) : step.shortcut ? step.shortened(images) : step.pooled(images);
       return true;
     }
     const auto added = residual < 0 ? std::nullopt : std::optional(lying[residual].images);

@@ -62,7 +62,7 @@ def folded(model: nn.Module, x: Tensor) -> nn.Module:
     """
     model = to_dense(model).eval()
     if not isinstance(model(x), Tensor):
-        model = FirstOutput(model)
+        model = FirstOutput(model).eval()
         if not isinstance(output := model(x), Tensor):
             raise ValueError(f"Expected a network whose answers are tensors to compare, got {type(output).__name__}")
     try:

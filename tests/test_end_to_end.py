@@ -45,6 +45,23 @@ def test_batch_norm_is_folded_and_the_first_layer_whole(script):
     assert float((second != 0).float().mean()) == pytest.approx(0.1, abs=1e-3)
 
 
+def test_a_plot_of_files_times_nothing(script, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(script, "run", None)
+    row = {"model": "resnet18", "batch": 1, "vector": 1, "sparsity": 0.9}
+    paths = []
+    for i, gain in enumerate((2.0, 3.0)):  # the later file counts
+        speedup = {"openvino": [1.0, 1.0, 1.0], "convert": [gain, gain, gain]}
+        paths.append(tmp_path / f"{i}.json")
+        paths[-1].write_text(json.dumps({"rows": [{**row, "speedup": speedup}]}))
+    assert [row["speedup"]["convert"][0] for row in script.read(paths)] == [3.0]
+    figure = tmp_path / "figure.svg"
+    assert script.main(["--plot", str(figure), "--from", *map(str, paths)]) == 0
+    assert figure.read_text().count("</svg>") == 1
+    with pytest.raises(SystemExit, match="Expected --plot FILE with --from, got none"):
+        script.main(["--from", *map(str, paths)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["inductor", "onnxruntime", "openvino"])
 def test_other_engines(script, name):
@@ -72,6 +89,8 @@ def test_one_output_of_several_and_no_trace():
     x = torch.randn(1, 3, 8, 8)
     model = bench.folded(Several(), x)
     assert model(x).shape == (1, 4, 6, 6)
+    # An exporter puts a network back into its root's mode: dropout would be drawn from then on.
+    assert not any(module.training for module in model.modules())
 
 
 def test_who_is_out_and_why(monkeypatch):

@@ -54,6 +54,24 @@ def test_others_are_left_alone(first):
     assert not packs_whole(first) and packed_whole(nn.Sequential(first)) is None
 
 
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_depthwise_layers_are_packed_if_asked_for(density):
+    depthwise = nn.Conv2d(16, 16, 3, 2, 1, groups=16)
+    with torch.no_grad():
+        depthwise.weight.mul_(torch.rand_like(depthwise.weight) < density)
+    x, model = torch.randn(2, 3, 20, 17), network(nn.Conv2d(3, 16, 3))
+    model.append(depthwise)
+    assert type(packed_whole(model)[4]) is nn.Conv2d
+    packed = packed_whole(model, groups=True)
+    assert packed[0].density == 1 and packed[4].vector == 1
+    assert packed[4].density == pytest.approx(float((depthwise.weight != 0).float().mean()))
+    assert "1 channels in a group" in sparsekd.choices(packed)["4"].reason
+    assert packed_whole(nn.Sequential(nn.Conv2d(3, 16, 3)), groups=True) is None
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), model(x), atol=1e-5, rtol=1e-5)
+    assert torch.equal(sparsekd.to_dense(packed)[4].weight, depthwise.weight)
+
+
 def test_it_is_fused_where_the_network_is_faster_so(monkeypatch):
     """Times are made up: only the choice is looked at."""
 

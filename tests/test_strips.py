@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import ISA_FLAGS, assert_near, cpu_flags, python_under_isa
 from torch import nn
 
-from sparsekd.sparse.modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d
+from sparsekd.sparse.modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d, SqueezeExcite
 from sparsekd.sparse.modules.fused import ACTIVATIONS
 
 
@@ -46,6 +46,10 @@ class Net:
                 continue
             if isinstance(layer, Shortcut):
                 sequence.shortcut(input, list(layer.stride), list(layer.new_channels))
+                continue
+            if isinstance(layer, SqueezeExcite):
+                weights = (layer.reduce, layer.reduce_bias, layer.expand, layer.expand_bias)
+                sequence.squeeze_excite(input, *weights, layer.activation, layer.gate)
                 continue
             conv = layer.conv
             bound = conv._plans.bound[self.values[input].shape, layer.activation]
@@ -90,19 +94,25 @@ def random_net(seed):
             net.add(MaxPool2d(kernel, (2, 2), tuple(k // 2 for k in kernel)), input)
             continue
         if of.random() < 0.1:
+            channels_of = value.shape[1]
+            inner = nn.Conv2d(channels_of, 3, 1), nn.Conv2d(3, channels_of, 1, bias=False)
+            net.add(SqueezeExcite(*inner, "silu", of.choice(["sigmoid", "hardsigmoid"])).requires_grad_(False), input)
+            continue
+        if of.random() < 0.1:
             new = (groups * of.randint(0, 2), groups * of.randint(0, 2))
             net.add(Shortcut(of.choice([(2, 2), (2, 2), (1, 1), (1, 2)]), new), input)
             continue
         kernel = of.choice([(1, 1), (1, 1), (3, 3), (3, 3), (5, 5), (3, 1), (7, 7), (2, 2) if not small else (1, 3)])
+        depthwise = of.random() < 0.2
         layer = fused(
             value.shape[1],
-            of.choice([*channels, value.shape[1]]),
+            value.shape[1] * of.choice([1, vector]) if depthwise else of.choice([*channels, value.shape[1]]),
             kernel,
             stride=of.choice([1, 1, 1, 2]) if not small else 1,
             vector=vector,
-            groups=groups,
+            groups=value.shape[1] if depthwise else groups,
             dilation=of.choice([1, 1, 1, 2]) if min(value.shape[2:]) > 8 else 1,
-            activation=of.choice(["relu", "relu", "none", "relu6", "silu"]),
+            activation=of.choice(["relu", "relu", "none", "relu6", "silu", "hardswish"]),
             density=of.choice([0.1, 0.3, 0.6, 1.0]),
         )
         place = net.add(layer, input)
@@ -197,6 +207,25 @@ def test_rows_that_pad_and_groups():
         net.add(fused(6 * groups, 6 * groups, (1, 1), vector=vector, groups=groups), place, place)
         whole = groups == 1 or 6 % vector == 0
         assert (len(check(net)) == 2) == whole
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"kernel": (5, 5), "dilation": 2}, {"vector": 2}])
+def test_depthwise_layers_are_members(threads, options):
+    before = torch.get_num_threads()
+    net = Net(torch.randn(1, 6, 40, 40))
+    wide = net.add(fused(6, 150, (1, 1), activation="relu6"), 0)
+    options = {"kernel": (3, 3), "activation": "relu6", "density": 0.5, **options}
+    apart = net.add(fused(150, 150 * options.get("vector", 1), groups=150, **options), wide)
+    net.add(fused(150 * options.get("vector", 1), 6, (1, 1), activation="none"), apart)
+    try:
+        torch.set_num_threads(threads)
+        assert check(net) == {1, 2, 3}
+    finally:
+        torch.set_num_threads(before)
+    conv = net.layers[1][0].conv
+    want = F.conv2d(net.values[1], conv.to_dense().weight, conv.bias, conv.stride, conv.padding, conv.dilation, 150)
+    assert_near(net.values[2], want.clamp(0, 6))
 
 
 def test_values_that_change_are_seen():

@@ -124,6 +124,95 @@ class PoolStrips : public UnitStep {
   std::vector<LaneMove> moves_;
 };
 
+class ExciteStrips : public UnitStep {
+ public:
+  ExciteStrips(const StripLayer& layer, const StripLayout& input, const StripLayout& output)
+      : excitation_(layer.excitation), input_(input), output_(output), borders_(output.grid) {
+    const Grid& grid = output.grid;
+    moves_ = borders_.moves(output.image, output.plane(), {-output.halo[0], -output.halo[1]}, false);
+    cleans_ = input.flat() && output.image != grid.covered();
+    for (int i = 0; i < kSumLanes; ++i) image_[i] = static_cast<int>(i % grid.lanes / (grid.down * grid.across));
+  }
+
+  bool fits() const override { return excitation_->fits(); }
+
+  void run(const UnitCall& call) const override {
+    const int64_t channels = excitation_->channels(), images = output_.grid.images;
+    std::vector<float> means(images * channels), gates(images * channels);
+    over_channels(channels, input_.pitch(), [&](int64_t from, int64_t end) {
+      for (int64_t c = from; c < end; ++c) {
+        const float* const in = call.input + c * input_.pitch();
+        float* const out = call.output + c * output_.pitch();
+        float mean[kSumLanes];
+        if (cleans_) {  // what lies in the lanes beyond an image is no part of its mean
+          scale(in, nullptr, out);
+          move(out);
+          plane_means(out + output_.middle(), runs(output_), image_, static_cast<int>(images), pixels(), mean);
+        } else {
+          plane_means(in + input_.middle(), runs(input_), image_, static_cast<int>(images), pixels(), mean);
+        }
+        for (int64_t i = 0; i < images; ++i) means[i * channels + c] = mean[i];
+      }
+    });
+    for (int64_t i = 0; i < images; ++i) excitation_->gates(&means[i * channels], &gates[i * channels]);
+    over_channels(channels, input_.pitch(), [&](int64_t from, int64_t end) {
+      for (int64_t c = from; c < end; ++c) {
+        float gate[kSumLanes];
+        for (int i = 0; i < kSumLanes; ++i) gate[i] = gates[image_[i] * channels + c];
+        float* const out = call.output + c * output_.pitch();
+        scale(call.input + c * input_.pitch(), gate, out);
+        if (!output_.flat()) move(out);
+      }
+    });
+  }
+
+ private:
+  int64_t pixels() const { return output_.image[0] * output_.image[1]; }
+  // Lines of a plane; of one without borders all of it.
+  static PlaneRuns runs(const StripLayout& layout) {
+    const Pair& strip = layout.grid.strip;
+    const int64_t lanes = layout.grid.lanes;
+    if (layout.flat()) return {1, 0, strip[0] * strip[1] * lanes};
+    return {strip[0], layout.plane()[1] * lanes, strip[1] * lanes};
+  }
+
+  // A plane times its gates by lane, if any.
+  void scale(const float* in, const float* gate, float* out) const {
+    const Pair& strip = output_.grid.strip;
+    const int64_t lanes = output_.grid.lanes, together = input_.flat() && output_.flat() ? strip[0] : 1;
+    for (int64_t y = 0; y < strip[0]; y += together) {
+      const float* const from = in + input_.at(y, 0);
+      float* const to = out + output_.at(y, 0);
+      const int64_t count = together * strip[1] * lanes;
+      if (gate && output_.grid.images > 1) {
+        for (int64_t at = 0; at < count; at += lanes) {
+          for (int64_t lane = 0; lane < lanes; ++lane) to[at + lane] = from[at + lane] * gate[lane];
+        }
+        continue;
+      }
+      EpilogueLine<float> line{};
+      line.from = from;
+      line.out = to;
+      line.count = count;
+      line.scale = gate;
+      line.activation = Activation::none;
+      type_kernels<float>().epilogue(line);
+    }
+  }
+
+  void move(float* plane) const {
+    type_kernels<float>().lanes[output_.grid.width].move_lanes(
+        plane, moves_.data(), static_cast<int64_t>(moves_.size()), borders_.sources().data());
+  }
+
+  const std::shared_ptr<const Excitation> excitation_;
+  const StripLayout input_, output_;
+  Borders<float> borders_;
+  std::vector<LaneMove> moves_;
+  bool cleans_;
+  int image_[kSumLanes];  // of a unit, by lane
+};
+
 // Where the vectors of `planes` over an output's strips lie in a plane of the input's; -1 for those that no tap reads.
 std::vector<int32_t> drawn_apart(const Planes& planes, const StripLayout& input) {
   std::vector<int32_t> from;
@@ -170,6 +259,21 @@ std::vector<int32_t> regrouped(const Planes& planes, const Grid& grid, const Str
 
 }  // namespace
 
+StripLayer StripLayer::without_groups() const {
+  const int64_t groups = shape.groups, columns = shape.in_channels / groups * shape.taps();
+  const int64_t rows = crow_indices.size(0) - 1;
+  const int32_t* const crow = crow_indices.const_data_ptr<int32_t>();
+  StripLayer layer = *this;
+  layer.shape.groups = 1;
+  layer.col_indices = col_indices.clone();
+  int32_t* const col = layer.col_indices.mutable_data_ptr<int32_t>();
+  for (int64_t row = 0; row < rows; ++row) {
+    const auto before = static_cast<int32_t>(row / (rows / groups) * columns);
+    for (int64_t i = crow[row]; i < crow[row + 1]; ++i) col[i] += before;
+  }
+  return layer;
+}
+
 int64_t StripLayout::pitch() const { return spread<float>(plane()[0] * plane()[1] * grid.lanes); }
 
 std::unique_ptr<UnitStep> to_strips(const StripLayout& output, int64_t channels) {
@@ -180,16 +284,25 @@ std::unique_ptr<UnitStep> from_strips(const StripLayout& input, int64_t channels
   return std::make_unique<FromStrips>(input, channels);
 }
 
-std::unique_ptr<UnitStep> pool_strips(const StripLayer& layer, const StripLayout& input, const StripLayout& output) {
+std::unique_ptr<UnitStep> other_strips(const StripLayer& layer, const StripLayout& input, const StripLayout& output) {
+  if (layer.excitation) return std::make_unique<ExciteStrips>(layer, input, output);
   return std::make_unique<PoolStrips>(layer, input, output);
 }
 
+// Where nothing is read again by the rows of other tiles' blocks, groups are no more than other rows: one call of the
+// kernel takes many.
 ConvStrips::ConvStrips(const StripLayer& layer, StripSource source, const Grid& grid, const StripLayout& input,
                        int64_t input_channels, const StripLayout& output)
+    : ConvStrips(layer.shape.groups > 1 && grid.blocks == 1 ? layer.without_groups() : layer,
+                 grid.blocks == 1 ? layer.shape.groups : 1, source, grid, input, input_channels, output) {}
+
+ConvStrips::ConvStrips(const StripLayer& layer, int64_t groups, StripSource source, const Grid& grid,
+                       const StripLayout& input, int64_t input_channels, const StripLayout& output)
     : shape_(layer.shape),
       crow_(layer.crow_indices),
       col_(layer.col_indices),
       pattern_(crow_, col_, {}, shape_.out_channels, shape_.groups, layer.vector),
+      merged_groups_(groups),
       activation_(layer.activation),
       source_(source),
       grid_(grid),
@@ -255,35 +368,54 @@ bool ConvStrips::fits(const at::Tensor& values, const std::optional<at::Tensor>&
   return are(values, {pattern_.n_vectors, pattern_.vector}) && (!shift || are(*shift, {shape_.out_channels}));
 }
 
+// Where channels from .. to - 1 of what is packed come from.
+void ConvStrips::pack(const UnitCall& call, const StripPacker<float>* packer, int64_t from, int64_t to,
+                      float* packed) const {
+  const LaneKernels<float>& kernels = type_kernels<float>().lanes[grid_.width];
+  const auto positions = static_cast<int64_t>(apart_.size());
+  if (source_ == StripSource::images) return packer->pack(call.unit * grid_.images, from, to, pitch_, packed);
+  const float* input = call.input;
+  if (source_ == StripSource::regrouped) {
+    const Grid& before = input_.grid;
+    const int64_t image = call.unit * grid_.images;
+    input += image / before.images * call.input_unit + image % before.images * before.down * before.across;
+  }
+  for (int64_t c = from; c < to; ++c) {
+    const float* const plane = input + c * input_.pitch();
+    if (source_ == StripSource::regrouped) {
+      kernels.regroup(plane, apart_.data(), positions, packed + c * pitch_);
+    } else {
+      kernels.collect(plane, apart_.data(), 1, positions, packed + c * pitch_);
+    }
+  }
+}
+
+// What the kernel can't do to results on their way: of a plane's own pixels, what lies around them follows.
+void ConvStrips::activate(float* plane) const {
+  const Pair& strip = output_.grid.strip;
+  const int64_t together = output_.flat() ? strip[0] : 1;  // lines without a border between them
+  for (int64_t y = 0; y < strip[0]; y += together) {
+    EpilogueLine<float> line{};
+    line.from = line.out = plane + output_.at(y, 0);
+    line.count = together * strip[1] * output_.grid.lanes;
+    line.activation = activation_;
+    type_kernels<float>().epilogue(line);
+  }
+}
+
 void ConvStrips::run(const UnitCall& call) const {
   const LaneKernels<float>& kernels = type_kernels<float>().lanes[grid_.width];
-  const Buffer<float> packed(source_ == StripSource::strips ? 0 : shape_.in_channels * pitch_);
-  const auto positions = static_cast<int64_t>(apart_.size());
-  if (source_ == StripSource::regrouped) {
-    const Grid& from = input_.grid;
-    const int64_t image = call.unit * grid_.images;
-    const float* const first =
-        call.input + image / from.images * call.input_unit + image % from.images * from.down * from.across;
-    over_channels(shape_.in_channels, pitch_, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        kernels.regroup(first + c * input_.pitch(), apart_.data(), positions, packed.get() + c * pitch_);
-      }
-    });
-  } else if (source_ == StripSource::apart) {
-    over_channels(shape_.in_channels, pitch_, [&](int64_t from, int64_t end) {
-      for (int64_t c = from; c < end; ++c) {
-        kernels.collect(call.input + c * input_.pitch(), apart_.data(), 1, positions, packed.get() + c * pitch_);
-      }
-    });
-  } else if (source_ == StripSource::images) {
-    const Batch<const float> source{call.input, shape_.batch, shape_.in_channels, shape_.input, false};
-    const Planes whole = input_planes(shape_, output_.grid.covered());
-    const StripPacker<float> packer(source, planes_, whole, output_.grid);
-    over_channels(shape_.in_channels, pitch_, [&](int64_t from, int64_t end) {
-      packer.pack(call.unit * grid_.images, from, end, pitch_, packed.get());
-    });
+  const bool packs = source_ != StripSource::strips, merged = merged_groups_ > 1;
+  const Batch<const float> images{call.input, shape_.batch, shape_.in_channels, shape_.input, false};
+  const Planes whole = input_planes(shape_, output_.grid.covered());
+  std::optional<StripPacker<float>> packer;
+  if (source_ == StripSource::images) packer.emplace(images, planes_, whole, output_.grid);
+  const StripPacker<float>* const from_images = packer ? &*packer : nullptr;
+  const Buffer<float> packed(packs && !merged ? shape_.in_channels * pitch_ : 0);
+  if (packs && !merged) {
+    over_channels(shape_.in_channels, pitch_,
+                  [&](int64_t from, int64_t to) { pack(call, from_images, from, to, packed.get()); });
   }
-  const float* const source = source_ == StripSource::strips ? call.input : packed.get();
   Rows<float> rows = rows_of(shape_, pattern_, call.values);
   Offsets offsets;
   if (code_) {
@@ -298,11 +430,33 @@ void ConvStrips::run(const UnitCall& call) const {
   }
   Epilogue<float> epilogue;
   epilogue.activation = activation_;
-  const int64_t out_pitch = output_.pitch(), elements = grid_.largest() * grid_.lanes;
+  const int64_t out_pitch = output_.pitch();
+  const int64_t merged_rows = rows.packed() / merged_groups_, merged_channels = shape_.in_channels / merged_groups_;
+  // Rows that share nothing with others take all tiles while their channels are in the caches.
+  const int64_t elements = merged ? merged_channels * pitch_ / (merged_rows * rows.vector) + out_pitch
+                                  : grid_.largest() * grid_.lanes;
   parallel_rows(rows, [&](int64_t from, int64_t to) {
     std::vector<int32_t> cursor;
-    const Buffer<float> scratch(std::min(to - from, rows.packed_per_group) * rows.vector * elements);
+    const Buffer<float> scratch(merged ? 0 : std::min(to - from, rows.packed_per_group) * rows.vector * elements);
+    int64_t most = 0;  // merged channels of a chunk
+    auto channels_of = [&](int64_t begin, int64_t end) {
+      return std::pair(begin / merged_rows * merged_channels, ceil_div(end, merged_rows) * merged_channels);
+    };
+    if (packs && merged) {
+      for_chunks(rows, elements, from, to, [&](int64_t, int64_t begin, int64_t end) {
+        const auto [first, past] = channels_of(begin, end);
+        most = std::max(most, past - first);
+      });
+    }
+    const Buffer<float> own(most * pitch_);
     for_chunks(rows, elements, from, to, [&](int64_t group, int64_t begin, int64_t end) {
+      const float* source = packs ? packed.get() : call.input;
+      if (packs && merged) {
+        const auto [first, past] = channels_of(begin, end);
+        float* const at = own.get() - first * pitch_;  // where channel 0 would be
+        pack(call, from_images, first, past, at);
+        source = at;
+      }
       const int64_t before = begin * rows.vector * out_pitch;
       auto places = places_.begin();
       for (int64_t ty = 0; ty < grid_.tiles[0]; ++ty) {
@@ -314,14 +468,16 @@ void ConvStrips::run(const UnitCall& call) const {
           tile.output = call.output + before + output_.middle();
           tile.output_pitch = out_pitch;
           tile.places = (places++)->data();
-          epilogue.clamp(tile, tile.output, tile.output);
+          if (epilogue.clamps()) epilogue.clamp(tile, tile.output, tile.output);
           if (call.residual) tile.residual = call.residual + before + output_.middle();
           multiply_tile(grid_, rows, offsets, grid_.blocks, tile, begin, end, scratch.get(), cursor);
         }
       }
-      for (int64_t r = 0; !moves_.empty() && r < (end - begin) * rows.vector; ++r) {
-        kernels.move_lanes(call.output + before + r * out_pitch, moves_.data(), static_cast<int64_t>(moves_.size()),
-                           sources_.data());
+      for (int64_t r = 0; r < (end - begin) * rows.vector && !(moves_.empty() && epilogue.clamps()); ++r) {
+        float* const plane = call.output + before + r * out_pitch;
+        if (!epilogue.clamps()) activate(plane);
+        if (moves_.empty()) continue;
+        kernels.move_lanes(plane, moves_.data(), static_cast<int64_t>(moves_.size()), sources_.data());
       }
     });
   });

@@ -12,6 +12,8 @@
 #include "lanes.h"
 #include "pattern.h"
 #include "spmm.h"
+#include "squeeze_excite.h"
+#include "strips.h"
 
 namespace sparsekd::cpu {
 
@@ -31,17 +33,20 @@ struct StripLayout {
   bool flat() const { return halo == Pair{0, 0}; }
 };
 
-// A layer as far as it matters where its activations lie; those have places 0, 1, ... Without indices it is a max-pool,
-// or with a kernel of one pixel a shortcut: every stride-th pixel of its input's channels, with others of zeros before
-// and after them.
+// A layer as far as it matters where its activations lie; those have places 0, 1, ... Without indices it is a squeeze-
+// and-excitation, a max-pool, or with a kernel of one pixel a shortcut: every stride-th pixel of its input's channels,
+// with others of zeros before and after them.
 struct StripLayer {
   Conv2dShape shape;
   Activation activation = Activation::none;
   at::Tensor crow_indices, col_indices;
   int64_t vector = 1;
   int64_t zeros_before = 0;  // channels
+  std::shared_ptr<const Excitation> excitation;
   int64_t input = -1, residual = -1, output = -1;  // places; a residual of -1 is none
   bool convolves() const { return crow_indices.defined(); }
+  // The same layer without convolution groups: row k has columns of its own group's channels.
+  StripLayer without_groups() const;
   // Channels of its results, with those that pad rows.
   int64_t made_channels() const { return ceil_div(shape.out_channels / shape.groups, vector) * vector * shape.groups; }
 };
@@ -65,12 +70,14 @@ class UnitStep {
  public:
   virtual ~UnitStep() = default;
   virtual void run(const UnitCall& call) const = 0;
+  // Whether the weights that it has itself are as they were.
+  virtual bool fits() const { return true; }
 };
 
 std::unique_ptr<UnitStep> to_strips(const StripLayout& output, int64_t channels);
 std::unique_ptr<UnitStep> from_strips(const StripLayout& input, int64_t channels);
-// A max-pool or a shortcut. The padding of the input is zero.
-std::unique_ptr<UnitStep> pool_strips(const StripLayer& layer, const StripLayout& input, const StripLayout& output);
+// What is no convolution. The padding of the input is zero.
+std::unique_ptr<UnitStep> other_strips(const StripLayer& layer, const StripLayout& input, const StripLayout& output);
 
 // act(conv2d + shift + residual). `input` is not looked at if that comes from images; `input_channels` are those of its
 // units with what pads them.
@@ -83,13 +90,20 @@ class ConvStrips : public UnitStep {
   const at::Tensor& order() const { return order_; }
   bool generated() const { return code_ != nullptr; }
   // Whether these are this layer's.
+  using UnitStep::fits;
   bool fits(const at::Tensor& values, const std::optional<at::Tensor>& shift) const;
   void run(const UnitCall& call) const override;
 
  private:
+  ConvStrips(const StripLayer& layer, int64_t groups, StripSource source, const Grid& grid, const StripLayout& input,
+             int64_t input_channels, const StripLayout& output);
+  void pack(const UnitCall& call, const StripPacker<float>* packer, int64_t from, int64_t to, float* packed) const;
+  void activate(float* plane) const;
+
   const Conv2dShape shape_;
   const at::Tensor crow_, col_;
   const Pattern pattern_;
+  const int64_t merged_groups_;  // that are one here, whose rows read channels of their own each
   const Activation activation_;
   const StripSource source_;
   const Grid grid_;

@@ -77,7 +77,7 @@ StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<
     if (layer.residual >= 0) want_strips(built, layer.residual, shape.out_channels);
     Op op;
     if (!layer.convolves()) {
-      op.way = way_of(pool_strips(layer, input, output));
+      op.way = way_of(other_strips(layer, input, output));
     } else {
       auto by = [&](const Grid& grid) {
         return way_of(
@@ -169,7 +169,7 @@ bool StripChain::run(std::vector<Lying>& lying) const {
   const std::vector<std::shared_ptr<Way>>& ways = taken.first;
   for (size_t i = 0; i < ops_.size(); ++i) {
     const auto& [own, shift] = ops_[i].weights;
-    if (ways[i]->conv && !ways[i]->conv->fits(own, shift)) return false;
+    if (!(ways[i]->conv ? ways[i]->conv->fits(own, shift) : ways[i]->step->fits())) return false;
   }
   for (const auto& [place, size] : given_) lying[place].images = lying[place].images.contiguous();
   for (const auto& [place, size] : made_) lying[place].images = empty_floats(size);

@@ -4,8 +4,9 @@
                                                         done to results while they are in the cache
     max-pool                                            MaxPool2d of modules/fused.py
     shortcuts without parameters                        Shortcut of modules/fused.py: shortcuts.py
+    squeeze-and-excitation                              one module, its small layers dense: squeeze_excite.py
     dropout and stochastic depth in eval mode, Identity gone
-    convolutions of a few input channels                computed by the sparse kernels, too: few_channels.py
+    convolutions of a few input channels, depthwise     computed by the sparse kernels, too: few_channels.py
     large activations                                   in the memory of those of the last forward: arena.py
     runs of such layers                                 without Python between them: sequence.py; activations stay as
                                                         the kernels read them, image by image
@@ -39,6 +40,7 @@ from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d, SparseModul
 from .recorded import check_calls, check_near, record_calls
 from .sequence import in_strips, leave_strips, run_in_sequence
 from .shortcuts import replace_shortcuts
+from .squeeze_excite import replace_squeeze_excitations
 from .surgery import call, copied
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -65,8 +67,9 @@ def optimize_for_inference(
     """A copy of the model for inference, with pruned layers sparse where that is faster and their neighbours fused.
 
     Batch-norm is folded into convolutions and linear layers; ReLU, ReLU6, SiLU, Hardswish and residual additions are
-    done by the sparse convolutions before them; max-pool is an operator of ours; the convolution of an image's few
-    channels, though dense, may go through the sparse kernels. What is fused is kept only if the network is faster so.
+    done by the sparse convolutions before them; max-pool and squeeze-and-excitation are operators of ours; the
+    convolution of an image's few channels and depthwise ones, though dense, may go through the sparse kernels. What is
+    fused is kept only if the network is faster so.
     Parts that torch.fx cannot trace stay as :func:`convert` makes them, which is said in a warning. Memory of
     activations of 1 MiB or more is kept from one forward to the next, as much as a forward takes at once. From the
     third forward of a size on, layers that follow each other run without Python between them (hooks, replaced layers
@@ -316,7 +319,9 @@ def _on_tensor_cores(model: nn.Module) -> bool:
 def _fused(model: nn.Module, channels_last: bool, turn: bool, lanes: bool = False) -> nn.Module:
     """A copy with the graphs' epilogues and pools fused, and the convolutions left dense stored in a format."""
     model = copy.deepcopy(model)
-    for piece in [m for m in model.modules() if isinstance(m, fx.GraphModule)]:
+    made = Choices(choices(model), seconds=choices(model).seconds)
+    for name, piece in [(n, m) for n, m in model.named_modules() if isinstance(m, fx.GraphModule)]:
+        replace_squeeze_excitations(piece, f"{name}." if name else "", made, _activation, _in_place)
         _fuse_epilogues(piece)
         _replace_pools(piece)
         replace_shortcuts(piece)
@@ -327,8 +332,8 @@ def _fused(model: nn.Module, channels_last: bool, turn: bool, lanes: bool = Fals
     for module in model.modules():
         if type(module) is nn.Conv2d:
             module.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    renamed = Choices(seconds=choices(model).seconds)
-    for name, choice in choices(model).items():
+    renamed = Choices(seconds=made.seconds)
+    for name, choice in made.items():
         inside = isinstance(model.get_submodule(name), FusedConv2d)
         renamed[f"{name}.conv" if inside else name] = choice
     keep_choices(model, renamed)
@@ -343,8 +348,9 @@ def _fastest(converted: nn.Module, example_inputs: object) -> nn.Module:
         if any(isinstance(module, SparseConv2d) for module in converted.modules()):
             networks["turned"] = _fused(converted, True, True)
     if any(isinstance(module, SparseConv2d) for module in converted.modules()):
-        if (packed := packed_whole(converted)) is not None:
-            networks["packed"] = _fused(packed, False, False)
+        for name, groups in (("packed", False), ("grouped", True)):
+            if (packed := packed_whole(converted, groups)) is not None:
+                networks[name] = _fused(packed, False, False)
     if _on_tensor_cores(converted):
         networks["lanes"] = _fused(converted, False, False, lanes=True)
     for piece in [piece for network in networks.values() for piece in network.modules()]:

@@ -49,6 +49,20 @@ def conv2d_fused_reference(
     return _finished(output, scale, shift, residual, activation)
 
 
+def squeeze_excite_reference(
+    input: Tensor,
+    reduce: Tensor,
+    reduce_bias: Tensor | None,
+    expand: Tensor,
+    expand_bias: Tensor | None,
+    activation: str,
+    gate: str,
+) -> Tensor:
+    inner = ACTIVATIONS[activation](F.linear(input.mean((2, 3)), reduce, reduce_bias))
+    outer = F.linear(inner, expand, expand_bias)
+    return input * (torch.sigmoid(outer) if gate == "sigmoid" else F.hardsigmoid(outer))[:, :, None, None]
+
+
 def conv2d_24_reference(
     input: Tensor,
     values: Tensor,

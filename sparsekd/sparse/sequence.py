@@ -18,10 +18,15 @@ from torch.overrides import _get_current_function_mode
 
 from ..measure.tuned import mode
 from . import ops  # noqa: F401  (registers the class)
-from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d
+from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d, SqueezeExcite
 from .modules.plans import changes
 
-GEOMETRY = {MaxPool2d: ("kernel_size", "stride", "padding"), Shortcut: ("stride", "new_channels")}
+# What is set on layers that are no convolutions.
+SETTINGS = {
+    MaxPool2d: ("kernel_size", "stride", "padding"),
+    Shortcut: ("stride", "new_channels"),
+    SqueezeExcite: ("activation", "gate"),
+}
 MOST_PROGRAMS = 4  # of a network, for as many sizes of its inputs
 
 
@@ -198,7 +203,7 @@ class _Step:
         nodes = all(isinstance(arg, fx.Node) and shapes.get(arg) is not None for arg in node.args)
         if node.kwargs or not nodes or len(node.args) not in (1, 2):
             return None
-        if kind in (MaxPool2d, Shortcut):
+        if kind in SETTINGS:
             return _Step(node, module) if len(node.args) == 1 else None
         conv = module._modules.get("conv") if kind is FusedConv2d else module
         if type(conv) is not SparseConv2d or conv.channels_last or (conv is module and len(node.args) != 1):
@@ -215,9 +220,12 @@ class _Step:
 
     def add(self, sequence, places: dict[fx.Node, int]) -> int:
         input, *residual = (places[arg] for arg in self.node.args)
+        if type(self.module) is SqueezeExcite:
+            own = [self.module._parameters[name] for name in SqueezeExcite.PARAMETERS]
+            return sequence.squeeze_excite(input, *own, self.module.activation, self.module.gate)
         if self.conv is None:
             step = sequence.max_pool2d if type(self.module) is MaxPool2d else sequence.shortcut
-            return step(input, *(list(getattr(self.module, name)) for name in GEOMETRY[type(self.module)]))
+            return step(input, *(list(getattr(self.module, name)) for name in SETTINGS[type(self.module)]))
         own = self.conv._parameters  # has no bias where there is none
         bound = self.plans.bound[self.key]
         return sequence.conv2d(bound, own["values"], own.get("bias"), input, *residual or (None,))
@@ -227,8 +235,11 @@ class _Step:
         for module in {self.module, self.conv} - {None}:
             program.hooks += [module._forward_hooks, module._forward_pre_hooks]
             watched(module.__dict__, "forward", None)
+        if type(self.module) is SqueezeExcite:
+            for name in SqueezeExcite.PARAMETERS:
+                _expect(program.always, self.module._parameters, name, self.module._parameters[name])
         if self.conv is None:
-            for name in GEOMETRY[type(self.module)]:
+            for name in SETTINGS[type(self.module)]:
                 watched(self.module.__dict__, name, getattr(self.module, name))
             return
         for name in ("values", "bias"):

@@ -9,6 +9,7 @@ from .convolution import SparseConv1d
 from .fused import FusedConv2d, MaxPool2d, Shortcut
 from .linear import SparseLinear
 from .packed import DTYPES, SparseModule
+from .squeeze_excite import SqueezeExcite
 
 __all__ = [
     "DTYPES",
@@ -19,4 +20,5 @@ __all__ = [
     "SparseConv2d",
     "SparseLinear",
     "SparseModule",
+    "SqueezeExcite",
 ]

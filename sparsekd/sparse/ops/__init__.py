@@ -16,6 +16,7 @@ from .linear import linear
 from .linear_kd_loss import linear_kd_loss
 from .max_pool2d import max_pool2d
 from .registered import cpu_isa, fallbacks, only_backend, strict_backends, tuning_tiles
+from .squeeze_excite import squeeze_excite
 
 __all__ = [
     "LANES",
@@ -35,6 +36,7 @@ __all__ = [
     "max_pool2d",
     "only_backend",
     "same_padding",
+    "squeeze_excite",
     "strict_backends",
     "takes_plans",
     "to_lanes",
