@@ -28,9 +28,9 @@ std::vector<int64_t> conv2d_tiling_cuda(const at::Tensor& col, int64_t vector, a
   Call call(col);
   std::string reason;
   // Plans are kept for layers in a row, whose activations stay in lanes.
-  const auto tiling =
+  const auto chosen =
       choose_tiling(problem_of(shape, vector, col.size(0)), tensor_device(call, col), Results::lanes, reason);
-  return tiling ? tiling->numbers() : std::vector<int64_t>{};
+  return chosen ? chosen->tiling.numbers() : std::vector<int64_t>{};
 }
 
 at::Tensor conv2d_plan_cuda(const at::Tensor& crow, const at::Tensor& col, at::IntArrayRef tiling, int64_t vector,

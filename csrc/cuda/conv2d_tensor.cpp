@@ -158,10 +158,12 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.n_octets = int(tile.n_octets);
   p.row_warps = tiling.row_warps;
   p.row_blocks = int(tile.row_blocks);
-  p.tile_h = tiling.tile_h;
+  p.places = tiling.positions();
   p.tile_w = tiling.tile_w;
-  p.tiles_h = int(ceil_div(source.strip_rows, tiling.tile_h));
-  p.tiles_w = int(ceil_div(problem.axes[1].positions, tiling.tile_w));
+  p.row_places = tiling.row_places;
+  p.tiles_of_stretch = int(tiling.tiles_of_stretch(source.strip_rows));
+  p.stretches = int(ceil_div(problem.axes[1].positions, tiling.tile_w));
+  p.shifted = p.places % p.row_places != 0 && p.tiles_of_stretch > 1;
   p.tile_columns = tile.tile_columns;
   p.plane = tile.plane;
   p.pitch = tile.pitch;
@@ -170,9 +172,7 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.threads = 32 * tiling.row_warps * tiling.position_warps;
   p.shared_bytes = int(tile.buffers.bytes);
   p.most_distance = tile.zeros + tiling.block_planes * tile.pitch - 1 - tile.last_place;
-  p.run_pitch = tiling.whole_rows ? tiling.variant.run : tile.tile_columns;
-  p.place_pitch = tiling.whole_rows ? tile.tile_columns : tiling.tile_w;
-  p.lane_pitch = joined_lane_pitch(tiling.tile_h * tiling.tile_w, tiling.variant.rows);
+  p.lane_pitch = joined_lane_pitch(std::min(p.places, int(source.strip_rows) * p.tile_w), tiling.variant.rows);
   p.row_pitch = joined_row_pitch(p.lane_pitch, tiling.variant.rows);
   p.joined = !to_lanes && output.is_contiguous() && tiling.tile_w == problem.axes[1].positions;
   p.scale = pointer(operands.scale);
@@ -192,7 +192,7 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.out_h = output.stride(2);
   p.out_w = output.stride(3);
   // As many blocks of threads as live at once, each of which goes on to the next tile.
-  const int64_t tiles = source.units * p.tiles_h * p.tiles_w, grid_y = problem.groups * tile.row_blocks;
+  const int64_t tiles = source.units * p.tiles_of_stretch * p.stretches, grid_y = problem.groups * tile.row_blocks;
   TORCH_CHECK_VALUE(tiles < kLimit / 2, "Expected fewer than 2^30 tiles of positions, got ", tiles);
   p.tiles = int(tiles);
   const TensorDevice device = tensor_device(call, input);
@@ -206,10 +206,10 @@ bool run_on_tensor_cores(Call& call, const TensorProblem& problem, const at::Ten
                          TensorOperands operands) {
   std::string reason;
   const Results results = operands.output.is_contiguous() ? Results::joined : Results::images;
-  const std::optional<Tiling> tiling = choose_tiling(problem, tensor_device(call, operands.input), results, reason);
-  if (!tiling) return not_taken(reason);
-  operands.plan = make_plan(call, problem, *tiling, crow, col);
-  run_planned(call, problem, *tiling, operands);
+  const std::optional<Chosen> chosen = choose_tiling(problem, tensor_device(call, operands.input), results, reason);
+  if (!chosen) return not_taken(reason);
+  operands.plan = make_plan(call, problem, chosen->tiling, crow, col);
+  run_planned(call, problem, chosen->tiling, operands);
   return true;
 }
 

@@ -9,7 +9,7 @@ struct TensorVariant {
   int rows;       // of a slice
   int groups;     // slices of a warp
   int positions;  // of a warp
-  int run;        // of these, neighbours in a row of the tile
+  int run;        // of these, neighbours in a row
 };
 // Each has 128 sums a lane.
 constexpr TensorVariant kTensorVariants[] = {
@@ -86,10 +86,11 @@ struct TensorConv2dParams {
   int planes_per_group, block_planes, block_fours, blocks;  // fours of planes
   int n_octets;
   int row_warps, row_blocks;
-  int tiles, tile_h, tile_w, tiles_h, tiles_w, tile_columns, plane, pitch, zeros;
-  int run_pitch;    // from one run of neighbours (TensorVariant::run) of a warp's positions to the next, in vectors
-  int place_pitch;  // positions from one row of a tile to the next: tile_w, or tile_columns in tiles of whole rows
-  bool joined;      // results of a tile lie one behind the other in each image
+  // A tile is so many places, one behind the other, of a stretch of `tile_w` columns, each of whose rows has so many; as
+  // a staged plane has `tile_columns` of it.
+  int tiles, places, tile_w, row_places, tiles_of_stretch, stretches, tile_columns, plane, pitch, zeros;
+  bool shifted;  // tiles begin elsewhere than at the begin of a row, too
+  bool joined;   // results of a tile lie one behind the other in each image
   int lane_pitch, row_pitch;  // of such results on their way, in floats
   int buffer;              // vectors from one buffer to the next
   unsigned most_distance;  // so that what is gathered lies in the staged block
