@@ -27,7 +27,6 @@ class Tiling:
     rows: int  # of a slice
     groups: int  # slices of a warp
     positions: int  # of a warp
-    run: int
     row_warps: int
     position_warps: int
     tile_w: int
@@ -44,7 +43,7 @@ def tiling(sizes: tuple[int, ...], device: tuple[int, int, int], joined: bool) -
         device: major compute capability, shared memory of a block, multiprocessors.
         joined: for results in images whose rows lie one behind the other, not in lanes.
     """
-    numbers, cycles = (ctypes.c_int64 * 9)(), ctypes.c_double()
+    numbers, cycles = (ctypes.c_int64 * 8)(), ctypes.c_double()
     given = (ctypes.c_int64 * 8)(*sizes), (ctypes.c_int * 3)(*device), int(joined)
     found = library().sparsekd_tensor_tiling(*given, numbers, ctypes.byref(cycles))
     if found != len(numbers):

@@ -12,13 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import predict  # noqa: E402
 
 LAYER = predict.Layer("layer", 256, 256, 3, 1, 14, 1)
-FACTORS = {8: 1.2, 16: 1.1, 32: 1.1, 64: 1.1}
 
 
 @pytest.fixture(scope="module")
 def patterns():
     table = json.loads((predict.RESULTS / "gpu_static.json").read_text())
-    return predict.patterns({(row["kernel"], row["arch"]): row for row in table["kernels"]}, FACTORS)
+    return predict.patterns({(row["kernel"], row["arch"]): row for row in table["kernels"]})
 
 
 @pytest.mark.parametrize("device", predict.DEVICES, ids=lambda d: d.name)
@@ -61,9 +60,5 @@ def test_the_committed_prediction():
         for part in [row, *row["layers"]]:
             for times in (part["sparse_ms"], part["kept_ms"], part["dense_ms"].values()):
                 assert all(math.isfinite(ms) and ms > 0 for ms in times)
-            # On tensor cores the library chooses the tile, by a model of its own: a sparser layer may get one that
-            # takes longer here. Over all layers that evens out, but for a few percent.
-            pairs = list(zip(part["sparse_ms"], part["sparse_ms"][1:], strict=False))
-            chosen = row["pattern"] in ("V=8 fp16", "V=16 fp16", "V=32 fp16", "V=64 fp16")
-            most = 1.0 if not chosen else 1.03 if part is row else 1.6
-            assert all(sparser <= most * denser for denser, sparser in pairs), part
+            for times in (part["sparse_ms"], part["kept_ms"]):
+                assert times == sorted(times, reverse=True), part

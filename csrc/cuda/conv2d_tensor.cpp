@@ -40,13 +40,10 @@ Source source_in_lanes(const TensorProblem& problem, const at::Tensor& input) {
 
 // Images side by side or, of few, strips of them, the padding among them.
 Source source_of_images(Call& call, const TensorProblem& problem, const Tile& tile, const at::Tensor& input,
-                        bool whole) {
+                        int64_t strip_rows) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
-  const int64_t most = whole ? 1 : ceil_div(kLanes, std::max<int64_t>(problem.batch, 1));
-  const int64_t wanted = std::clamp<int64_t>(most, 1, ay.positions);
-  const int64_t strip_rows = ceil_div(ay.positions, wanted), strips = ceil_div(ay.positions, strip_rows);
-  const int64_t units = ceil_div(problem.batch * strips, kLanes);
-  const int64_t rows = strip_rows + ay.most / ay.stride;
+  const auto [strips, of_strip, units] = cut_of(problem, strip_rows);
+  const int64_t rows = of_strip + ay.most / ay.stride;
   const int64_t columns = ceil_div(ax.positions + ax.most / ax.stride, int64_t(2)) * 2;
   const int64_t pitch = tile.phases[1] * columns, plane = tile.phases[0] * rows * pitch;
   const int64_t vectors = units * problem.in_channels * plane;
@@ -57,12 +54,12 @@ Source source_of_images(Call& call, const TensorProblem& problem, const Tile& ti
                     vectors * 8);
   const at::Tensor lanes = at::empty({vectors, kLanes}, input.options());
   call.writes(lanes, "lanes");
-  const Lanes layout{int(problem.batch), int(problem.in_channels), 1, int(strips), int(strip_rows), int(units),
+  const Lanes layout{int(problem.batch), int(problem.in_channels), 1, int(strips), int(of_strip), int(units),
                      {tile.phases[0], tile.phases[1]}, int(rows), int(columns), int(plane)};
   ToLanes16Params p{layout, {ay, ax}, input.const_data_ptr(), input.stride(0), input.stride(1), input.stride(2),
                     input.stride(3), channels_last, int(channel_blocks), threads, lanes.mutable_data_ptr()};
   call.launched(sparsekd_to_lanes16(&p, call.stream()));
-  return {lanes, units, strips, strip_rows, plane, pitch,
+  return {lanes, units, strips, of_strip, plane, pitch,
           {{1, int(rows), 0, int(tile.phases[0] * rows)}, {1, int(columns), 0, int(pitch)}}};
 }
 
@@ -124,8 +121,11 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   const Tile tile = tile_of(problem, tiling);
   const at::Tensor &input = operands.input, &output = operands.output;
   const bool to_lanes = output.dim() == 5;
+  const int64_t strip_rows = to_lanes              ? problem.axes[0].positions
+                             : operands.strip_rows ? operands.strip_rows
+                                                   : even_strip_rows(problem);
   const Source source = input.dim() == 5 ? source_in_lanes(problem, input)
-                                         : source_of_images(call, problem, tile, input, to_lanes);
+                                         : source_of_images(call, problem, tile, input, strip_rows);
   const at::Tensor fragments = at::empty({tile.n_octets, int64_t(tiling.variant.rows) * 8}, input.options());
   call.writes(fragments, "fragments");
   const TensorPlan plan = tile.plan(operands.plan);
@@ -209,6 +209,7 @@ bool run_on_tensor_cores(Call& call, const TensorProblem& problem, const at::Ten
   const std::optional<Chosen> chosen = choose_tiling(problem, tensor_device(call, operands.input), results, reason);
   if (!chosen) return not_taken(reason);
   operands.plan = make_plan(call, problem, chosen->tiling, crow, col);
+  operands.strip_rows = chosen->strip_rows;
   run_planned(call, problem, chosen->tiling, operands);
   return true;
 }

@@ -61,7 +61,7 @@ __device__ __forceinline__ int in_plane(const TensorConv2dParams& p, int shift, 
   return in_rows / p.row_places * p.tile_columns + in_rows % p.row_places - shift;
 }
 
-template <class T, int kRows, int kGroups, int kPositions, int kRun>
+template <class T, int kRows, int kGroups, int kPositions>
 __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const TensorConv2dParams p) {
   needs_tensor_cores();
   constexpr int kMatrices = Weights<kRows>::kMatrices;
@@ -97,9 +97,9 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
     // A warp's first position, and from it on to the others that begin a run of neighbours, in bytes.
     const int shift = place_of(p, tile).shift;
     const int first = in_plane(p, shift, place0) * 16;
-    int runs[kPositions / kRun];
+    int runs[kPositions / kNeighbours];
 #pragma unroll
-    for (int i = 0; i < kPositions / kRun; ++i) runs[i] = in_plane(p, shift, place0 + i * kRun) * 16 - first;
+    for (int i = 0; i < kPositions / kNeighbours; ++i) runs[i] = in_plane(p, shift, place0 + i * kNeighbours) * 16 - first;
     float sums[kGroups][kMatrices][kPlaces][4];
     int next[kGroups];
 #pragma unroll
@@ -146,7 +146,7 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
 #pragma unroll
           for (int j = 0; j < kPositions; j += 2) {
             uint32_t in[4];
-            load_matrices_transposed(in, row + (runs[j / kRun] + j % kRun * 16));
+            load_matrices_transposed(in, row + (runs[j / kNeighbours] + j % kNeighbours * 16));
             if constexpr (kRows == 8) {
               mma_k16<T>(sums[k][0][j / 2], in[0], in[1], in[2], in[3], weights.words[0][0], weights.words[0][1]);
             } else {
@@ -164,7 +164,7 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
 #pragma unroll
         for (int j = 0; j < kPositions; j += 4) {
           uint32_t in[4];
-          load_matrices_transposed(in, row + (runs[j / kRun] + j % kRun * 16));
+          load_matrices_transposed(in, row + (runs[j / kNeighbours] + j % kNeighbours * 16));
           if constexpr (kRows == 8) {
             mma_k8<T>(sums[k][0][j / 2], in[0], in[1], ahead.words[0][0]);
             mma_k8<T>(sums[k][0][j / 2 + 1], in[2], in[3], ahead.words[0][0]);

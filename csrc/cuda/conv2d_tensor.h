@@ -9,14 +9,13 @@ struct TensorVariant {
   int rows;       // of a slice
   int groups;     // slices of a warp
   int positions;  // of a warp
-  int run;        // of these, neighbours in a row
 };
 // Each has 128 sums a lane.
 constexpr TensorVariant kTensorVariants[] = {
-    {8, 2, 32, 8},   {8, 2, 32, 16}, {8, 4, 16, 4},  {16, 1, 32, 8}, {16, 1, 32, 16},
-    {16, 2, 16, 4}, {32, 1, 16, 8}, {32, 1, 16, 16}, {64, 1, 8, 8},
+    {8, 2, 32}, {8, 4, 16}, {16, 1, 32}, {16, 2, 16}, {32, 1, 16}, {64, 1, 8},
 };
 constexpr int kTensorWarps = 8;
+constexpr int kNeighbours = 4;  // of a warp's positions so many lie side by side in a row: what one ldmatrix may read
 constexpr int kLanes = 8;  // images or strips side by side: 16 bytes
 constexpr int kMostBlockPlanes = 128;
 constexpr int kMostSlices = 4 * kTensorWarps;  // of a block of threads

@@ -47,9 +47,17 @@ struct Tile {
 };
 Tile tile_of(const TensorProblem& problem, const Tiling& tiling);
 
+// How activations and results of images are cut before tiles are: strips of so many rows, eight of which are a unit.
+struct Cut {
+  int64_t strips, strip_rows, units;
+};
+Cut cut_of(const TensorProblem& problem, int64_t strip_rows);
+int64_t even_strip_rows(const TensorProblem& problem);
+
 enum class Results { lanes, images, joined };  // joined: images in which each row begins where the one before ends
 struct Chosen {
   Tiling tiling;
+  int64_t strip_rows;
   double cycles;  // of a multiprocessor, by the model of costs that it was chosen by
 };
 // None, with the reason, where tensor cores can't take the convolution.
@@ -66,6 +74,7 @@ at::Tensor make_plan(Call& call, const TensorProblem& problem, const Tiling& til
 struct TensorOperands {
   at::Tensor input, values, plan, rows, scale, shift, residual, output;
   Activation activation = Activation::none;
+  int64_t strip_rows = 0;  // of images; 0: as is best for most
 };
 void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling, const TensorOperands& operands);
 

@@ -48,12 +48,21 @@ std::string unfit(const TensorProblem& problem, const Tile& tile) {
 }  // namespace
 
 std::vector<int64_t> Tiling::numbers() const {
-  return {variant.rows,   variant.groups, variant.positions, variant.run, row_warps,
-          position_warps, tile_w,         row_places,        block_planes};
+  return {variant.rows, variant.groups, variant.positions, row_warps, position_warps, tile_w, row_places, block_planes};
 }
 
 int64_t Tiling::tiles_of_stretch(int64_t rows) const {
   return ceil_div((rows - 1) * row_places + tile_w, int64_t(positions()));
+}
+
+Cut cut_of(const TensorProblem& problem, int64_t strip_rows) {
+  const int64_t strips = ceil_div(int64_t(problem.axes[0].positions), strip_rows);
+  return {strips, strip_rows, ceil_div(problem.batch * strips, int64_t(kLanes))};
+}
+
+int64_t even_strip_rows(const TensorProblem& problem) {
+  const int64_t rows = problem.axes[0].positions, batch = std::max<int64_t>(problem.batch, 1);
+  return ceil_div(rows, std::clamp<int64_t>(ceil_div(int64_t(kLanes), batch), 1, rows));
 }
 
 namespace {
@@ -125,17 +134,6 @@ int64_t Tile::resident(const Tiling& tiling, const TensorDevice& device) const {
 
 namespace {
 
-// How activations and results are cut before tiles are: strips of images side by side, or images alone.
-struct Cut {
-  int64_t strips, strip_rows, units;
-};
-Cut cut_of(const TensorProblem& problem, bool in_strips) {
-  const int64_t rows = problem.axes[0].positions, batch = std::max<int64_t>(problem.batch, 1);
-  const int64_t wanted = in_strips ? std::clamp<int64_t>(ceil_div(kLanes, batch), 1, rows) : 1;
-  const int64_t strip_rows = ceil_div(rows, wanted), strips = ceil_div(rows, strip_rows);
-  return {strips, strip_rows, ceil_div(batch * strips, kLanes)};
-}
-
 // Sectors of 32 bytes that a result takes which lies one behind the other with those of its tile: what planes lie in,
 // and one more where two tiles share one. Planes begin at any multiple of `step` results, where a sector has 16.
 double joined_sectors(const TensorProblem& problem, const Tiling& tiling, const Cut& cut) {
@@ -163,15 +161,10 @@ double tensor_macs(const TensorDevice& device) {
 // By cycles of an SM, counted as at the head of conv2d_tensor.cuh: what shared memory delivers (128 bytes a cycle) to
 // the operands and takes from the copies, or what the tensor cores multiply, whichever is more. No term falls with the
 // number of columns, so that a sparser pattern never costs more. benchmarks/predict.py makes its times of it.
-struct Candidate {
-  Tiling tiling;
-  double cost;
-};
-Candidate candidate_of(const TensorProblem& problem, const TensorDevice& device, Results results, const Tiling& tiling,
-                       const Tile& tile) {
+double cycles_of(const TensorProblem& problem, const TensorDevice& device, Results results, const Cut& cut,
+                 const Tiling& tiling, const Tile& tile) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
   const double rows = tiling.variant.rows, positions = tiling.positions();
-  const Cut cut = cut_of(problem, results != Results::lanes);
   const int64_t tiles =
       cut.units * tiling.tiles_of_stretch(cut.strip_rows) * ceil_div(ax.positions, int64_t(tiling.tile_w));
 
@@ -207,14 +200,22 @@ Candidate candidate_of(const TensorProblem& problem, const TensorDevice& device,
   const double waiting = resident == 1 && tile.blocks == 1 ? std::max(fetched - finished, 0.0) : 0.0;
   const double turns =
       static_cast<double>(ceil_div(tiles * problem.groups * tile.row_blocks, device.multiprocessors * resident));
-  return {tiling, turns * (std::max(worked, fetched) * static_cast<double>(resident) + waiting) + fetched + 600};
+  return turns * (std::max(worked, fetched) * static_cast<double>(resident) + waiting) + fetched + 600;
 }
 
-// Of so many rows a slice, warps and blocks of planes as the device takes them.
-void add_candidates(const TensorProblem& problem, const TensorDevice& device, Results results, Tiling tiling,
-                    std::vector<Candidate>& candidates) {
+// Images are cut into strips of about equal height, or of so many rows that each strip begins where a sector does.
+std::vector<Cut> cuts_of(const TensorProblem& problem, Results results) {
+  if (results == Results::lanes) return {cut_of(problem, problem.axes[0].positions)};
+  std::vector<Cut> cuts{cut_of(problem, even_strip_rows(problem))};
+  const int64_t whole = 16 / std::gcd(problem.axes[1].positions, 16), rows = cuts[0].strip_rows;
+  if (cuts[0].strips > 1 && rows % whole != 0) cuts.push_back(cut_of(problem, ceil_div(rows, whole) * whole));
+  return cuts;
+}
+
+// With all planes at once, or as many as fit twice.
+void look_at(const TensorProblem& problem, const TensorDevice& device, Results results, const std::vector<Cut>& cuts,
+             Tiling tiling, std::optional<Chosen>& best) {
   const Tile one = tile_of(problem, tiling);
-  // All planes at once, or as many as fit twice.
   const int64_t fitting = (device.shared_bytes / 2 - one.zeros * 16) / (int64_t(one.pitch) * 16);
   for (const int64_t most : {one.planes, std::min(fitting, one.planes)}) {
     if (most < 1) continue;
@@ -222,7 +223,10 @@ void add_candidates(const TensorProblem& problem, const TensorDevice& device, Re
     tiling.block_planes = int(ceil_div(one.planes, blocks));
     const Tile tile = tile_of(problem, tiling);
     if (tile.buffers.bytes > device.shared_bytes) continue;
-    candidates.push_back(candidate_of(problem, device, results, tiling, tile));
+    for (const Cut& cut : cuts) {
+      const double cycles = cycles_of(problem, device, results, cut, tiling, tile);
+      if (!best || cycles < best->cycles) best = {tiling, cut.strip_rows, cycles};
+    }
   }
 }
 
@@ -235,7 +239,8 @@ std::optional<Chosen> choose_tiling(const TensorProblem& problem, const TensorDe
     return {};
   }
   const int width = problem.axes[1].positions, between = problem.axes[1].most / problem.axes[1].stride;
-  std::vector<Candidate> candidates;
+  const std::vector<Cut> cuts = cuts_of(problem, results);
+  std::optional<Chosen> best;
   for (const TensorVariant& variant : kTensorVariants) {
     if (!suits(variant, problem.vector)) continue;
     const int64_t slices = problem.row_groups * ceil_div(problem.vector, int64_t(variant.rows)) / problem.groups;
@@ -243,48 +248,45 @@ std::optional<Chosen> choose_tiling(const TensorProblem& problem, const TensorDe
       const int64_t row_warps = std::min<int64_t>(kTensorWarps / position_warps, ceil_div(slices, variant.groups));
       const int positions = position_warps * variant.positions;
       std::vector<std::pair<int, int>> shapes;  // columns of a stretch, places of its rows
-      for (int tile_w = variant.run; tile_w <= std::min(positions, 32); tile_w *= 2) shapes.emplace_back(tile_w, tile_w);
+      for (int tile_w = kNeighbours; tile_w <= std::min(positions, 32); tile_w *= 2) shapes.emplace_back(tile_w, tile_w);
       if (results == Results::joined) {
-        const int in_runs = int(ceil_div(width, variant.run)) * variant.run;
+        const int in_runs = int(ceil_div(width, kNeighbours)) * kNeighbours;
         shapes.emplace_back(width, in_runs);
         if (width + between != in_runs) shapes.emplace_back(width, width + between);
       }
       for (const auto& [tile_w, row_places] : shapes) {
         if (row_places > kMostNumber) continue;
-        add_candidates(problem, device, results,
-                       {variant, int(row_warps), position_warps, tile_w, row_places, 1}, candidates);
+        look_at(problem, device, results, cuts, {variant, int(row_warps), position_warps, tile_w, row_places, 1}, best);
       }
     }
   }
-  const auto best = std::min_element(candidates.begin(), candidates.end(),
-                                     [](const Candidate& a, const Candidate& b) { return a.cost < b.cost; });
-  if (best == candidates.end()) {
+  if (!best) {
     reason = "expected a reach that fits a tile in shared memory";
     return {};
   }
   reason = unfit(problem, tile_of(problem, best->tiling));
-  return reason.empty() ? std::optional<Chosen>({best->tiling, best->cost}) : std::nullopt;
+  return reason.empty() ? best : std::nullopt;
 }
 
 Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, const TensorDevice& device) {
-  constexpr size_t kNumbers = 9;
+  constexpr size_t kNumbers = 8;
   TORCH_CHECK_VALUE(numbers.size() == kNumbers && *std::min_element(numbers.begin(), numbers.end()) >= 1 &&
                         *std::max_element(numbers.begin(), numbers.end()) <= kMostNumber,
-                    "Expected a tiling of nine numbers as conv2d_tiling gives them, got ", numbers);
+                    "Expected a tiling of eight numbers as conv2d_tiling gives them, got ", numbers);
   TORCH_CHECK_NOT_IMPLEMENTED(device.major >= 8, "Expected a device of compute capability 8.0 or later, got ",
                               device.major, ".x");
   int n[kNumbers];
   std::copy(numbers.begin(), numbers.end(), n);
-  const Tiling tiling{{n[0], n[1], n[2], n[3]}, n[4], n[5], n[6], n[7], n[8]};
+  const Tiling tiling{{n[0], n[1], n[2]}, n[3], n[4], n[5], n[6], n[7]};
   const TensorVariant& v = tiling.variant;
   const bool known = std::any_of(std::begin(kTensorVariants), std::end(kTensorVariants), [&](const TensorVariant& of) {
-    return of.rows == v.rows && of.groups == v.groups && of.positions == v.positions && of.run == v.run;
+    return of.rows == v.rows && of.groups == v.groups && of.positions == v.positions;
   });
   TORCH_CHECK_VALUE(known && suits(v, problem.vector), "Expected a tiling for V = ", problem.vector, ", got ", numbers);
   // No run of neighbours crosses from row to row, but where rows of places are those of a staged plane.
   const int zeros = problem.axes[1].most / problem.axes[1].stride;
   const bool fits = tiling.row_places >= tiling.tile_w &&
-                    (tiling.row_places % v.run == 0 || tiling.row_places == tiling.tile_w + zeros);
+                    (tiling.row_places % kNeighbours == 0 || tiling.row_places == tiling.tile_w + zeros);
   TORCH_CHECK_VALUE(tiling.row_warps * tiling.position_warps <= kTensorWarps && fits &&
                         tiling.block_planes <= kMostBlockPlanes,
                     "Expected a tiling whose warps cover its tile, got ", numbers);
