@@ -134,10 +134,17 @@ int64_t Tile::resident(const Tiling& tiling, const TensorDevice& device) const {
 
 namespace {
 
-// Sectors of 32 bytes that a result takes which lies one behind the other with those of its tile: what planes lie in,
-// and one more where two tiles share one. Planes begin at any multiple of `step` results, where a sector has 16.
+constexpr int64_t kOfSector = 16;  // results in 32 bytes
+
+// Sectors that a result of a plane takes at least. Planes begin at any multiple of so many results.
+double least_sectors(const TensorProblem& problem) {
+  const int64_t plane = int64_t(problem.axes[0].positions) * problem.axes[1].positions;
+  return static_cast<double>(plane + kOfSector - std::gcd(plane, kOfSector)) / static_cast<double>(plane * kOfSector);
+}
+
+// Sectors of a result where those of a tile lie one behind the other: one more where two tiles share one.
 double joined_sectors(const TensorProblem& problem, const Tiling& tiling, const Cut& cut) {
-  constexpr int64_t kOfSector = 16, kMost = 64;  // borders that are looked at
+  constexpr int64_t kMost = 64;  // borders that are looked at
   const int64_t width = problem.axes[1].positions, plane = problem.axes[0].positions * width;
   const int64_t step = std::gcd(plane, kOfSector), tiles = tiling.tiles_of_stretch(cut.strip_rows);
   const double between = 1 - static_cast<double>(step) / kOfSector;
@@ -149,7 +156,7 @@ double joined_sectors(const TensorProblem& problem, const Tiling& tiling, const 
     if (tiles > 1) shared += ((i / tiles * cut.strip_rows + row) * width + in_row) % step == 0 ? between : 1;
   }
   shared *= static_cast<double>(tiles * cut.strips) / static_cast<double>(borders);
-  return (static_cast<double>(plane + kOfSector - step) / kOfSector + shared) / static_cast<double>(plane);
+  return least_sectors(problem) + shared / static_cast<double>(plane);
 }
 
 // Multiply-adds of `mma.sync` with fp32 sums, a cycle and multiprocessor. Those with little shared memory (8.6, 8.9, 12.0)
@@ -161,6 +168,10 @@ double tensor_macs(const TensorDevice& device) {
 // By cycles of an SM, counted as at the head of conv2d_tensor.cuh: what shared memory delivers (128 bytes a cycle) to
 // the operands and takes from the copies, or what the tensor cores multiply, whichever is more. No term falls with the
 // number of columns, so that a sparser pattern never costs more. benchmarks/predict.py makes its times of it.
+//
+// So exact no model is that a few percent were worth the waste of sectors that all others share: a tile counts as that
+// much slower if it stores more than it should.
+constexpr double kMostSectors = 1.15, kWaste = 1.06;
 double cycles_of(const TensorProblem& problem, const TensorDevice& device, Results results, const Cut& cut,
                  const Tiling& tiling, const Tile& tile) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
@@ -183,7 +194,7 @@ double cycles_of(const TensorProblem& problem, const TensorDevice& device, Resul
 
   // Results go through shared memory, there and back, and out as 16 bits: 80 bytes of 8 lanes. To images each lane of a
   // tile's row stores for itself, or of whole rows several warps together, a sector of 32 bytes a cycle.
-  double stored = 16.0 / 128, finishing = positions;
+  double stored = 16.0 / 128, finishing = positions, waste = 1;
   if (results == Results::joined && tiling.tile_w == ax.positions) {
     stored = kLanes * joined_sectors(problem, tiling, cut);
     finishing *= static_cast<double>(tiling.tile_w) / tiling.row_places;
@@ -191,23 +202,42 @@ double cycles_of(const TensorProblem& problem, const TensorDevice& device, Resul
     const int64_t piece = std::min({tiling.tile_w, tiling.variant.positions, kResultPositions, ax.positions});
     stored = kLanes * sectors_of_each(2, piece, ax.positions);
   }
+  if (results == Results::joined && stored > kLanes * least_sectors(problem) * kMostSectors) waste = kWaste;
   const double finished = slices * rows * finishing * (64.0 / 128 + stored);
   const double worked = std::max(gathered + copied + weights, multiplied) + finished;
-  // L2 has about 47 bytes a cycle for an SM. Copies wait for the only buffer while it is read, if no other block has
-  // work meanwhile. At the end some SMs have no block left.
-  const double fetched = copied * 128 / 47;
-  const int64_t resident = tile.resident(tiling, device);
-  const double waiting = resident == 1 && tile.blocks == 1 ? std::max(fetched - finished, 0.0) : 0.0;
-  const double turns =
-      static_cast<double>(ceil_div(tiles * problem.groups * tile.row_blocks, device.multiprocessors * resident));
-  return turns * (std::max(worked, fetched) * static_cast<double>(resident) + waiting) + fetched + 600;
+  // The blocks of threads that a multiprocessor computes, one after the other or some together. Each of its quarters
+  // wants a warp.
+  const int64_t resident = tile.resident(tiling, device), warps = int64_t(tiling.row_warps) * tiling.position_warps;
+  const int64_t turns = ceil_div(tiles * problem.groups * tile.row_blocks, int64_t(device.multiprocessors));
+  const auto all = static_cast<double>(turns), together = static_cast<double>(std::min(turns, resident));
+  const double work = worked * std::max(4 / (static_cast<double>(warps) * together), 1.0);
+  // L2 has about 47 bytes a cycle for an SM. What is copied first nothing hides; later copies wait for the only buffer
+  // while it is read, if no other block of threads has work meanwhile.
+  const double fetched = copied * 128 / 47, blocks = static_cast<double>(tile.blocks);
+  const double next = tile.blocks == 1 && together == 1 ? work + std::max(fetched - finished, 0.0)
+                                                        : std::max(work, fetched);
+  const double first = tile.blocks == 1 ? together * (fetched + work) : together * (fetched / blocks + next);
+  return (first + (all - together) * next + 600) * waste;
+}
+
+// {of rows, of positions} in a block of threads: as many as there may be, or half as many, for more blocks.
+std::vector<std::pair<int, int>> warps_of(int64_t rows) {
+  std::vector<std::pair<int, int>> found;
+  for (int position_warps = 1; position_warps <= kTensorWarps; position_warps *= 2) {
+    for (int warps = kTensorWarps; warps >= std::max(kTensorWarps / 2, position_warps); warps /= 2) {
+      const int row_warps = warps / position_warps;
+      const std::pair<int, int> both(std::min<int64_t>(row_warps, rows), position_warps);
+      if (found.empty() || found.back() != both) found.push_back(both);
+    }
+  }
+  return found;
 }
 
 // Images are cut into strips of about equal height, or of so many rows that each strip begins where a sector does.
 std::vector<Cut> cuts_of(const TensorProblem& problem, Results results) {
   if (results == Results::lanes) return {cut_of(problem, problem.axes[0].positions)};
   std::vector<Cut> cuts{cut_of(problem, even_strip_rows(problem))};
-  const int64_t whole = 16 / std::gcd(problem.axes[1].positions, 16), rows = cuts[0].strip_rows;
+  const int64_t whole = kOfSector / std::gcd<int64_t>(problem.axes[1].positions, kOfSector), rows = cuts[0].strip_rows;
   if (cuts[0].strips > 1 && rows % whole != 0) cuts.push_back(cut_of(problem, ceil_div(rows, whole) * whole));
   return cuts;
 }
@@ -244,19 +274,21 @@ std::optional<Chosen> choose_tiling(const TensorProblem& problem, const TensorDe
   for (const TensorVariant& variant : kTensorVariants) {
     if (!suits(variant, problem.vector)) continue;
     const int64_t slices = problem.row_groups * ceil_div(problem.vector, int64_t(variant.rows)) / problem.groups;
-    for (int position_warps = 1; position_warps <= kTensorWarps; position_warps *= 2) {
-      const int64_t row_warps = std::min<int64_t>(kTensorWarps / position_warps, ceil_div(slices, variant.groups));
+    for (const auto& [row_warps, position_warps] : warps_of(ceil_div(slices, int64_t(variant.groups)))) {
       const int positions = position_warps * variant.positions;
       std::vector<std::pair<int, int>> shapes;  // columns of a stretch, places of its rows
       for (int tile_w = kNeighbours; tile_w <= std::min(positions, 32); tile_w *= 2) shapes.emplace_back(tile_w, tile_w);
       if (results == Results::joined) {
-        const int in_runs = int(ceil_div(width, kNeighbours)) * kNeighbours;
-        shapes.emplace_back(width, in_runs);
-        if (width + between != in_runs) shapes.emplace_back(width, width + between);
+        shapes.emplace_back(width, width + between);
+        int last = width + between;
+        for (int run = kNeighbours; run <= 16; run *= 2) {
+          const int in_runs = ceil_div(width, run) * run;
+          if (in_runs != last) shapes.emplace_back(width, last = in_runs);
+        }
       }
       for (const auto& [tile_w, row_places] : shapes) {
         if (row_places > kMostNumber) continue;
-        look_at(problem, device, results, cuts, {variant, int(row_warps), position_warps, tile_w, row_places, 1}, best);
+        look_at(problem, device, results, cuts, {variant, row_warps, position_warps, tile_w, row_places, 1}, best);
       }
     }
   }
