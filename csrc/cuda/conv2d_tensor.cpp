@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <limits>
 #include <utility>
 
@@ -61,6 +62,28 @@ Source source_of_images(Call& call, const TensorProblem& problem, const Tile& ti
   call.launched(sparsekd_to_lanes16(&p, call.stream()));
   return {lanes, units, strips, of_strip, plane, pitch,
           {{1, int(rows), 0, int(tile.phases[0] * rows)}, {1, int(columns), 0, int(pitch)}}};
+}
+
+// Strips that are stored together are read best if they lie one behind the other before, too. Rows are so far apart
+// then, and each four of them so much more, that what is written at once (see joined_lane_pitch) lies in different
+// banks; that can be unless a strip's results are divisible by 8.
+struct RowPitch {
+  int row, four;
+};
+RowPitch strips_row_pitch(int strip, int slice_rows, int rows_at_once) {
+  for (int pitch = kLanes * strip; pitch < kLanes * strip + 32; ++pitch) {
+    uint32_t banks = 0;  // of the first four rows
+    for (int i = 0; i < 16; ++i) {
+      const int row = slice_rows == 8 ? i / 8 * 2 : i / 4, lane = slice_rows == 8 ? i % 8 : i % 4 * 2;
+      banks |= uint32_t{1} << (row * pitch + lane * strip) % 32;
+    }
+    if (std::popcount(banks) < 16) continue;
+    if (rows_at_once == 4) return {pitch, 0};
+    for (int more = 0; more < 32; ++more) {
+      if ((banks & std::rotl(banks, (4 * pitch + more) % 32)) == 0) return {pitch, more};
+    }
+  }
+  return {kLanes * strip, 0};
 }
 
 const void* pointer(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
@@ -155,6 +178,7 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.block_planes = tiling.block_planes;
   p.block_fours = tile.block_fours;
   p.blocks = int(tile.blocks);
+  p.strips = int(source.strips);
   p.n_octets = int(tile.n_octets);
   p.row_warps = tiling.row_warps;
   p.row_blocks = int(tile.row_blocks);
@@ -172,8 +196,15 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.threads = 32 * tiling.row_warps * tiling.position_warps;
   p.shared_bytes = int(tile.buffers.bytes);
   p.most_distance = tile.zeros + tiling.block_planes * tile.pitch - 1 - tile.last_place;
-  p.lane_pitch = joined_lane_pitch(std::min(p.places, int(source.strip_rows) * p.tile_w), tiling.variant.rows);
+  const int strip = int(source.strip_rows) * p.tile_w;
+  p.lane_pitch = joined_lane_pitch(std::min(p.places, strip), tiling.variant.rows);
   p.row_pitch = joined_row_pitch(p.lane_pitch, tiling.variant.rows);
+  if (p.tiles_of_stretch == 1 && p.strips > 1 && strip % 8 != 0) {
+    p.lane_pitch = strip;
+    const RowPitch pitch = strips_row_pitch(strip, tiling.variant.rows, joined_rows(tiling.variant.positions));
+    p.row_pitch = pitch.row;
+    p.four_pitch = pitch.four;
+  }
   p.joined = !to_lanes && output.is_contiguous() && tiling.tile_w == problem.axes[1].positions;
   p.scale = pointer(operands.scale);
   p.shift = pointer(operands.shift);
@@ -182,7 +213,6 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.dtype = dtype_of(output);
   p.output = output.mutable_data_ptr();
   p.batch = int(problem.batch);
-  p.strips = int(source.strips);
   p.strip_rows = int(source.strip_rows);
   p.positions[0] = problem.axes[0].positions;
   p.positions[1] = problem.axes[1].positions;

@@ -90,7 +90,7 @@ struct TensorConv2dParams {
   int tiles, places, tile_w, row_places, tiles_of_stretch, stretches, tile_columns, plane, pitch, zeros;
   bool shifted;  // tiles begin elsewhere than at the begin of a row, too
   bool joined;   // results of a tile lie one behind the other in each image
-  int lane_pitch, row_pitch;  // of such results on their way, in floats
+  int lane_pitch, row_pitch, four_pitch;  // of such results on their way, in floats; the last is added each four rows
   int buffer;              // vectors from one buffer to the next
   unsigned most_distance;  // so that what is gathered lies in the staged block
   int threads, shared_bytes;

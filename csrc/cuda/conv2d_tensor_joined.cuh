@@ -11,6 +11,11 @@ __device__ __forceinline__ int results_before(const TensorConv2dParams& p, int y
   return y * p.tile_w + min(in_row, p.tile_w);
 }
 
+// Of such results on their way, where a row of a block of threads begins.
+__device__ __forceinline__ int row_at(const TensorConv2dParams& p, int row) {
+  return row * p.row_pitch + row / 4 * p.four_pitch;
+}
+
 // Some rows of all warps at a time go through shared memory, [rows of a block's warps][8 lanes][results of the tile],
 // from where each warp takes some rows and lanes. The pitches are such that what is written lies in different banks.
 template <class T, int kRows, int kGroups, int kPositions>
@@ -32,7 +37,7 @@ struct JoinedFinisher {
     const int own_row = kRows == 8 ? 2 * t : g, own_lane = kRows == 8 ? g : 2 * t;
     const int next = kRows == 8 ? p.row_pitch : p.lane_pitch;  // from the first to the second of its two
     const bool mine = own_row / kTogether == kPart;
-    float* own = to + own_row % kTogether * p.row_pitch + own_lane * p.lane_pitch;
+    float* own = to + row_at(p, own_row % kTogether) + own_lane * p.lane_pitch;
     int row = (shift + place) / p.row_places, column = (shift + place) % p.row_places;
     const int before = results_before(p, 0, shift);
 #pragma unroll
@@ -85,7 +90,7 @@ struct JoinedFinisher {
       const int count = (together > 1 ? rows * width : min(end_result, rows * width)) - first_result;
       if (channel < 0 || image >= p.batch || count <= 0) continue;
       const int64_t at = image * p.out_n + channel * p.out_c + int64_t(first_y) * width + first_result;
-      const float* from = results + row * p.row_pitch + lane_of_unit * p.lane_pitch;
+      const float* from = results + row_at(p, row) + lane_of_unit * p.lane_pitch;
       // What the warp stores at once begins where a sector of 32 bytes does.
       for (int base = -static_cast<int>(at % 16); base < count; base += 32) {
         const int place = base + lane, near = min(max(place, 0), count - 1);
@@ -107,7 +112,7 @@ struct JoinedFinisher {
   __device__ __forceinline__ void run(const TilePlace& tile,
                                       const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
     const int warp = threadIdx.x / 32, row_warp = warp % p.row_warps, position_warp = warp / p.row_warps;
-    float* to = results + row_warp * kTogether * p.row_pitch;
+    float* to = results + row_at(p, row_warp * kTogether);
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) {  // one copy of what stores, for the sake of the code's size
       write_step(std::make_integer_sequence<int, kSteps>{}, step, to, position_warp * kPositions, tile.shift, sums);
