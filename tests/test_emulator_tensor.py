@@ -80,13 +80,23 @@ BUGS = {
         "no barrier between",
     ),
     "rows of results one too narrow": (
-        "const int at = row * p.tile_w + column;",
-        "const int at = row * (p.tile_w - 1) + column;",
+        "const int at = row * p.tile_w + column - before;",
+        "const int at = row * (p.tile_w - 1) + column - before;",
         "before it was written",
     ),
     "one result of a tile too many": (
-        "count = rows * width;",
-        "count = rows * width + 1;",
+        "rows * width)) - first_result;",
+        "rows * width)) - first_result + 1;",
+        "written by another block|no barrier between|out of bounds|before it was written",
+    ),
+    "results of places behind the last row": (
+        "column < p.tile_w && at < p.lane_pitch",
+        "column < p.tile_w",
+        "no barrier between|out of bounds",
+    ),
+    "results of a tile go on in the next strip": (
+        "min(end_result, rows * width)",
+        "end_result",
         "written by another block|no barrier between|out of bounds|before it was written",
     ),
     "column bound off by one": (

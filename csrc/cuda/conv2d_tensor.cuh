@@ -99,7 +99,9 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
     const int first = in_plane(p, shift, place0) * 16;
     int runs[kPositions / kNeighbours];
 #pragma unroll
-    for (int i = 0; i < kPositions / kNeighbours; ++i) runs[i] = in_plane(p, shift, place0 + i * kNeighbours) * 16 - first;
+    for (int i = 0; i < kPositions / kNeighbours; ++i) {
+      runs[i] = in_plane(p, shift, place0 + i * kNeighbours) * 16 - first;
+    }
     float sums[kGroups][kMatrices][kPlaces][4];
     int next[kGroups];
 #pragma unroll

@@ -85,8 +85,8 @@ struct TensorConv2dParams {
   int planes_per_group, block_planes, block_fours, blocks;  // fours of planes
   int n_octets;
   int row_warps, row_blocks;
-  // A tile is so many places, one behind the other, of a stretch of `tile_w` columns, each of whose rows has so many; as
-  // a staged plane has `tile_columns` of it.
+  // A tile is so many places, one behind the other, of a stretch of `tile_w` columns, whose rows have `row_places` of
+  // them, and `tile_columns` vectors of a staged plane.
   int tiles, places, tile_w, row_places, tiles_of_stretch, stretches, tile_columns, plane, pitch, zeros;
   bool shifted;  // tiles begin elsewhere than at the begin of a row, too
   bool joined;   // results of a tile lie one behind the other in each image

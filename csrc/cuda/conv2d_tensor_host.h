@@ -26,9 +26,9 @@ TensorDevice tensor_device(Call& call, const at::Tensor& on);
 struct Tiling {
   TensorVariant variant;
   int row_warps, position_warps;
-  // A tile is `positions()` places, one behind the other, of a stretch of so many columns; its rows have so many places,
-  // of which the last ones may be none of the stretch, so that no run of neighbours crosses them; or the zeros between
-  // rows are places, too. A rectangle, where rows have as many places as columns.
+  // A tile is `positions()` places, one behind the other, of a stretch of `tile_w` columns. Its rows have `row_places`,
+  // of which the last ones may lie behind the stretch: so many that no run of neighbours goes on in the next row, or
+  // the zeros between rows. With as many as columns a tile that begins with a row is a rectangle.
   int tile_w, row_places, block_planes;
   int positions() const { return position_warps * variant.positions; }
   int64_t tiles_of_stretch(int64_t rows) const;

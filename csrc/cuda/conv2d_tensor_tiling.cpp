@@ -159,8 +159,8 @@ double joined_sectors(const TensorProblem& problem, const Tiling& tiling, const 
   return least_sectors(problem) + shared / static_cast<double>(plane);
 }
 
-// Multiply-adds of `mma.sync` with fp32 sums, a cycle and multiprocessor. Those with little shared memory (8.6, 8.9, 12.0)
-// are taken for GeForce cards; the later large ones have more, but only for other instructions.
+// Multiply-adds of `mma.sync` with fp32 sums, a cycle and multiprocessor. What has little shared memory (8.6, 8.9,
+// 12.0) is taken for a GeForce card; the later large ones have more, but only for other instructions.
 double tensor_macs(const TensorDevice& device) {
   return device.shared_bytes < (128 << 10) ? 256 : device.major == 8 ? 1024 : 0.6 * 2048;
 }
@@ -277,7 +277,9 @@ std::optional<Chosen> choose_tiling(const TensorProblem& problem, const TensorDe
     for (const auto& [row_warps, position_warps] : warps_of(ceil_div(slices, int64_t(variant.groups)))) {
       const int positions = position_warps * variant.positions;
       std::vector<std::pair<int, int>> shapes;  // columns of a stretch, places of its rows
-      for (int tile_w = kNeighbours; tile_w <= std::min(positions, 32); tile_w *= 2) shapes.emplace_back(tile_w, tile_w);
+      for (int tile_w = kNeighbours; tile_w <= std::min(positions, 32); tile_w *= 2) {
+        shapes.emplace_back(tile_w, tile_w);
+      }
       if (results == Results::joined) {
         shapes.emplace_back(width, width + between);
         int last = width + between;
