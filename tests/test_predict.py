@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import predict  # noqa: E402
+from tensor_tiles import tiling  # noqa: E402
 
 LAYER = predict.Layer("layer", 256, 256, 3, 1, 14, 1)
 
@@ -31,6 +33,20 @@ def test_fewer_weights_take_no_longer(patterns, device):
         assert kept < not_kept if precision == "fp16" else kept == not_kept
         if not name.startswith("2:4"):  # which keeps the order of its values, whatever the batch
             assert seconds(device, LAYER, 3, 0.1, True) == seconds(device, LAYER, 3, 0.1, False)  # no whole lanes
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_library_expects_no_longer_time_of_fewer_weights(joined):
+    r = random.Random(0)
+    for _ in range(100):
+        vector, kernel = r.choice([8, 16, 24, 32, 64, 80]), r.choice([1, 3, 5])
+        channels, filters = 2 ** r.randint(3, 9), r.randint(1, 512)
+        of = r.choice([1, 3, 8, 32]), channels, filters, vector
+        size, stride = r.choice([5, 7, 13, 14, 28, 56]), r.choice([1, 2])
+        device = r.choice([(8, 163 << 10, 108), (8, 99 << 10, 1), (9, 227 << 10, 132)])
+        vectors = [round(channels * kernel**2 * d) * -(-filters // vector) for d in (1.0, 0.6, 0.5, 0.3, 0.1, 0.05)]
+        cycles = [tiling((*of, n, size, kernel, stride), device, joined)[1] for n in vectors]
+        assert cycles == sorted(cycles, reverse=True), (of, size, kernel, stride, device)
 
 
 def test_dense_is_bounded_by_arithmetic_or_by_bytes():

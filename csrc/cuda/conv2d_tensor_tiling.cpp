@@ -208,7 +208,8 @@ double cycles_of(const TensorProblem& problem, const TensorDevice& device, Resul
   // The blocks of threads that a multiprocessor computes, one after the other or some together. Each of its quarters
   // wants a warp.
   const int64_t resident = tile.resident(tiling, device), warps = int64_t(tiling.row_warps) * tiling.position_warps;
-  const int64_t turns = ceil_div(tiles * problem.groups * tile.row_blocks, int64_t(device.multiprocessors));
+  const int64_t all_blocks = std::max<int64_t>(tiles * problem.groups * tile.row_blocks, 1);
+  const int64_t turns = ceil_div(all_blocks, int64_t(device.multiprocessors));
   const auto all = static_cast<double>(turns), together = static_cast<double>(std::min(turns, resident));
   const double work = worked * std::max(4 / (static_cast<double>(warps) * together), 1.0);
   // L2 has about 47 bytes a cycle for an SM. What is copied first nothing hides; later copies wait for the only buffer
