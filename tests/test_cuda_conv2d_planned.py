@@ -140,6 +140,19 @@ def test_results_in_lanes_are_stored_by_whole_sectors():
         )
     actual, ideal = emulated.costs("conv2d_tensor_kernel")["global", "write", 16]
     assert actual <= 1.15 * ideal
+
+
+def test_results_of_few_images_are_stored_by_whole_sectors():
+    """They fill no lanes, so that the tiling of their plan is one for images."""
+    values, crow, col, _, geometry = layer(16, filters=64)
+    input = torch.randn(2, 16, 28, 28, dtype=torch.float16)
+    plan, tiling = plan_of(crow, col, 16, input.shape, geometry)
+    with emulated.counting():
+        got = emulated.emulator().ops.conv2d_planned(
+            input, values, plan, tiling, None, None, None, None, "none", False, *geometry
+        )
+    actual, _ = emulated.costs("conv2d_tensor_kernel")["global", "write", 2]
+    assert actual <= 1.15 * got.numel() * 2 / 32  # planes of 28 x 28 begin where a sector does
     for size in (8, 16):  # results on their way to the lanes that store them
         for kind in ("read", "write"):
             actual, ideal = emulated.costs("conv2d_tensor_kernel").get(("shared", kind, size), (1, 1))

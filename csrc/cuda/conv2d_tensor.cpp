@@ -41,10 +41,10 @@ Source source_in_lanes(const TensorProblem& problem, const at::Tensor& input) {
 
 // Images side by side or, of few, strips of them, the padding among them.
 Source source_of_images(Call& call, const TensorProblem& problem, const Tile& tile, const at::Tensor& input,
-                        int64_t strip_rows) {
+                        const Cut& cut) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
-  const auto [strips, of_strip, units] = cut_of(problem, strip_rows);
-  const int64_t rows = of_strip + ay.most / ay.stride;
+  const auto [strips, strip_rows, units] = cut;
+  const int64_t rows = strip_rows + ay.most / ay.stride;
   const int64_t columns = ceil_div(ax.positions + ax.most / ax.stride, int64_t(2)) * 2;
   const int64_t pitch = tile.phases[1] * columns, plane = tile.phases[0] * rows * pitch;
   const int64_t vectors = units * problem.in_channels * plane;
@@ -55,12 +55,12 @@ Source source_of_images(Call& call, const TensorProblem& problem, const Tile& ti
                     vectors * 8);
   const at::Tensor lanes = at::empty({vectors, kLanes}, input.options());
   call.writes(lanes, "lanes");
-  const Lanes layout{int(problem.batch), int(problem.in_channels), 1, int(strips), int(of_strip), int(units),
+  const Lanes layout{int(problem.batch), int(problem.in_channels), 1, int(strips), int(strip_rows), int(units),
                      {tile.phases[0], tile.phases[1]}, int(rows), int(columns), int(plane)};
   ToLanes16Params p{layout, {ay, ax}, input.const_data_ptr(), input.stride(0), input.stride(1), input.stride(2),
                     input.stride(3), channels_last, int(channel_blocks), threads, lanes.mutable_data_ptr()};
   call.launched(sparsekd_to_lanes16(&p, call.stream()));
-  return {lanes, units, strips, of_strip, plane, pitch,
+  return {lanes, units, strips, strip_rows, plane, pitch,
           {{1, int(rows), 0, int(tile.phases[0] * rows)}, {1, int(columns), 0, int(pitch)}}};
 }
 
@@ -144,11 +144,11 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   const Tile tile = tile_of(problem, tiling);
   const at::Tensor &input = operands.input, &output = operands.output;
   const bool to_lanes = output.dim() == 5;
-  const int64_t strip_rows = to_lanes              ? problem.axes[0].positions
-                             : operands.strip_rows ? operands.strip_rows
-                                                   : even_strip_rows(problem);
+  const TensorDevice device = tensor_device(call, input);
+  const Results results = to_lanes ? Results::lanes : output.is_contiguous() ? Results::joined : Results::images;
   const Source source = input.dim() == 5 ? source_in_lanes(problem, input)
-                                         : source_of_images(call, problem, tile, input, strip_rows);
+                                         : source_of_images(call, problem, tile, input,
+                                                            choose_cut(problem, device, results, tiling));
   const at::Tensor fragments = at::empty({tile.n_octets, int64_t(tiling.variant.rows) * 8}, input.options());
   call.writes(fragments, "fragments");
   const TensorPlan plan = tile.plan(operands.plan);
@@ -205,7 +205,7 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
     p.row_pitch = pitch.row;
     p.four_pitch = pitch.four;
   }
-  p.joined = !to_lanes && output.is_contiguous() && tiling.tile_w == problem.axes[1].positions;
+  p.joined = results == Results::joined && tiling.tile_w == problem.axes[1].positions;
   p.scale = pointer(operands.scale);
   p.shift = pointer(operands.shift);
   p.residual = pointer(operands.residual);
@@ -225,7 +225,6 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   const int64_t tiles = source.units * p.tiles_of_stretch * p.stretches, grid_y = problem.groups * tile.row_blocks;
   TORCH_CHECK_VALUE(tiles < kLimit / 2, "Expected fewer than 2^30 tiles of positions, got ", tiles);
   p.tiles = int(tiles);
-  const TensorDevice device = tensor_device(call, input);
   const int64_t turns = ceil_div(tiles * grid_y, device.multiprocessors * tile.resident(tiling, device));
   const int grid_x = int(ceil_div(tiles, turns));
   ++on_tensor_cores;
@@ -239,7 +238,6 @@ bool run_on_tensor_cores(Call& call, const TensorProblem& problem, const at::Ten
   const std::optional<Chosen> chosen = choose_tiling(problem, tensor_device(call, operands.input), results, reason);
   if (!chosen) return not_taken(reason);
   operands.plan = make_plan(call, problem, chosen->tiling, crow, col);
-  operands.strip_rows = chosen->strip_rows;
   run_planned(call, problem, chosen->tiling, operands);
   return true;
 }

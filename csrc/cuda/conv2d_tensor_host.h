@@ -51,18 +51,16 @@ Tile tile_of(const TensorProblem& problem, const Tiling& tiling);
 struct Cut {
   int64_t strips, strip_rows, units;
 };
-Cut cut_of(const TensorProblem& problem, int64_t strip_rows);
-int64_t even_strip_rows(const TensorProblem& problem);
-
 enum class Results { lanes, images, joined };  // joined: images in which each row begins where the one before ends
 struct Chosen {
   Tiling tiling;
-  int64_t strip_rows;
   double cycles;  // of a multiprocessor, by the model of costs that it was chosen by
 };
 // None, with the reason, where tensor cores can't take the convolution.
 std::optional<Chosen> choose_tiling(const TensorProblem& problem, const TensorDevice& device, Results results,
                                     std::string& reason);
+// For a tiling, whichever it is.
+Cut choose_cut(const TensorProblem& problem, const TensorDevice& device, Results results, const Tiling& tiling);
 // Numbers from outside.
 Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, const TensorDevice& device);
 
@@ -74,7 +72,6 @@ at::Tensor make_plan(Call& call, const TensorProblem& problem, const Tiling& til
 struct TensorOperands {
   at::Tensor input, values, plan, rows, scale, shift, residual, output;
   Activation activation = Activation::none;
-  int64_t strip_rows = 0;  // of images; 0: as is best for most
 };
 void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling, const TensorOperands& operands);
 

@@ -55,16 +55,6 @@ int64_t Tiling::tiles_of_stretch(int64_t rows) const {
   return ceil_div((rows - 1) * row_places + tile_w, int64_t(positions()));
 }
 
-Cut cut_of(const TensorProblem& problem, int64_t strip_rows) {
-  const int64_t strips = ceil_div(int64_t(problem.axes[0].positions), strip_rows);
-  return {strips, strip_rows, ceil_div(problem.batch * strips, int64_t(kLanes))};
-}
-
-int64_t even_strip_rows(const TensorProblem& problem) {
-  const int64_t rows = problem.axes[0].positions, batch = std::max<int64_t>(problem.batch, 1);
-  return ceil_div(rows, std::clamp<int64_t>(ceil_div(int64_t(kLanes), batch), 1, rows));
-}
-
 namespace {
 
 // Of a staged plane, the last vector that a place of a tile has: of all beginnings that tiles have in a row.
@@ -236,10 +226,17 @@ std::vector<std::pair<int, int>> warps_of(int64_t rows) {
 
 // Images are cut into strips of about equal height, or of so many rows that each strip begins where a sector does.
 std::vector<Cut> cuts_of(const TensorProblem& problem, Results results) {
-  if (results == Results::lanes) return {cut_of(problem, problem.axes[0].positions)};
-  std::vector<Cut> cuts{cut_of(problem, even_strip_rows(problem))};
-  const int64_t whole = kOfSector / std::gcd<int64_t>(problem.axes[1].positions, kOfSector), rows = cuts[0].strip_rows;
-  if (cuts[0].strips > 1 && rows % whole != 0) cuts.push_back(cut_of(problem, ceil_div(rows, whole) * whole));
+  const int64_t rows = problem.axes[0].positions, batch = problem.batch;
+  auto cut = [&](int64_t strip_rows) {
+    const int64_t strips = ceil_div(rows, strip_rows);
+    return Cut{strips, strip_rows, ceil_div(batch * strips, int64_t(kLanes))};
+  };
+  if (results == Results::lanes) return {cut(rows)};
+  const int64_t strips = std::clamp<int64_t>(ceil_div(int64_t(kLanes), std::max<int64_t>(batch, 1)), 1, rows);
+  const int64_t even = ceil_div(rows, strips);
+  const int64_t whole = kOfSector / std::gcd<int64_t>(problem.axes[1].positions, kOfSector);
+  std::vector<Cut> cuts{cut(even)};
+  if (strips > 1 && even % whole != 0) cuts.push_back(cut(ceil_div(even, whole) * whole));
   return cuts;
 }
 
@@ -256,7 +253,7 @@ void look_at(const TensorProblem& problem, const TensorDevice& device, Results r
     if (tile.buffers.bytes > device.shared_bytes) continue;
     for (const Cut& cut : cuts) {
       const double cycles = cycles_of(problem, device, results, cut, tiling, tile);
-      if (!best || cycles < best->cycles) best = {tiling, cut.strip_rows, cycles};
+      if (!best || cycles < best->cycles) best = {tiling, cycles};
     }
   }
 }
@@ -301,6 +298,14 @@ std::optional<Chosen> choose_tiling(const TensorProblem& problem, const TensorDe
   }
   reason = unfit(problem, tile_of(problem, best->tiling));
   return reason.empty() ? best : std::nullopt;
+}
+
+Cut choose_cut(const TensorProblem& problem, const TensorDevice& device, Results results, const Tiling& tiling) {
+  const Tile tile = tile_of(problem, tiling);
+  const std::vector<Cut> cuts = cuts_of(problem, results);
+  return *std::min_element(cuts.begin(), cuts.end(), [&](const Cut& a, const Cut& b) {
+    return cycles_of(problem, device, results, a, tiling, tile) < cycles_of(problem, device, results, b, tiling, tile);
+  });
 }
 
 Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, const TensorDevice& device) {
