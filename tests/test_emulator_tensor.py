@@ -107,7 +107,7 @@ BUGS = {
 }
 
 # Three blocks of channels in little shared memory, odd columns and octets, borders, two matrices of rows a warp; fewer
-# channels, which one buffer takes. Blocks of threads go on from tile to tile.
+# channels, which one buffer takes; strips whose last tile is not full. Blocks of threads go on from tile to tile.
 RUN = """
 import sys, torch
 sys.path.insert(0, {tests!r})
@@ -117,12 +117,13 @@ from sparsekd.sparse import formats
 emulator = emulated.load(Path({library!r}))
 torch.manual_seed(0)
 said = ""
-for vector, seed, shared, channels in ((8, 0, 40, 90), (16, 1, 40, 90), (32, 0, 40, 90), (16, 0, 163, 24)):
+cases = (8, 0, 40, 90, 9), (16, 1, 40, 90, 9), (32, 0, 40, 90, 9), (16, 0, 163, 24, 9), (16, 0, 163, 24, 13)
+for vector, seed, shared, channels, rows in cases:
     emulator.functions.emulator_set_device(8, shared << 10, 1)
     emulator.functions.emulator_set_seed(seed)
     mask = (torch.rand(64 // vector, channels, 3, 3) < 0.1).repeat_interleave(vector, 0)
     values, crow, col, _ = formats.pack(torch.randn(64, channels, 3, 3), mask, vector)
-    input, values = torch.randn(3, channels, 9, 9).half(), values.half()
+    input, values = torch.randn(3, channels, rows, 9).half(), values.half()
     geometry = (64, (3, 3), (1, 1), (1, 1), (1, 1), 1)
     tiling = emulator.ops.conv2d_tiling(col, vector, input.shape, *geometry)
 
