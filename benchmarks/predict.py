@@ -7,11 +7,11 @@ takes and what moving bytes takes, plus launches. What the sparse kernels do bef
 cores layout and preparation of the pattern at every call; on tensor cores, where the plan is kept, the layout
 and the order of the values. "kept" is with activations that stay in lanes from layer to layer, as they do on tensor
 cores after optimize_for_inference in batches divisible by 8. The arithmetic of sparse kernels follows from what nvcc
-made of them (`results/gpu_static.json`) and from the shared-memory wavefronts that the emulator counted
-(`results/gpu_wavefronts.json`); on tensor cores for the tile that the library itself chooses. ASSUMPTIONS says the
-rest; they are in the file too. Break-even is the sparsity from which on the sparse layer is predicted to be faster than
-the dense one in the same precision, for fp32 than the dense one in TF32 too. 2:4 is 50% whatever the sparsity, so that
-its times don't fall; what it does at every call is to put its values in order.
+made of them (`results/gpu_static.json`); on tensor cores from the model of cycles by which the library chooses its
+tile (csrc/cuda/conv2d_tensor_tiling.cpp), so that what is predicted is the least that the library sees. ASSUMPTIONS
+says the rest; they are in the file too. Break-even is the sparsity from which on the sparse layer is predicted to be
+faster than the dense one in the same precision, for fp32 than the dense one in TF32 too. 2:4 is 50% whatever the
+sparsity, so that its times don't fall; what it does at every call is to put its values in order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from tensor_tiles import sectors_of_each, tiling
+from tensor_tiles import tiling
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -41,7 +41,7 @@ class Device:
     gigabytes: float  # a second
     lanes: int  # fp32 multiply-adds a cycle and SM
     tensor_macs: int  # fp16 with fp32 sums, dense, a cycle and SM
-    sync_share: float  # of these by mma.sync
+    sync_share: float  # of these by mma.sync, and by mma.sp
     shared_bytes: int  # of a block
 
     def seconds(self, cycles_of_an_sm: float) -> float:
@@ -176,48 +176,20 @@ def cuda_cores(device: Device, layer: Layer, batch: int, vector: int, density: f
     return before + max(arithmetic, moved(device, read + written + pattern)) + launches(1)
 
 
-def tensor_cores(device: Device, layer: Layer, batch: int, vector: int, density: float, kept: bool, factors) -> float:
-    """Seconds of conv2d_tensor_kernel in fp16."""
+def tensor_cores(device: Device, layer: Layer, batch: int, vector: int, density: float, kept: bool) -> float:
+    """Seconds of conv2d_tensor_kernel in fp16: the cycles that the library chose its tile by."""
     kept = kept and batch % LANES == 0
-    units, rows = strips(layer, batch, LANES)
-    slices = math.ceil(layer.out_channels / vector)
-    columns = layer.in_channels * layer.kernel**2 * density
-    vectors = round(columns) * slices
+    vectors = round(layer.in_channels * layer.kernel**2 * density) * math.ceil(layer.out_channels / vector)
     sizes = (batch, layer.in_channels, layer.out_channels, vector, vectors, layer.size, layer.kernel, layer.stride)
     major = int(device.arch.partition(".")[0])
-    t = tiling(sizes, (major, device.shared_bytes, device.multiprocessors), not kept)
-    reach = (layer.kernel - 1) // layer.stride
-    # Each phase of a stride is a plane.
-    everywhere = t.positions * t.position_warps
-    tile_columns = t.tile_w + reach
-    plane = (t.tile_h + reach) * tile_columns
-    if t.kind == 2:
-        plane = max(plane, everywhere + reach * tile_columns + reach)
-    planes = layer.in_channels * min(layer.stride, layer.kernel) ** 2
-    octets = columns / 8 + 0.45 * math.ceil(planes / t.block_planes)
-    block_slices = min(slices, t.row_warps * t.groups)
-    gathers = block_slices * octets * everywhere * factors[vector]
-    copies = planes * plane / 8
-    weights = block_slices * octets * t.position_warps * vector / 8
-    products = block_slices * octets * everywhere * vector * 64 / device.tensor_macs / device.sync_share
-    # Each sum is written to shared memory and read once, and stored: to lanes 16 bytes, to images a sector a cycle.
-    stored = 16 / 128
-    joined = not kept and t.tile_w == layer.size
-    if joined:
-        whole = LANES if t.tile_h >= rows and batch < LANES else 1
-        stored = 8 * sectors_of_each(whole * t.tile_h * t.tile_w, whole * t.tile_h * t.tile_w)
-    elif not kept:
-        stored = 8 * sectors_of_each(min(t.tile_w, t.positions, 16, layer.size), layer.size)
-    results = block_slices * vector * (t.tile_h * t.tile_w if joined else everywhere) * (8 * 4 / 128 * 2 + stored)
-    cycles = max(gathers + copies + weights, products) / ASSUMPTIONS["latency"] + results + 1000
-    blocks = units * math.ceil(rows / t.tile_h) * math.ceil(layer.size / t.tile_w) * math.ceil(slices / block_slices)
-    best = cycles * math.ceil(blocks / device.multiprocessors)
+    _, cycles = tiling(sizes, (major, device.shared_bytes, device.multiprocessors), not kept)
     read, written, weight = layer.bytes(batch, 2)
     pattern = weight * density * (1 + 2 / vector)
     before = moved(device, 2 * weight * density) + launches(1)
     if not kept:
         before += moved(device, 2 * read) + launches(1)
-    return before + max(device.seconds(best), moved(device, read + written + pattern)) + launches(1)
+    arithmetic = device.seconds(cycles / ASSUMPTIONS["latency"])
+    return before + max(arithmetic, moved(device, read + written + pattern)) + launches(1)
 
 
 def sparse_tensor_cores(device: Device, layer: Layer, batch: int, kept: bool, static) -> float:
@@ -258,7 +230,7 @@ def break_even(sparse, dense_seconds: float) -> float | None:
     return round(1 - low, 3)
 
 
-def patterns(static: dict, factors: dict) -> dict[str, tuple]:
+def patterns(static: dict) -> dict[str, tuple]:
     """{name: (precision, seconds of device, layer, batch, density and kept)}"""
     found = {}
     for vector in (1, 2, 4, 8):
@@ -269,18 +241,10 @@ def patterns(static: dict, factors: dict) -> dict[str, tuple]:
     for vector in TENSOR_VECTORS:
         found[f"V={vector} fp16"] = (
             "fp16",
-            lambda *of, v=vector: tensor_cores(*of[:3], v, *of[3:], factors),
+            lambda *of, v=vector: tensor_cores(*of[:3], v, *of[3:]),
         )
     found["2:4 fp16"] = ("fp16", lambda *of: sparse_tensor_cores(*of[:3], of[4], static))
     return found
-
-
-def gather_factors(table: dict) -> dict[int, float]:
-    """By V: wavefronts of gathers over the least, the mean over the layers and masks that were counted."""
-    by_vector: dict[int, list[float]] = {}
-    for row in table["layers"]:
-        by_vector.setdefault(row["vector"], []).append(row["gather_factor"])
-    return {vector: round(sum(values) / len(values), 3) for vector, values in by_vector.items()}
 
 
 def predicted(device: Device, batch: int, layers: list[Layer], precision: str, seconds, fixed: float | None) -> dict:
@@ -344,7 +308,6 @@ def main() -> None:
     args = parser.parse_args()
     table = read("gpu_static.json", "make gpu-static ARGS=--update")
     static = {(row["kernel"], row["arch"]): row for row in table["kernels"]}
-    factors = gather_factors(read("gpu_wavefronts.json", "benchmarks/gpu_wavefronts.py"))
     layers, rows = resnet50(), []
     print(
         "PREDICTION, not measured: ms of ResNet-50's convolutions but the first (kept: activations stay in lanes), and"
@@ -352,7 +315,7 @@ def main() -> None:
     print("the sparsity that breaks even")
     for device in DEVICES:
         for batch in args.batches:
-            for name, (precision, seconds) in patterns(static, factors).items():
+            for name, (precision, seconds) in patterns(static).items():
                 row = {"device": device.name, "batch": batch, "pattern": name}
                 row |= predicted(device, batch, layers, precision, seconds, 0.5 if name.startswith("2:4") else None)
                 rows.append(row)
@@ -360,7 +323,6 @@ def main() -> None:
     written = {
         "what": "A prediction by benchmarks/predict.py. Nothing here was measured.",
         "assumptions": ASSUMPTIONS,
-        "gather_factors": factors,
         "nvcc": table["nvcc"],
         "devices": [asdict(device) for device in DEVICES],
         "sparsities": SPARSITIES,

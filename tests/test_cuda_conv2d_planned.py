@@ -79,10 +79,12 @@ def test_a_foreign_plan_reads_no_foreign_memory(vector):
     generator = torch.Generator().manual_seed(0)
     anything = torch.randint(-(2**31), 2**31, plan.shape, generator=generator, dtype=torch.int64).int()
     near = torch.randint(-40, 4000, plan.shape, generator=generator, dtype=torch.int32)
+    slices = 2 * -(-vector // tiling[0])
+    uninitialized = "shared memory.* before it was written"
     for foreign in (anything, near, torch.full_like(plan, 2**31 - 1), plan.flip(0)):
         # With the order of the slices as it was, each row of the output is made once.
-        for order, allowed in ((foreign[:4], "output"), (plan[:4], "shared memory.* before it was written")):
-            indices = torch.cat([order, foreign[4:]])
+        for order, allowed in ((foreign, f"output|{uninitialized}"), (plan, uninitialized)):
+            indices = torch.cat([order[:slices], foreign[slices:]])
             finish = (None, None, None, None, "none", True)
             try:
                 emulated.emulator().ops.conv2d_planned(input, values, indices, tiling, *finish, *geometry)
@@ -96,8 +98,8 @@ def test_errors():
     plan, tiling = plan_of(crow, col, 8, input.shape, geometry)
     op = emulated.emulator().ops.conv2d_planned
     finish = (None, None, None, None, "none", False)
-    wrong = [], tiling[:-1], [7, *tiling[1:]], [*tiling[:6], 64, 64, 1, 1], [*tiling[:6], 64, 64, 1, 2]
-    for bad in (*wrong, *([*tiling[:8], n, 1] for n in (0, 1000)), *([*tiling[:9], n] for n in (0, 3))):
+    wrong = [], tiling[:-1], [7, *tiling[1:]], [*tiling[:5], 64, 63, 1], [*tiling[:5], 8, 9, 1]
+    for bad in (*wrong, *([*tiling[:7], n] for n in (0, 1000)), *([*tiling[:6], n, 1] for n in (0, 1025))):
         with pytest.raises(ValueError, match="Expected a tiling"):
             op(input, values, plan, bad, *finish, *geometry)
     with pytest.raises(ValueError, match="Expected plan .*tiling's plan"):
@@ -113,11 +115,11 @@ def test_errors():
 
 
 @pytest.mark.parametrize("to_lanes", [False, True])
-@pytest.mark.parametrize("width", [14, 9, 30])
-def test_tiles_of_whole_rows_fit_any_size(width, to_lanes):
-    """Made for 14 columns: of others a tile takes what it can."""
+@pytest.mark.parametrize("width, row_places", [(14, 24), (9, 16), (30, 24)])
+def test_tiles_of_whole_rows_fit_any_size(width, row_places, to_lanes):
+    """Made for 14 columns: of others a tile takes what it can. Of 24 places a row, tiles begin at three of them."""
     values, crow, col, _, geometry = layer(16)
-    tiling = (16, 1, 32, 16, 2, 4, 8, 14, 16, 2)  # 8 rows of 14 and 2 zeros at 4 * 32 positions
+    tiling = (16, 1, 32, 2, 4, 14, row_places, 16)  # 4 * 32 places
     plan = emulated.in_two_orders("conv2d_plan", crow, col, tiling, 16, (8, 16, 14, 14), *geometry)
     input = torch.randn(8, 16, 11, width, dtype=torch.float16)
     finish = (None, None, None, None, "none", to_lanes)
@@ -138,6 +140,19 @@ def test_results_in_lanes_are_stored_by_whole_sectors():
         )
     actual, ideal = emulated.costs("conv2d_tensor_kernel")["global", "write", 16]
     assert actual <= 1.15 * ideal
+
+
+def test_results_of_few_images_are_stored_by_whole_sectors():
+    """They fill no lanes, so that the tiling of their plan is one for images."""
+    values, crow, col, _, geometry = layer(16, filters=64)
+    input = torch.randn(2, 16, 28, 28, dtype=torch.float16)
+    plan, tiling = plan_of(crow, col, 16, input.shape, geometry)
+    with emulated.counting():
+        got = emulated.emulator().ops.conv2d_planned(
+            input, values, plan, tiling, None, None, None, None, "none", False, *geometry
+        )
+    actual, _ = emulated.costs("conv2d_tensor_kernel")["global", "write", 2]
+    assert actual <= 1.15 * got.numel() * 2 / 32  # planes of 28 x 28 begin where a sector does
     for size in (8, 16):  # results on their way to the lanes that store them
         for kind in ("read", "write"):
             actual, ideal = emulated.costs("conv2d_tensor_kernel").get(("shared", kind, size), (1, 1))

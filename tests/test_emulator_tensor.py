@@ -78,13 +78,23 @@ BUGS = {
         "no barrier between",
     ),
     "rows of results one too narrow": (
-        "const int at = row * p.tile_w + column;",
-        "const int at = row * (p.tile_w - 1) + column;",
+        "const int at = row * p.tile_w + column - before;",
+        "const int at = row * (p.tile_w - 1) + column - before;",
         "before it was written",
     ),
     "one result of a tile too many": (
-        "count = rows * width;",
-        "count = rows * width + 1;",
+        "rows * width)) - first_result;",
+        "rows * width)) - first_result + 1;",
+        "written by another block|no barrier between|out of bounds|before it was written",
+    ),
+    "results of places behind the last row": (
+        "column < p.tile_w && at < p.lane_pitch",
+        "column < p.tile_w",
+        "no barrier between|out of bounds",
+    ),
+    "results of a tile go on in the next strip": (
+        "min(end_result, rows * width)",
+        "end_result",
         "written by another block|no barrier between|out of bounds|before it was written",
     ),
     "column bound off by one": (
@@ -95,14 +105,15 @@ BUGS = {
 }
 
 # Three blocks of channels in little shared memory, odd columns and octets, borders, two matrices of rows a warp; fewer
-# channels, which one buffer takes. Blocks of threads go on from tile to tile.
+# channels, which one buffer takes; strips whose last tile is not full. Blocks of threads go on from tile to tile.
 RUN = """
-for vector, seed, shared, channels in ((8, 0, 40, 90), (16, 1, 40, 90), (32, 0, 40, 90), (16, 0, 163, 24)):
+cases = (8, 0, 40, 90, 9), (16, 1, 40, 90, 9), (32, 0, 40, 90, 9), (16, 0, 163, 24, 9), (16, 0, 163, 24, 13)
+for vector, seed, shared, channels, rows in cases:
     emulator.functions.emulator_set_device(8, shared << 10, 1)
     emulator.functions.emulator_set_seed(seed)
     mask = (torch.rand(64 // vector, channels, 3, 3) < 0.1).repeat_interleave(vector, 0)
     values, crow, col, _ = formats.pack(torch.randn(64, channels, 3, 3), mask, vector)
-    input, values = torch.randn(3, channels, 9, 9).half(), values.half()
+    input, values = torch.randn(3, channels, rows, 9).half(), values.half()
     geometry = (64, (3, 3), (1, 1), (1, 1), (1, 1), 1)
     tiling = emulator.ops.conv2d_tiling(col, vector, input.shape, *geometry)
     run("conv2d", input, values, crow, col, None, None, None, *geometry)  # by tiles of whole rows

@@ -161,13 +161,14 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
         const bool there = inside(j) && row_of(j) < first_row + tile_rows;
         const int column = 2 * (column_of(j) - (p.joined ? 0 : x0));
         const bool even = pitch % 2 == 0, second = there && column + 1 < pitch;
-        float* to = results + (there ? 2 * (row_of(j) - first_row) * pitch + column : 0);
+        const int row = there ? row_of(j) - first_row : 0, swapped = p.joined ? 0 : interleaved_row(2 * row, pitch) & 1;
+        float* to = results + (there ? 2 * row * pitch + column : 0);
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) {
 #pragma unroll
           for (int k = 0; k < 4; k += 2) {
             const int at = (i / 4 * kRun + j) * 4 + i % 4;
-            float* two = to + i * lane_pitch + k / 2 * pitch;
+            float* two = to + i * lane_pitch + (k / 2 ^ swapped) * pitch;
             if (even) {
               store_vector(reinterpret_cast<float2*>(two), float2{sums[k][0][at], sums[k + 1][0][at]}, there);
             } else {

@@ -89,6 +89,15 @@ __device__ __forceinline__ int strip_results(const Conv2dParams& p) {
   return merged ? p.lanes.strip_rows * p.out_size[1] * (p.interleaved ? 2 : 1) : 0;
 }
 
+struct Pieces {
+  int64_t begin;  // of the first, from a strip's first result
+  int count, size, pitch;
+};
+
+// Where a row of the interleaved results of a rectangle lies: the two of a row of positions change places where another
+// one, written at once with it, would meet the same banks.
+__device__ __forceinline__ int interleaved_row(int row, int pitch) { return row ^ (row / 2 * pitch / 16 & 1); }
+
 // Results [rows][kLanes][..] of `lane_pitch` and as many as `row_pitch` floats: of each lane `pieces` of them, each of
 // which lies in one piece in the output, too. What the warp stores at once begins where a sector of 32 bytes does.
 template <int kLanes, class Pieces>
@@ -116,20 +125,17 @@ __device__ __forceinline__ void store_pieces(const Conv2dParams& p, const float*
       int64_t at = first + channel * p.out_c;
       const float* from = results + r * row_pitch + i * lane_pitch;
 #pragma unroll 1
-      for (int piece = 0; piece < pieces.count; ++piece, at += p.out_h, from += pieces.pitch) {
+      for (int piece = 0; piece < pieces.count; ++piece, at += p.out_h) {
+        const float* of_piece = from + interleaved_row(piece, pieces.pitch) * pieces.pitch;
         for (int begin = -static_cast<int>(at % sector); begin < pieces.size; begin += 32) {
           const int place = begin + lane, near = min(max(place, 0), pieces.size - 1);
-          store_result(p, at + place, from[near] * scale + shift, place == near);
+          store_result(p, at + place, of_piece[near] * scale + shift, place == near);
         }
       }
     }
   }
 }
 
-struct Pieces {
-  int64_t begin;  // of the first, from a strip's first result
-  int count, size, pitch;
-};
 
 // A span, or as many of them as there are strips together.
 template <int kLanes>

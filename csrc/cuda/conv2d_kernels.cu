@@ -50,10 +50,9 @@ int sparsekd_to_lanes(const ToLanesParams* params, void* stream) {
 }
 
 int sparsekd_records(const RecordsParams* params, int kernel_vector, void* stream) {
-  constexpr int kWarps = 4;
   const int slices = params->row_groups * params->slices;
-  const dim3 grid((slices + kWarps - 1) / kWarps), block(32 * kWarps);
-  const size_t bytes = sizeof(int) * kWarps * params->blocks;
+  const dim3 grid((slices + kRecordsWarps - 1) / kRecordsWarps), block(32 * kRecordsWarps);
+  const size_t bytes = sizeof(int) * kRecordsWarps * params->blocks;
   auto* on = static_cast<cudaStream_t>(stream);
   switch (kernel_vector) {
     case 1: return SPARSEKD_LAUNCH(records_kernel<1>, grid, block, bytes, on, *params);

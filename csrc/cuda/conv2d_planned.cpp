@@ -27,10 +27,10 @@ std::vector<int64_t> conv2d_tiling_cuda(const at::Tensor& col, int64_t vector, a
   const Conv2dShape shape = checked_shape(input_size, out_channels, kernel_size, stride, padding, dilation, groups);
   Call call(col);
   std::string reason;
-  // Plans are kept for layers in a row, whose activations stay in lanes.
-  const auto tiling =
-      choose_tiling(problem_of(shape, vector, col.size(0)), tensor_device(call, col), Results::lanes, reason);
-  return tiling ? tiling->numbers() : std::vector<int64_t>{};
+  // Plans are kept for layers in a row, whose activations stay in lanes if whole ones can be filled.
+  const Results results = shape.batch % kLanes == 0 ? Results::lanes : Results::joined;
+  const auto chosen = choose_tiling(problem_of(shape, vector, col.size(0)), tensor_device(call, col), results, reason);
+  return chosen ? chosen->tiling.numbers() : std::vector<int64_t>{};
 }
 
 at::Tensor conv2d_plan_cuda(const at::Tensor& crow, const at::Tensor& col, at::IntArrayRef tiling, int64_t vector,

@@ -38,9 +38,12 @@ __device__ __forceinline__ Entry entry_of(const RecordsParams& p, int column, in
   return entry;
 }
 
-// One warp per slice. A stable counting sort: its counters, one per block of channels, lie in shared memory.
+constexpr int kRecordsWarps = 4;
+
+// One warp per slice. A stable counting sort: its counters, one per block of channels, lie in shared memory. Mostly it
+// waits for memory, so that as many blocks of threads should live at once as registers allow. V = 8 wants more of them.
 template <int kV>
-__global__ void records_kernel(const RecordsParams p) {
+__global__ __launch_bounds__(32 * kRecordsWarps, kV == 8 ? 10 : 12) void records_kernel(const RecordsParams p) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int slice = blockIdx.x * (blockDim.x / 32) + warp;

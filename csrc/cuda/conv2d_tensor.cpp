@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <limits>
 #include <utility>
 
@@ -40,12 +41,9 @@ Source source_in_lanes(const TensorProblem& problem, const at::Tensor& input) {
 
 // Images side by side or, of few, strips of them, the padding among them.
 Source source_of_images(Call& call, const TensorProblem& problem, const Tile& tile, const at::Tensor& input,
-                        bool whole) {
+                        const Cut& cut) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
-  const int64_t most = whole ? 1 : ceil_div(kLanes, std::max<int64_t>(problem.batch, 1));
-  const int64_t wanted = std::clamp<int64_t>(most, 1, ay.positions);
-  const int64_t strip_rows = ceil_div(ay.positions, wanted), strips = ceil_div(ay.positions, strip_rows);
-  const int64_t units = ceil_div(problem.batch * strips, kLanes);
+  const auto [strips, strip_rows, units] = cut;
   const int64_t rows = strip_rows + ay.most / ay.stride;
   const int64_t columns = ceil_div(ax.positions + ax.most / ax.stride, int64_t(2)) * 2;
   const int64_t pitch = tile.phases[1] * columns, plane = tile.phases[0] * rows * pitch;
@@ -64,6 +62,28 @@ Source source_of_images(Call& call, const TensorProblem& problem, const Tile& ti
   call.launched(sparsekd_to_lanes16(&p, call.stream()));
   return {lanes, units, strips, strip_rows, plane, pitch,
           {{1, int(rows), 0, int(tile.phases[0] * rows)}, {1, int(columns), 0, int(pitch)}}};
+}
+
+// Strips that are stored together are read best if they lie one behind the other before, too. Rows are so far apart
+// then, and each four of them so much more, that what is written at once (see joined_lane_pitch) lies in different
+// banks; that can be unless a strip's results are divisible by 8.
+struct RowPitch {
+  int row, four;
+};
+RowPitch strips_row_pitch(int strip, int slice_rows, int rows_at_once) {
+  for (int pitch = kLanes * strip; pitch < kLanes * strip + 32; ++pitch) {
+    uint32_t banks = 0;  // of the first four rows
+    for (int i = 0; i < 16; ++i) {
+      const int row = slice_rows == 8 ? i / 8 * 2 : i / 4, lane = slice_rows == 8 ? i % 8 : i % 4 * 2;
+      banks |= uint32_t{1} << (row * pitch + lane * strip) % 32;
+    }
+    if (std::popcount(banks) < 16) continue;
+    if (rows_at_once == 4) return {pitch, 0};
+    for (int more = 0; more < 32; ++more) {
+      if ((banks & std::rotl(banks, (4 * pitch + more) % 32)) == 0) return {pitch, more};
+    }
+  }
+  return {kLanes * strip, 0};
 }
 
 }  // namespace
@@ -122,8 +142,11 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   const Tile tile = tile_of(problem, tiling);
   const at::Tensor &input = operands.input, &output = operands.output;
   const bool to_lanes = output.dim() == 5;
+  const TensorDevice device = tensor_device(call, input);
+  const Results results = to_lanes ? Results::lanes : output.is_contiguous() ? Results::joined : Results::images;
   const Source source = input.dim() == 5 ? source_in_lanes(problem, input)
-                                         : source_of_images(call, problem, tile, input, to_lanes);
+                                         : source_of_images(call, problem, tile, input,
+                                                            choose_cut(problem, device, results, tiling));
   const at::Tensor fragments = at::empty({tile.n_octets, int64_t(tiling.variant.rows) * 8}, input.options());
   call.writes(fragments, "fragments");
   const TensorPlan plan = tile.plan(operands.plan);
@@ -153,13 +176,16 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.block_planes = tiling.block_planes;
   p.block_fours = tile.block_fours;
   p.blocks = int(tile.blocks);
+  p.strips = int(source.strips);
   p.n_octets = int(tile.n_octets);
   p.row_warps = tiling.row_warps;
   p.row_blocks = int(tile.row_blocks);
-  p.tile_h = tiling.tile_h;
+  p.places = tiling.positions();
   p.tile_w = tiling.tile_w;
-  p.tiles_h = int(ceil_div(source.strip_rows, tiling.tile_h));
-  p.tiles_w = int(ceil_div(problem.axes[1].positions, tiling.tile_w));
+  p.row_places = tiling.row_places;
+  p.tiles_of_stretch = int(tiling.tiles_of_stretch(source.strip_rows));
+  p.stretches = int(ceil_div(problem.axes[1].positions, tiling.tile_w));
+  p.shifted = p.places % p.row_places != 0 && p.tiles_of_stretch > 1;
   p.tile_columns = tile.tile_columns;
   p.plane = tile.plane;
   p.pitch = tile.pitch;
@@ -168,11 +194,16 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.threads = 32 * tiling.row_warps * tiling.position_warps;
   p.shared_bytes = int(tile.buffers.bytes);
   p.most_distance = tile.zeros + tiling.block_planes * tile.pitch - 1 - tile.last_place;
-  p.run_pitch = tiling.whole_rows ? tiling.variant.run : tile.tile_columns;
-  p.place_pitch = tiling.whole_rows ? tile.tile_columns : tiling.tile_w;
-  p.lane_pitch = joined_lane_pitch(tiling.tile_h * tiling.tile_w, tiling.variant.rows);
+  const int strip = int(source.strip_rows) * p.tile_w;
+  p.lane_pitch = joined_lane_pitch(std::min(p.places, strip), tiling.variant.rows);
   p.row_pitch = joined_row_pitch(p.lane_pitch, tiling.variant.rows);
-  p.joined = !to_lanes && output.is_contiguous() && tiling.tile_w == problem.axes[1].positions;
+  if (p.tiles_of_stretch == 1 && p.strips > 1 && strip % 8 != 0) {
+    p.lane_pitch = strip;
+    const RowPitch pitch = strips_row_pitch(strip, tiling.variant.rows, joined_rows(tiling.variant.positions));
+    p.row_pitch = pitch.row;
+    p.four_pitch = pitch.four;
+  }
+  p.joined = results == Results::joined && tiling.tile_w == problem.axes[1].positions;
   p.scale = data_of(operands.scale);
   p.shift = data_of(operands.shift);
   p.residual = data_of(operands.residual);
@@ -180,7 +211,6 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.dtype = dtype_of(output);
   p.output = output.mutable_data_ptr();
   p.batch = int(problem.batch);
-  p.strips = int(source.strips);
   p.strip_rows = int(source.strip_rows);
   p.positions[0] = problem.axes[0].positions;
   p.positions[1] = problem.axes[1].positions;
@@ -190,10 +220,9 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.out_h = output.stride(2);
   p.out_w = output.stride(3);
   // As many blocks of threads as live at once, each of which goes on to the next tile.
-  const int64_t tiles = source.units * p.tiles_h * p.tiles_w, grid_y = problem.groups * tile.row_blocks;
+  const int64_t tiles = source.units * p.tiles_of_stretch * p.stretches, grid_y = problem.groups * tile.row_blocks;
   TORCH_CHECK_VALUE(tiles < kLimit / 2, "Expected fewer than 2^30 tiles of positions, got ", tiles);
   p.tiles = int(tiles);
-  const TensorDevice device = tensor_device(call, input);
   const int64_t turns = ceil_div(tiles * grid_y, device.multiprocessors * tile.resident(tiling, device));
   const int grid_x = int(ceil_div(tiles, turns));
   ++on_tensor_cores;
@@ -204,10 +233,10 @@ bool run_on_tensor_cores(Call& call, const TensorProblem& problem, const at::Ten
                          TensorOperands operands) {
   std::string reason;
   const Results results = operands.output.is_contiguous() ? Results::joined : Results::images;
-  const std::optional<Tiling> tiling = choose_tiling(problem, tensor_device(call, operands.input), results, reason);
-  if (!tiling) return not_taken(reason);
-  operands.plan = make_plan(call, problem, *tiling, crow, col);
-  run_planned(call, problem, *tiling, operands);
+  const std::optional<Chosen> chosen = choose_tiling(problem, tensor_device(call, operands.input), results, reason);
+  if (!chosen) return not_taken(reason);
+  operands.plan = make_plan(call, problem, chosen->tiling, crow, col);
+  run_planned(call, problem, chosen->tiling, operands);
   return true;
 }
 

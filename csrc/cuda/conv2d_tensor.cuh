@@ -55,13 +55,13 @@ struct Weights {
   }
 };
 
-// Where a warp's first position lies in a staged plane. In tiles of whole rows, the zeros between rows are positions,
-// too.
-__device__ __forceinline__ int first_place(const TensorConv2dParams& p, int place) {
-  return place / p.place_pitch * p.tile_columns + place % p.place_pitch;
+// Where a place of a tile lies in a staged plane, in vectors.
+__device__ __forceinline__ int in_plane(const TensorConv2dParams& p, int shift, int place) {
+  const int in_rows = shift + place;
+  return in_rows / p.row_places * p.tile_columns + in_rows % p.row_places - shift;
 }
 
-template <class T, int kRows, int kGroups, int kPositions, int kRun>
+template <class T, int kRows, int kGroups, int kPositions>
 __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const TensorConv2dParams p) {
   needs_tensor_cores();
   constexpr int kMatrices = Weights<kRows>::kMatrices;
@@ -89,12 +89,19 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
 
   // Lanes 8 * i ... 8 * i + 7 give the rows of matrix i: for K = 16 the columns of two octets at two positions, in the
   // order of the operand's words; for K = 8 of one octet at four.
-  const int run_pitch = p.run_pitch;
   const int column16 = kRows == 8 ? lane % 8 + lane / 16 * 8 : lane % 16;
   const int position16 = kRows == 8 ? lane / 8 % 2 : lane / 16, position8 = lane / 8;
-  const SharedAddress buffer0 = shared_address(buffers + first_place(p, place0));
+  const SharedAddress buffer0 = shared_address(buffers);
   int buffer = 0;
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+    // A warp's first position, and from it on to the others that begin a run of neighbours, in bytes.
+    const int shift = place_of(p, tile).shift;
+    const int first = in_plane(p, shift, place0) * 16;
+    int runs[kPositions / kNeighbours];
+#pragma unroll
+    for (int i = 0; i < kPositions / kNeighbours; ++i) {
+      runs[i] = in_plane(p, shift, place0 + i * kNeighbours) * 16 - first;
+    }
     float sums[kGroups][kMatrices][kPlaces][4];
     int next[kGroups];
 #pragma unroll
@@ -112,7 +119,7 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
     for (int block = 0; block < p.blocks; ++block) {
       copy_async_wait<1>();
       __syncthreads();  // what other threads copied
-      const SharedAddress base = buffer0 + buffer * p.buffer * 16;
+      const SharedAddress base = buffer0 + first + buffer * p.buffer * 16;
 #pragma unroll
       for (int k = 0; k < kGroups; ++k) {
         if (slice[k] < 0) continue;
@@ -141,7 +148,7 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
 #pragma unroll
           for (int j = 0; j < kPositions; j += 2) {
             uint32_t in[4];
-            load_matrices_transposed(in, row + (j / kRun * run_pitch + j % kRun) * 16);
+            load_matrices_transposed(in, row + (runs[j / kNeighbours] + j % kNeighbours * 16));
             if constexpr (kRows == 8) {
               mma_k16<T>(sums[k][0][j / 2], in[0], in[1], in[2], in[3], weights.words[0][0], weights.words[0][1]);
             } else {
@@ -159,7 +166,7 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
 #pragma unroll
         for (int j = 0; j < kPositions; j += 4) {
           uint32_t in[4];
-          load_matrices_transposed(in, row + (j / kRun * run_pitch + j % kRun) * 16);
+          load_matrices_transposed(in, row + (runs[j / kNeighbours] + j % kNeighbours * 16));
           if constexpr (kRows == 8) {
             mma_k8<T>(sums[k][0][j / 2], in[0], in[1], ahead.words[0][0]);
             mma_k8<T>(sums[k][0][j / 2 + 1], in[2], in[3], ahead.words[0][0]);

@@ -9,14 +9,13 @@ struct TensorVariant {
   int rows;       // of a slice
   int groups;     // slices of a warp
   int positions;  // of a warp
-  int run;        // of these, neighbours in a row of the tile
 };
 // Each has 128 sums a lane.
 constexpr TensorVariant kTensorVariants[] = {
-    {8, 2, 32, 8},   {8, 2, 32, 16}, {8, 4, 16, 4},  {16, 1, 32, 8}, {16, 1, 32, 16},
-    {16, 2, 16, 4}, {32, 1, 16, 8}, {32, 1, 16, 16}, {64, 1, 8, 8},
+    {8, 2, 32}, {8, 4, 16}, {16, 1, 32}, {16, 2, 16}, {32, 1, 16}, {64, 1, 8},
 };
 constexpr int kTensorWarps = 8;
+constexpr int kNeighbours = 4;  // of a warp's positions so many lie side by side in a row: what one ldmatrix may read
 constexpr int kLanes = 8;  // images or strips side by side: 16 bytes
 constexpr int kMostBlockPlanes = 128;
 constexpr int kMostSlices = 4 * kTensorWarps;  // of a block of threads
@@ -86,11 +85,12 @@ struct TensorConv2dParams {
   int planes_per_group, block_planes, block_fours, blocks;  // fours of planes
   int n_octets;
   int row_warps, row_blocks;
-  int tiles, tile_h, tile_w, tiles_h, tiles_w, tile_columns, plane, pitch, zeros;
-  int run_pitch;    // from one run of neighbours (TensorVariant::run) of a warp's positions to the next, in vectors
-  int place_pitch;  // positions from one row of a tile to the next: tile_w, or tile_columns in tiles of whole rows
-  bool joined;      // results of a tile lie one behind the other in each image
-  int lane_pitch, row_pitch;  // of such results on their way, in floats
+  // A tile is so many places, one behind the other, of a stretch of `tile_w` columns, whose rows have `row_places` of
+  // them, and `tile_columns` vectors of a staged plane.
+  int tiles, places, tile_w, row_places, tiles_of_stretch, stretches, tile_columns, plane, pitch, zeros;
+  bool shifted;  // tiles begin elsewhere than at the begin of a row, too
+  bool joined;   // results of a tile lie one behind the other in each image
+  int lane_pitch, row_pitch, four_pitch;  // of such results on their way, in floats; the last is added each four rows
   int buffer;              // vectors from one buffer to the next
   unsigned most_distance;  // so that what is gathered lies in the staged block
   int threads, shared_bytes;

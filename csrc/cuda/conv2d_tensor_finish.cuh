@@ -49,10 +49,10 @@ struct Finisher {
 
   // From position `place` of the tile on.
   __device__ __forceinline__ void turn_to(const TilePlace& tile, int place) {
-    place += threadIdx.x % kTogether;
-    const int row_in_tile = place / p.place_pitch, column_in_tile = place % p.place_pitch;
-    const int row_in_strip = tile.y + row_in_tile, column = tile.x + column_in_tile;
-    const bool in_tile = row_in_tile < p.tile_h && column_in_tile < p.tile_w;
+    place += tile.shift + threadIdx.x % kTogether;
+    const int column_in_tile = place % p.row_places;
+    const int row_in_strip = tile.y + place / p.row_places, column = tile.x + column_in_tile;
+    const bool in_tile = column_in_tile < p.tile_w;
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
       const int64_t slot = tile.unit * kLanes + i, image = p.to_lanes ? tile.unit : slot / p.strips;

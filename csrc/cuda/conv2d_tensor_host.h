@@ -25,16 +25,19 @@ TensorDevice tensor_device(Call& call, const at::Tensor& on);
 // What a plan depends on beside the pattern and the geometry. Any fits any size of input, though not as well.
 struct Tiling {
   TensorVariant variant;
-  int row_warps, position_warps, tile_h, tile_w, block_planes;
-  // A tile's positions are those of whole rows, with the zeros between them, rather than a rectangle.
-  bool whole_rows = false;
+  int row_warps, position_warps;
+  // A tile is `positions()` places, one behind the other, of a stretch of `tile_w` columns. Its rows have `row_places`,
+  // of which the last ones may lie behind the stretch: so many that no run of neighbours goes on in the next row, or
+  // the zeros between rows. With as many as columns a tile that begins with a row is a rectangle.
+  int tile_w, row_places, block_planes;
   int positions() const { return position_warps * variant.positions; }
+  int64_t tiles_of_stretch(int64_t rows) const;
   std::vector<int64_t> numbers() const;
 };
 
 // What follows from a tiling.
 struct Tile {
-  int phases[2], tile_rows, tile_columns, plane, pitch, zeros, block_fours;
+  int phases[2], tile_columns, plane, pitch, zeros, block_fours;
   int last_place;  // of a tile's positions in a staged plane
   int64_t slices, all_slices, slices_per_group, planes, blocks, block_slices, row_blocks, n_octets;
   Buffers buffers;
@@ -44,10 +47,20 @@ struct Tile {
 };
 Tile tile_of(const TensorProblem& problem, const Tiling& tiling);
 
+// How activations and results of images are cut before tiles are: strips of so many rows, eight of which are a unit.
+struct Cut {
+  int64_t strips, strip_rows, units;
+};
 enum class Results { lanes, images, joined };  // joined: images in which each row begins where the one before ends
+struct Chosen {
+  Tiling tiling;
+  double cycles;  // of a multiprocessor, by the model of costs that it was chosen by
+};
 // None, with the reason, where tensor cores can't take the convolution.
-std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, Results results,
+std::optional<Chosen> choose_tiling(const TensorProblem& problem, const TensorDevice& device, Results results,
                                     std::string& reason);
+// For a tiling, whichever it is.
+Cut choose_cut(const TensorProblem& problem, const TensorDevice& device, Results results, const Tiling& tiling);
 // Numbers from outside.
 Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, const TensorDevice& device);
 
@@ -73,9 +86,9 @@ bool run_on_tensor_cores(Call& call, const TensorProblem& problem, const at::Ten
 
 extern "C" {
 // For benchmarks/predict.py: the tiling that is chosen for {batch, input and output channels, V, non-zero vectors,
-// height and width of the output, kernel, stride} on a device {major, shared memory, multiprocessors}. Its ten numbers,
-// or 0.
-int sparsekd_tensor_tiling(const int64_t* sizes, const int* device, int joined, int64_t* numbers);
+// height and width of the output, kernel, stride} on a device {major, shared memory, multiprocessors}. How many numbers
+// it has, or 0; `cycles` are those that a multiprocessor is expected to take.
+int sparsekd_tensor_tiling(const int64_t* sizes, const int* device, int joined, int64_t* numbers, double* cycles);
 // Calls that ran on tensor cores, and calls with V >= 8 and 16-bit values that had to run on CUDA cores.
 void sparsekd_conv2d_calls(int64_t* on_tensor_cores, int64_t* on_cuda_cores);
 }

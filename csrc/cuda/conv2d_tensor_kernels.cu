@@ -9,7 +9,7 @@ namespace {
 constexpr int kVariants = sizeof(kTensorVariants) / sizeof(kTensorVariants[0]);
 
 bool same(const TensorVariant& a, const TensorVariant& b) {
-  return a.rows == b.rows && a.groups == b.groups && a.positions == b.positions && a.run == b.run;
+  return a.rows == b.rows && a.groups == b.groups && a.positions == b.positions;
 }
 
 template <int kIndex>
@@ -17,10 +17,10 @@ cudaError_t launch_variant(const TensorConv2dParams& params, dim3 grid, cudaStre
   constexpr TensorVariant v = kTensorVariants[kIndex];
   const dim3 block(params.threads);
   if (params.dtype == DType::float16) {
-    return SPARSEKD_LAUNCH((conv2d_tensor_kernel<Half, v.rows, v.groups, v.positions, v.run>), grid, block,
+    return SPARSEKD_LAUNCH((conv2d_tensor_kernel<Half, v.rows, v.groups, v.positions>), grid, block,
                            params.shared_bytes, stream, params);
   }
-  return SPARSEKD_LAUNCH((conv2d_tensor_kernel<BFloat16, v.rows, v.groups, v.positions, v.run>), grid, block,
+  return SPARSEKD_LAUNCH((conv2d_tensor_kernel<BFloat16, v.rows, v.groups, v.positions>), grid, block,
                          params.shared_bytes, stream, params);
 }
 

@@ -46,14 +46,15 @@ __global__ void to_lanes16_kernel(const ToLanes16Params p) {
   store_vector(static_cast<uint4*>(p.to) + to, uint4{words[0], words[1], words[2], words[3]});
 }
 
-// Where a tile begins.
+// Where a tile begins: row y, and in it `shift` places behind column x, where a stretch does.
 struct TilePlace {
   int64_t unit;
-  int y, x;
+  int y, x, shift;
 };
 __device__ __forceinline__ TilePlace place_of(const TensorConv2dParams& p, int tile) {
-  const int of_unit = p.tiles_h * p.tiles_w, in_unit = tile % of_unit;
-  return {tile / of_unit, in_unit / p.tiles_w * p.tile_h, in_unit % p.tiles_w * p.tile_w};
+  const int of_unit = p.tiles_of_stretch * p.stretches, in_unit = tile % of_unit;
+  const int first = in_unit / p.stretches * p.places;
+  return {tile / of_unit, first / p.row_places, in_unit % p.stretches * p.tile_w, first % p.row_places};
 }
 
 // Copies one block of planes after the other, of one tile after the other that a block of threads computes, each to the
@@ -74,8 +75,13 @@ struct Stager {
         tile(blockIdx.x),
         block(0),
         buffer(0) {
+    find_places(0);
+  }
+
+  // In tiles that begin in a row, planes do so, too.
+  __device__ __forceinline__ void find_places(int shift) {
 #pragma unroll
-    for (int j = 0; j < kCopies; ++j) places[j] = place_in_plane(threadIdx.x % 32 + j * 32);
+    for (int j = 0; j < kCopies; ++j) places[j] = place_in_plane(threadIdx.x % 32 + j * 32 + shift);
   }
 
   // Of a vector of a plane: its row in the upper half, its column in the lower.
@@ -87,6 +93,7 @@ struct Stager {
   __device__ __forceinline__ void next() {
     if (tile < p.tiles) {
       const TilePlace place = place_of(p, tile);
+      if (p.shifted && block == 0) find_places(place.shift);
       const uint4* source = input + place.unit * p.source_channels * p.source_plane;
       const int y = place.y * p.source[0].step + p.source[0].origin,
                 x = place.x * p.source[1].step + p.source[1].origin;
@@ -96,7 +103,7 @@ struct Stager {
 #pragma unroll 1
         for (int q = 0; q < 4; ++q) {
           const int plane = static_cast<int>(q == 0 ? four.x : q == 1 ? four.y : q == 2 ? four.z : four.w);
-          if (plane >= 0 && i * 4 + q < p.block_planes) copy(source, plane, y, x, to + q * p.pitch);
+          if (plane >= 0 && i * 4 + q < p.block_planes) copy(source, plane, y, x, place.shift, to + q * p.pitch);
         }
       }
       if (p.blocks > 1) buffer ^= 1;
@@ -110,7 +117,8 @@ struct Stager {
   }
 
  private:
-  __device__ __forceinline__ void copy(const uint4* source, int plane, int y, int x, uint4* to) const {
+  __device__ __forceinline__ void copy(const uint4* source, int plane, int y, int x, int shift,
+                                       uint4* to) const {
     const int lane = threadIdx.x % 32, phases = p.phases[0] * p.phases[1];
     int channel = min(plane, p.planes_per_group - 1), size = p.plane;
     if (phases > 1) {
@@ -131,7 +139,9 @@ struct Stager {
     for (int j = 0; j < kCopies; ++j) {
       if (j * 32 < size) copy_vector(lane + j * 32, places[j]);
     }
-    for (int first = kCopies * 32; first < size; first += 32) copy_vector(lane + first, place_in_plane(lane + first));
+    for (int first = kCopies * 32; first < size; first += 32) {
+      copy_vector(lane + first, place_in_plane(lane + first + shift));
+    }
   }
 };
 

@@ -3,6 +3,8 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <utility>
 
 #include "../geometry.h"
 #include "conv2d_tensor_host.h"
@@ -12,9 +14,14 @@ namespace sparsekd::cuda {
 namespace {
 
 constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
+constexpr int kMostNumber = 1024;  // of a tiling
 constexpr int64_t kFar = 1 << 20;  // more vectors than any shared memory holds
 
-int64_t slice_rows(int64_t vector) { return vector > 32 ? 64 : vector > 16 ? 32 : vector > 8 ? 16 : 8; }
+// Rows of a slice are as many as those of a vector, or more; of long vectors half as many do nearly as well.
+bool suits(const TensorVariant& variant, int64_t vector) {
+  const int rows = vector > 32 ? 64 : vector > 16 ? 32 : vector > 8 ? 16 : 8;
+  return variant.rows == rows || (rows == 64 && variant.rows == 32);
+}
 
 int64_t in_fours(int64_t ints) { return ceil_div(ints, int64_t(4)) * 4; }
 
@@ -32,23 +39,39 @@ std::string unfit(const TensorProblem& problem, const Tile& tile) {
 }  // namespace
 
 std::vector<int64_t> Tiling::numbers() const {
-  return {variant.rows,   variant.groups, variant.positions, variant.run,   row_warps,
-          position_warps, tile_h,         tile_w,            block_planes,
-          whole_rows ? 2 : 1};
+  return {variant.rows, variant.groups, variant.positions, row_warps, position_warps, tile_w, row_places, block_planes};
 }
+
+int64_t Tiling::tiles_of_stretch(int64_t rows) const {
+  return ceil_div((rows - 1) * row_places + tile_w, int64_t(positions()));
+}
+
+namespace {
+
+// Of a staged plane, the last vector that a place of a tile has: of all beginnings that tiles have in a row.
+int64_t last_place_of(const Tiling& tiling, int64_t tile_columns) {
+  const int64_t places = tiling.positions(), row = tiling.row_places, wider = tile_columns - row;
+  int64_t last = 0;
+  for (int64_t shift = 0; shift < row; shift += std::gcd(places, row)) {
+    const int64_t crossed = (shift + places - 1) / row;
+    // The last place, or where rows of the plane are shorter, that of the row before.
+    last = std::max(last, places - 1 + crossed * wider);
+    if (crossed > 0) last = std::max(last, crossed * row - shift - 1 + (crossed - 1) * wider);
+  }
+  return last;
+}
+
+}  // namespace
 
 Tile tile_of(const TensorProblem& problem, const Tiling& tiling) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
   Tile tile{};
   tile.phases[0] = phases_of(ay);
   tile.phases[1] = phases_of(ax);
-  tile.tile_rows = tiling.tile_h + ay.most / ay.stride;
   tile.tile_columns = tiling.tile_w + ax.most / ax.stride;
-  tile.last_place = int(std::min<int64_t>(
-      tiling.whole_rows ? tiling.positions() - 1 : int64_t(tiling.tile_h - 1) * tile.tile_columns + tiling.tile_w - 1,
-      kFar));
+  tile.last_place = int(std::min<int64_t>(last_place_of(tiling, tile.tile_columns), kFar));
   const int64_t reach = int64_t(ay.most / ay.stride) * tile.tile_columns + ax.most / ax.stride;
-  tile.plane = int(std::min(std::max(int64_t(tile.tile_rows) * tile.tile_columns, tile.last_place + reach + 1), kFar));
+  tile.plane = int(std::min(tile.last_place + reach + 1, kFar));
   tile.pitch = tile.plane | 1;
   tile.zeros = int(zero_vectors(tile.last_place));
   tile.slices = ceil_div(problem.vector, int64_t(tiling.variant.rows));
@@ -92,35 +115,50 @@ int64_t Tile::resident(const Tiling& tiling, const TensorDevice& device) const {
 
 namespace {
 
-int strip_rows_of(const TensorProblem& problem) {
-  const int64_t rows = problem.axes[0].positions;
-  return int(ceil_div(rows, std::clamp<int64_t>(ceil_div(kLanes, std::max<int64_t>(problem.batch, 1)), 1, rows)));
+constexpr int64_t kOfSector = 16;  // results in 32 bytes
+
+// Sectors that a result of a plane takes at least. Planes begin at any multiple of so many results.
+double least_sectors(const TensorProblem& problem) {
+  const int64_t plane = int64_t(problem.axes[0].positions) * problem.axes[1].positions;
+  return static_cast<double>(plane + kOfSector - std::gcd(plane, kOfSector)) / static_cast<double>(plane * kOfSector);
 }
 
-// As many rows as fit, or as even parts of them all have; none where not one fits.
-Tiling of_whole_rows(const TensorProblem& problem, const TensorVariant& variant, int row_warps, int position_warps) {
-  const TapAxis& ax = problem.axes[1];
-  Tiling tiling{variant, row_warps, position_warps, 0, ax.positions, 1, true};
-  const int rest = tiling.positions() - ax.positions, rows = strip_rows_of(problem);
-  if (rest < 0) return tiling;
-  const int most = std::min(rest / (ax.positions + ax.most / ax.stride) + 1, rows);
-  tiling.tile_h = ceil_div(rows, ceil_div(rows, most));
-  return tiling;
+// Sectors of a result where those of a tile lie one behind the other: one more where two tiles share one.
+double joined_sectors(const TensorProblem& problem, const Tiling& tiling, const Cut& cut) {
+  constexpr int64_t kMost = 64;  // borders that are looked at
+  const int64_t width = problem.axes[1].positions, plane = problem.axes[0].positions * width;
+  const int64_t step = std::gcd(plane, kOfSector), tiles = tiling.tiles_of_stretch(cut.strip_rows);
+  const double between = 1 - static_cast<double>(step) / kOfSector;
+  const int64_t borders = std::min(tiles * cut.strips, kMost);
+  double shared = 0;
+  for (int64_t i = 1; i < borders; ++i) {
+    const int64_t place = i % tiles * tiling.positions(), row = place / tiling.row_places;
+    const int64_t in_row = std::min<int64_t>(place % tiling.row_places, width);
+    if (tiles > 1) shared += ((i / tiles * cut.strip_rows + row) * width + in_row) % step == 0 ? between : 1;
+  }
+  shared *= static_cast<double>(tiles * cut.strips) / static_cast<double>(borders);
+  return least_sectors(problem) + shared / static_cast<double>(plane);
+}
+
+// Multiply-adds of `mma.sync` with fp32 sums, a cycle and multiprocessor. What has little shared memory (8.6, 8.9,
+// 12.0) is taken for a GeForce card; the later large ones have more, but only for other instructions.
+double tensor_macs(const TensorDevice& device) {
+  return device.shared_bytes < (128 << 10) ? 256 : device.major == 8 ? 1024 : 0.6 * 2048;
 }
 
 // By cycles of an SM, counted as at the head of conv2d_tensor.cuh: what shared memory delivers (128 bytes a cycle) to
-// the operands and takes from the copies, or what the tensor cores multiply (1024 a cycle), whichever is more.
-struct Candidate {
-  Tiling tiling;
-  double cost, sectors;  // of a result
-};
-Candidate candidate_of(const TensorProblem& problem, const TensorDevice& device, Results results, const Tiling& tiling,
-                       const Tile& tile) {
+// the operands and takes from the copies, or what the tensor cores multiply, whichever is more. No term falls with the
+// number of columns, so that a sparser pattern never costs more. benchmarks/predict.py makes its times of it.
+//
+// So exact no model is that a few percent were worth the waste of sectors that all others share: a tile counts as that
+// much slower if it stores more than it should.
+constexpr double kMostSectors = 1.15, kWaste = 1.06;
+double cycles_of(const TensorProblem& problem, const TensorDevice& device, Results results, const Cut& cut,
+                 const Tiling& tiling, const Tile& tile) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
   const double rows = tiling.variant.rows, positions = tiling.positions();
-  const int64_t strip_rows = strip_rows_of(problem), strips = ceil_div(int64_t(ay.positions), strip_rows);
-  const int64_t units = ceil_div(problem.batch * strips, kLanes);
-  const int64_t tiles = units * ceil_div(strip_rows, tiling.tile_h) * ceil_div(ax.positions, tiling.tile_w);
+  const int64_t tiles =
+      cut.units * tiling.tiles_of_stretch(cut.strip_rows) * ceil_div(ax.positions, int64_t(tiling.tile_w));
 
   const double slices = static_cast<double>(std::min(tile.slices_per_group, tile.block_slices));
   const double columns = static_cast<double>(problem.n_vectors) / static_cast<double>(problem.row_groups);
@@ -133,102 +171,154 @@ Candidate candidate_of(const TensorProblem& problem, const TensorDevice& device,
   const double read_planes = static_cast<double>(tile.planes) * (1 - std::pow(1 - density, taps / phases * slices));
   const double copied = read_planes * tile.plane / 8;
   const double weights = octets * tiling.position_warps * (rows / 8 + 0.25);
-  const double multiplied = octets * positions * rows / 16;
+  const double multiplied = octets * positions * rows * 64 / tensor_macs(device);
 
   // Results go through shared memory, there and back, and out as 16 bits: 80 bytes of 8 lanes. To images each lane of a
   // tile's row stores for itself, or of whole rows several warps together, a sector of 32 bytes a cycle.
-  const bool joined = results == Results::joined && tiling.tile_w == ax.positions;
-  int64_t piece = std::min({tiling.tile_w, tiling.variant.positions, 16, ax.positions});
-  if (joined) {
-    const int64_t whole_strips = tiling.tile_h >= strip_rows ? std::min<int64_t>(strips, kLanes) : 1;
-    piece = whole_strips * std::min<int64_t>(tiling.tile_h, strip_rows) * ax.positions;
+  double stored = 16.0 / 128, finishing = positions, waste = 1;
+  if (results == Results::joined && tiling.tile_w == ax.positions) {
+    stored = kLanes * joined_sectors(problem, tiling, cut);
+    finishing *= static_cast<double>(tiling.tile_w) / tiling.row_places;
+  } else if (results != Results::lanes) {
+    const int64_t piece = std::min({tiling.tile_w, tiling.variant.positions, kResultPositions, ax.positions});
+    stored = kLanes * sectors_of_each(2, piece, ax.positions);
   }
-  const double sectors = sectors_of_each(2, piece, joined ? piece : ax.positions);
-  const double stored = results == Results::lanes ? 16.0 / 128 : 8 * sectors;
-  const double finished = slices * rows * (joined ? tiling.tile_h * tiling.tile_w : positions) * (64.0 / 128 + stored);
+  if (results == Results::joined && stored > kLanes * least_sectors(problem) * kMostSectors) waste = kWaste;
+  const double finished = slices * rows * finishing * (64.0 / 128 + stored);
   const double worked = std::max(gathered + copied + weights, multiplied) + finished;
-  // L2 has about 47 bytes a cycle for an SM. Copies wait for the only buffer while it is read, if no other block has
-  // work meanwhile. At the end some SMs have no block left.
-  const double fetched = copied * 128 / 47;
-  const int64_t resident = tile.resident(tiling, device);
-  const double waiting = resident == 1 && tile.blocks == 1 ? std::max(fetched - finished, 0.0) : 0.0;
-  const double turns =
-      static_cast<double>(ceil_div(tiles * problem.groups * tile.row_blocks, device.multiprocessors * resident));
-  const double cost = turns * (std::max(worked, fetched) * static_cast<double>(resident) + waiting) + fetched + 600;
-  return {tiling, cost, results == Results::lanes ? 0.0 : sectors};
+  // The blocks of threads that a multiprocessor computes, one after the other or some together. Each of its quarters
+  // wants a warp.
+  const int64_t resident = tile.resident(tiling, device), warps = int64_t(tiling.row_warps) * tiling.position_warps;
+  const int64_t all_blocks = std::max<int64_t>(tiles * problem.groups * tile.row_blocks, 1);
+  const int64_t turns = ceil_div(all_blocks, int64_t(device.multiprocessors));
+  const auto all = static_cast<double>(turns), together = static_cast<double>(std::min(turns, resident));
+  const double work = worked * std::max(4 / (static_cast<double>(warps) * together), 1.0);
+  // L2 has about 47 bytes a cycle for an SM. What is copied first nothing hides; later copies wait for the only buffer
+  // while it is read, if no other block of threads has work meanwhile.
+  const double fetched = copied * 128 / 47, blocks = static_cast<double>(tile.blocks);
+  const double next = tile.blocks == 1 && together == 1 ? work + std::max(fetched - finished, 0.0)
+                                                        : std::max(work, fetched);
+  const double first = tile.blocks == 1 ? together * (fetched + work) : together * (fetched / blocks + next);
+  return (first + (all - together) * next + 600) * waste;
+}
+
+// {of rows, of positions} in a block of threads: as many as there may be, or half as many, for more blocks.
+std::vector<std::pair<int, int>> warps_of(int64_t rows) {
+  std::vector<std::pair<int, int>> found;
+  for (int position_warps = 1; position_warps <= kTensorWarps; position_warps *= 2) {
+    for (int warps = kTensorWarps; warps >= std::max(kTensorWarps / 2, position_warps); warps /= 2) {
+      const int row_warps = warps / position_warps;
+      const std::pair<int, int> both(std::min<int64_t>(row_warps, rows), position_warps);
+      if (found.empty() || found.back() != both) found.push_back(both);
+    }
+  }
+  return found;
+}
+
+// Images are cut into strips of about equal height, or of so many rows that each strip begins where a sector does.
+std::vector<Cut> cuts_of(const TensorProblem& problem, Results results) {
+  const int64_t rows = problem.axes[0].positions, batch = problem.batch;
+  auto cut = [&](int64_t strip_rows) {
+    const int64_t strips = ceil_div(rows, strip_rows);
+    return Cut{strips, strip_rows, ceil_div(batch * strips, int64_t(kLanes))};
+  };
+  if (results == Results::lanes) return {cut(rows)};
+  const int64_t strips = std::clamp<int64_t>(ceil_div(int64_t(kLanes), std::max<int64_t>(batch, 1)), 1, rows);
+  const int64_t even = ceil_div(rows, strips);
+  const int64_t whole = kOfSector / std::gcd<int64_t>(problem.axes[1].positions, kOfSector);
+  std::vector<Cut> cuts{cut(even)};
+  if (strips > 1 && even % whole != 0) cuts.push_back(cut(ceil_div(even, whole) * whole));
+  return cuts;
+}
+
+// With all planes at once, or as many as fit twice.
+void look_at(const TensorProblem& problem, const TensorDevice& device, Results results, const std::vector<Cut>& cuts,
+             Tiling tiling, std::optional<Chosen>& best) {
+  const Tile one = tile_of(problem, tiling);
+  const int64_t fitting = (device.shared_bytes / 2 - one.zeros * 16) / (int64_t(one.pitch) * 16);
+  for (const int64_t most : {one.planes, std::min(fitting, one.planes)}) {
+    if (most < 1) continue;
+    const int64_t blocks = ceil_div(one.planes, std::min<int64_t>(most, kMostBlockPlanes));
+    tiling.block_planes = int(ceil_div(one.planes, blocks));
+    const Tile tile = tile_of(problem, tiling);
+    if (tile.buffers.bytes > device.shared_bytes) continue;
+    for (const Cut& cut : cuts) {
+      const double cycles = cycles_of(problem, device, results, cut, tiling, tile);
+      if (!best || cycles < best->cycles) best = {tiling, cycles};
+    }
+  }
 }
 
 }  // namespace
 
-std::optional<Tiling> choose_tiling(const TensorProblem& problem, const TensorDevice& device, Results results,
+std::optional<Chosen> choose_tiling(const TensorProblem& problem, const TensorDevice& device, Results results,
                                     std::string& reason) {
   if (device.major < 8) {
     reason = "expected compute capability 8.0 or later, got " + std::to_string(device.major) + ".x";
     return {};
   }
-  const int64_t rows = slice_rows(problem.vector);
-  const int64_t slices = problem.row_groups * ceil_div(problem.vector, rows) / problem.groups;  // of a group
-
-  std::vector<Candidate> candidates;
+  const int width = problem.axes[1].positions, between = problem.axes[1].most / problem.axes[1].stride;
+  const std::vector<Cut> cuts = cuts_of(problem, results);
+  std::optional<Chosen> best;
   for (const TensorVariant& variant : kTensorVariants) {
-    if (variant.rows != rows) continue;
-    for (int position_warps = 1; position_warps <= kTensorWarps; position_warps *= 2) {
-      const int64_t row_warps = std::min<int64_t>(kTensorWarps / position_warps, ceil_div(slices, variant.groups));
+    if (!suits(variant, problem.vector)) continue;
+    const int64_t slices = problem.row_groups * ceil_div(problem.vector, int64_t(variant.rows)) / problem.groups;
+    for (const auto& [row_warps, position_warps] : warps_of(ceil_div(slices, int64_t(variant.groups)))) {
       const int positions = position_warps * variant.positions;
-      std::vector<Tiling> shapes;
-      // A warp's positions lie in rows of `run` neighbours; where it has but one row, the tile may be wider.
-      for (int tile_w = variant.run; tile_w <= (variant.run == variant.positions ? 32 : variant.run); tile_w *= 2) {
-        if (tile_w <= positions)
-          shapes.push_back({variant, int(row_warps), position_warps, positions / tile_w, tile_w, 1});
+      std::vector<std::pair<int, int>> shapes;  // columns of a stretch, places of its rows
+      for (int tile_w = kNeighbours; tile_w <= std::min(positions, 32); tile_w *= 2) {
+        shapes.emplace_back(tile_w, tile_w);
       }
-      if (results == Results::joined) shapes.push_back(of_whole_rows(problem, variant, int(row_warps), position_warps));
-      for (Tiling& tiling : shapes) {
-        if (tiling.tile_h < 1) continue;
-        const Tile one = tile_of(problem, tiling);
-        // All planes at once, or as many as fit twice.
-        const int64_t fitting = (device.shared_bytes / 2 - one.zeros * 16) / (int64_t(one.pitch) * 16);
-        for (const int64_t most : {one.planes, std::min(fitting, one.planes)}) {
-          if (most < 1) continue;
-          const int64_t blocks = ceil_div(one.planes, std::min<int64_t>(most, kMostBlockPlanes));
-          tiling.block_planes = int(ceil_div(one.planes, blocks));
-          const Tile tile = tile_of(problem, tiling);
-          if (tile.buffers.bytes > device.shared_bytes) continue;
-          candidates.push_back(candidate_of(problem, device, results, tiling, tile));
+      if (results == Results::joined) {
+        shapes.emplace_back(width, width + between);
+        int last = width + between;
+        for (int run = kNeighbours; run <= 16; run *= 2) {
+          const int in_runs = ceil_div(width, run) * run;
+          if (in_runs != last) shapes.emplace_back(width, last = in_runs);
         }
+      }
+      for (const auto& [tile_w, row_places] : shapes) {
+        if (row_places > kMostNumber) continue;
+        look_at(problem, device, results, cuts, {variant, row_warps, position_warps, tile_w, row_places, 1}, best);
       }
     }
   }
-  const std::optional<Candidate> best = best_of(candidates);
   if (!best) {
     reason = "expected a reach that fits a tile in shared memory";
     return {};
   }
   reason = unfit(problem, tile_of(problem, best->tiling));
-  return reason.empty() ? std::optional<Tiling>(best->tiling) : std::nullopt;
+  return reason.empty() ? best : std::nullopt;
+}
+
+Cut choose_cut(const TensorProblem& problem, const TensorDevice& device, Results results, const Tiling& tiling) {
+  const Tile tile = tile_of(problem, tiling);
+  const std::vector<Cut> cuts = cuts_of(problem, results);
+  return *std::min_element(cuts.begin(), cuts.end(), [&](const Cut& a, const Cut& b) {
+    return cycles_of(problem, device, results, a, tiling, tile) < cycles_of(problem, device, results, b, tiling, tile);
+  });
 }
 
 Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, const TensorDevice& device) {
-  TORCH_CHECK_VALUE(numbers.size() == 10 && *std::min_element(numbers.begin(), numbers.end()) >= 1 &&
-                        *std::max_element(numbers.begin(), numbers.end()) <= 1024,
-                    "Expected a tiling of ten numbers as conv2d_tiling gives them, got ", numbers);
+  constexpr size_t kNumbers = 8;
+  TORCH_CHECK_VALUE(numbers.size() == kNumbers && *std::min_element(numbers.begin(), numbers.end()) >= 1 &&
+                        *std::max_element(numbers.begin(), numbers.end()) <= kMostNumber,
+                    "Expected a tiling of eight numbers as conv2d_tiling gives them, got ", numbers);
   TORCH_CHECK_NOT_IMPLEMENTED(device.major >= 8, "Expected a device of compute capability 8.0 or later, got ",
                               device.major, ".x");
-  int n[10];
+  int n[kNumbers];
   std::copy(numbers.begin(), numbers.end(), n);
-  const Tiling tiling{{n[0], n[1], n[2], n[3]}, n[4], n[5], n[6], n[7], n[8], n[9] == 2};
+  const Tiling tiling{{n[0], n[1], n[2]}, n[3], n[4], n[5], n[6], n[7]};
   const TensorVariant& v = tiling.variant;
   const bool known = std::any_of(std::begin(kTensorVariants), std::end(kTensorVariants), [&](const TensorVariant& of) {
-    return of.rows == v.rows && of.groups == v.groups && of.positions == v.positions && of.run == v.run;
+    return of.rows == v.rows && of.groups == v.groups && of.positions == v.positions;
   });
-  TORCH_CHECK_VALUE(known && v.rows == slice_rows(problem.vector), "Expected a tiling for V = ", problem.vector,
-                    ", got ", numbers);
-  const int warps = tiling.row_warps * tiling.position_warps;
-  const bool in_rows = tiling.tile_w == v.run || (v.run == v.positions && tiling.tile_w % v.run == 0);
-  const TapAxis& ax = problem.axes[1];
-  const int64_t row_pitch = int64_t(tiling.tile_w) + ax.most / ax.stride;
-  const bool fits = tiling.whole_rows ? (tiling.tile_h - 1) * row_pitch + tiling.tile_w <= tiling.positions()
-                                      : tiling.tile_h * tiling.tile_w == tiling.positions() && in_rows;
-  TORCH_CHECK_VALUE(warps <= kTensorWarps && fits && n[9] <= 2 &&
+  TORCH_CHECK_VALUE(known && suits(v, problem.vector), "Expected a tiling for V = ", problem.vector, ", got ", numbers);
+  // No run of neighbours crosses from row to row, but where rows of places are those of a staged plane.
+  const int zeros = problem.axes[1].most / problem.axes[1].stride;
+  const bool fits = tiling.row_places >= tiling.tile_w &&
+                    (tiling.row_places % kNeighbours == 0 || tiling.row_places == tiling.tile_w + zeros);
+  TORCH_CHECK_VALUE(tiling.row_warps * tiling.position_warps <= kTensorWarps && fits &&
                         tiling.block_planes <= kMostBlockPlanes,
                     "Expected a tiling whose warps cover its tile, got ", numbers);
   const Tile tile = tile_of(problem, tiling);
@@ -242,7 +332,7 @@ Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, con
 
 }  // namespace sparsekd::cuda
 
-int sparsekd_tensor_tiling(const int64_t* sizes, const int* device, int joined, int64_t* numbers) {
+int sparsekd_tensor_tiling(const int64_t* sizes, const int* device, int joined, int64_t* numbers, double* cycles) {
   using namespace sparsekd;
   using namespace sparsekd::cuda;
   const auto [batch, in_channels, out_channels, vector, n_vectors, size, kernel, stride] =
@@ -253,10 +343,11 @@ int sparsekd_tensor_tiling(const int64_t* sizes, const int* device, int joined, 
   const TensorProblem problem{batch, in_channels, out_channels, 1, vector, ceil_div(out_channels, vector), n_vectors,
                               {forward_axis(shape, 0), forward_axis(shape, 1)}};
   std::string reason;
-  const auto tiling = choose_tiling(problem, {device[0], device[1], device[2]},
+  const auto chosen = choose_tiling(problem, {device[0], device[1], device[2]},
                                     joined ? Results::joined : Results::lanes, reason);
-  if (!tiling) return 0;
-  const std::vector<int64_t> found = tiling->numbers();
+  if (!chosen) return 0;
+  *cycles = chosen->cycles;
+  const std::vector<int64_t> found = chosen->tiling.numbers();
   std::copy(found.begin(), found.end(), numbers);
   return static_cast<int>(found.size());
 }
