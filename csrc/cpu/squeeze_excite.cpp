@@ -158,8 +158,11 @@ at::Tensor squeeze_excite_cpu(const at::Tensor& input, const at::Tensor& reduce,
     check_same(tensor, name, input, "input");
     return tensor.contiguous();
   };
-  Excitation excitation{checked(reduce, "reduce", {hidden, channels}), {}, checked(expand, "expand", {channels, hidden}),
-                        {},     activation_of(activation), hard_gate(gate)};
+  Excitation excitation;
+  excitation.reduce = checked(reduce, "reduce", {hidden, channels});
+  excitation.expand = checked(expand, "expand", {channels, hidden});
+  excitation.activation = activation_of(activation);
+  excitation.hard = hard_gate(gate);
   if (reduce_bias) excitation.reduce_bias = checked(*reduce_bias, "reduce_bias", {hidden});
   if (expand_bias) excitation.expand_bias = checked(*expand_bias, "expand_bias", {channels});
   const at::Tensor images = input.contiguous();
