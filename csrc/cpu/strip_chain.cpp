@@ -140,12 +140,22 @@ void StripChain::compare_ways(bool others, const std::vector<std::atomic<int64_t
   }
 }
 
-// Gives each place that does not outlive a unit the first gap that is free while it lives.
+// Gives each place that does not outlive a unit the first gap that is free while it lives; or a residual's own memory to
+// the result, if nobody reads that residual later: each of its vectors is read just before it is written.
 void StripChain::share_memory() {
   std::vector<Strips*> placed;
   for (size_t at = 0; at < ops_.size(); ++at) {
-    for (auto& [_, strips] : strips_) {
+    for (auto& [place, strips] : strips_) {
       if (strips.outlives || strips.first != at) continue;
+      const Op& op = ops_[at];
+      if (place == op.output && op.residual >= 0 && op.residual != op.input) {
+        const Strips& residual = strips_.at(op.residual);
+        if (!residual.outlives && residual.last == at + 1 && residual.size() == strips.size()) {
+          strips.offset = residual.offset;
+          placed.push_back(&strips);
+          continue;
+        }
+      }
       std::vector<std::pair<int64_t, int64_t>> taken;  // begin, end
       for (const Strips* other : placed) {
         if (other->last > at) taken.push_back({other->offset, other->offset + other->size()});
