@@ -1,5 +1,7 @@
 #include "generated.h"
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdlib>
@@ -157,9 +159,21 @@ class GroupEntries {
   size_t at_ = 0;
 };
 
+namespace {
+
+// Groups of code in a convolution group: as few as registers allow, but few ones are shared out evenly over the threads
+// that there are when code is made.
+int64_t cuts_of(const Rows<float>& rows) {
+  const int64_t fewest = ceil_div(rows.packed_per_group, kGeneratedRows / rows.vector), threads = at::get_num_threads();
+  const bool uneven = rows.groups == 1 && fewest < 4 * threads && rows.packed_per_group >= 8 * threads;
+  return uneven ? ceil_div(fewest, threads) * threads : fewest;
+}
+
+}  // namespace
+
 GeneratedRows::GeneratedRows(const Rows<float>& rows, const std::vector<int32_t>& table, int64_t blocks)
     : vector_(rows.vector), blocks_(blocks), cuts_{0}, ends_(kGeneratedRows + 1) {
-  const int64_t per_group = rows.packed_per_group, cuts = ceil_div(per_group, kGeneratedRows / vector_);
+  const int64_t per_group = rows.packed_per_group, cuts = cuts_of(rows);
   Assembler assembler;
   GroupEntries entries(rows, static_cast<uint32_t>(table.size()));
   order_.reserve(rows.crow[rows.packed()]);
