@@ -140,8 +140,8 @@ void StripChain::compare_ways(bool others, const std::vector<std::atomic<int64_t
   }
 }
 
-// Gives each place that does not outlive a unit the first gap that is free while it lives; or a residual's own memory to
-// the result, if nobody reads that residual later: each of its vectors is read just before it is written.
+// Gives each place that does not outlive a unit the first gap that is free while it lives; or a result its residual's
+// memory, if nobody reads that later: each of its vectors is read just before it is written.
 void StripChain::share_memory() {
   std::vector<Strips*> placed;
   for (size_t at = 0; at < ops_.size(); ++at) {
