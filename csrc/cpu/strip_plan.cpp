@@ -164,7 +164,8 @@ class Layer {
   static std::optional<Ways> ways(const Grid& best, const Grid& other) {
     constexpr double kUnsure = 1.7;  // how far costs may be wrong about two ways
     if (!found(best)) return std::nullopt;
-    return Ways{best, other.cost < kUnsure * best.cost ? std::optional(other) : std::nullopt};
+    const bool unsure = other.cost < kUnsure * best.cost && !generates_always();
+    return Ways{best, unsure ? std::optional(other) : std::nullopt};
   }
 
   // Whether code can tell how far apart channels and their taps are.
