@@ -1,8 +1,10 @@
 // Layers one after the other whose activations stay in strips (lanes.h) between them: results go from the registers to
 // where the next layer reads them, and only what lies beside the strips is moved.
 #pragma once
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -65,6 +67,13 @@ struct UnitCall {
   const float* values;    // a convolution's, in its order
   const float* init;      // null, or its shift by packed row
 };
+
+// Calls body(from, to) for channels of so many elements each, on as many threads as they pay for.
+template <class Body>
+void over_channels(int64_t channels, int64_t elements, Body body) {
+  constexpr int64_t kGrain = 32768;  // elements that pay for another thread
+  at::parallel_for(0, channels, std::max<int64_t>(kGrain / std::max<int64_t>(elements, 1), 1), body);
+}
 
 class UnitStep {
  public:

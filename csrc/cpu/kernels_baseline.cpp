@@ -22,24 +22,10 @@ constexpr int kLanesBytes = SPARSEKD_VECTOR_BYTES;
 #include "kd_loss.inc"
 #include "epilogue.inc"
 #include "max_pool2d.inc"
+#include "type_kernels.inc"
 
 template <class T>
 constexpr LaneKernels<T> widths[] = {narrow::lane_kernels<T>};
-
-template <class T>
-constexpr TypeKernels<T> type_kernels(int count, const LaneKernels<T>* lanes, int generated) {
-  return {count,
-          lanes,
-          generated,
-          &spmv<T>,
-          &narrow::transpose<T>,
-          &narrow::split<T>,
-          &narrow::spread<T>,
-          &copy_lines<T>,
-          &epilogue<T>,
-          &max_pool2d<T>,
-          &kd_loss_row<T>};
-}
 }  // namespace
 
 const Kernels kernels = {
