@@ -145,7 +145,8 @@ TORCH_LIBRARY(sparsekd, m) {
                        std::string, std::vector<int64_t>, int64_t, std::vector<int64_t>, std::vector<int64_t>,
                        std::vector<int64_t>, std::vector<int64_t>, int64_t>())
       .def("run", &sparsekd::PlannedConv2d::run)
-      .def("code_bytes", &sparsekd::PlannedConv2d::code_bytes);
+      .def("code_bytes", &sparsekd::PlannedConv2d::code_bytes)
+      .def("in_place", &sparsekd::PlannedConv2d::in_place);
   // Several of them, one after the other.
   m.class_<sparsekd::PlannedSequence>("PlannedSequence")
       .def(torch::init<int64_t>())

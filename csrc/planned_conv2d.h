@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/direct.h"
+#include "cpu/generated_conv2d.h"
 #include "cpu/in_strips.h"
 #include "geometry.h"
 #include "ordered_values.h"
@@ -92,6 +92,11 @@ class PlannedConv2d : public torch::CustomClassHolder {
   int64_t code_bytes(int64_t vector) const {
     const Generated* own = generated(vector);
     return own ? static_cast<int64_t>(own->conv->code_bytes()) : 0;
+  }
+  // Whether that code reads images where they lie.
+  bool in_place(int64_t vector) const {
+    const Generated* own = generated(vector);
+    return own && own->conv->in_place();
   }
   const Numbers& output_size() const { return output_size_; }
 

@@ -1,5 +1,7 @@
 """Code that is made for final patterns: what the interpreting kernels and float64 say, on any layer."""
 
+import ctypes
+import mmap
 import os
 import random
 
@@ -62,6 +64,54 @@ def check_layer(seed):
     assert torch.equal(layer(input, residual), got), seed
     torch.set_num_threads(1)
     return layer.conv._plans.bound[input.shape, layer.activation].code_bytes(layer.conv.vector)
+
+
+def between_guards(input, last):
+    """A copy of the input in memory of its own: the page before it can't be read, or the one behind its end."""
+    page, size = mmap.PAGESIZE, input.numel() * input.element_size()
+    pages = -(-size // page)
+    whole = mmap.mmap(-1, (pages + 2) * page)
+    memory = torch.frombuffer(whole, dtype=torch.uint8)
+    for guard in (0, (pages + 1) * page):
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mprotect(ctypes.c_void_p(memory.data_ptr() + guard), page, 0) == 0  # PROT_NONE
+    begin = (pages + 1) * page - size if last else page
+    return memory[begin : begin + size].view(input.dtype).view(input.shape).copy_(input)
+
+
+@torch.no_grad()
+def check_in_place(seed):
+    """Whether the layer reads its images where they lie."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    groups, vector, dilation = draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 4]), draw.choice([1, 1, 2, 3])
+    kernel = [draw.choice([1, 3, 3, 5, 7]) for _ in range(2)]
+    padding = [dilation * (kernel[0] - 1) // 2, dilation * (kernel[1] - 1) // 2]
+    if draw.random() < 0.2:
+        padding[0] = draw.randint(0, 2 * padding[0])  # images become lower or higher
+    size = [draw.randint(dilation * (kernel[0] - 1) + 1, 35), draw.randint(3, 35)]
+    channels, rows, bias = groups * draw.randint(1, 30), groups * vector * draw.randint(1, 20), draw.random() < 0.7
+    conv = nn.Conv2d(channels, rows, kernel, 1, padding, dilation, groups, bias)
+    kept = torch.rand(conv.out_channels // vector, *conv.weight.shape[1:]) < draw.choice([0.03, 0.1, 0.4])
+    sparse = SparseConv2d.from_dense(conv, kept.repeat_interleave(vector, 0), vector=vector)
+    sparse.freeze()
+    layer = FusedConv2d(sparse, draw.choice(list(ACTIVATIONS))).requires_grad_(False)
+    input = torch.randn(draw.randint(1, 4), conv.in_channels, *size)
+    want = sparse.to_dense().double()(input.double())
+    residual = torch.randn(want.shape) if draw.random() < 0.5 else None
+    want = ACTIVATIONS[layer.activation](want if residual is None else want + residual)
+    for last in (False, True):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert_near(layer(between_guards(input, last), residual), want, torch.float32, f"seed {seed}")
+    torch.set_num_threads(1)
+    return layer.conv._plans.bound[input.shape, layer.activation].in_place(vector)
+
+
+@needs_avx512
+def test_images_that_are_read_in_place():
+    code = "import test_generated as t\nprint(*[int(t.check_in_place(seed)) for seed in range(80)])"
+    assert 40 < sum(map(int, always(code))) < 80
 
 
 @needs_avx512

@@ -7,7 +7,7 @@
 
 namespace sparsekd::cpu {
 
-enum class Register : int { rdx = 2, rsi = 6, rdi = 7, r8 = 8, r9 = 9, r10 = 10 };
+enum class Register : int { rcx = 1, rdx = 2, rsi = 6, rdi = 7, r8 = 8, r9 = 9, r10 = 10 };
 
 class Assembler {
  public:
@@ -19,6 +19,8 @@ class Assembler {
 
   // Vector registers are numbers.
   void load(int to, Register base, int32_t at) { memory(0, 0, 0x10, to, 0, base, at, 64); }            // vmovups
+  // Of memory that a lane of mask register 1 .. 7 does not ask for nothing is read; the lane becomes zero.
+  void load(int to, Register base, int32_t at, int mask) { memory(0, 0, 0x10, to, 0, base, at, 64, false, mask); }
   void store(int from, Register base, int32_t at) { memory(0, 0, 0x11, from, 0, base, at, 64); }       // vmovups
   void broadcast(int to, Register base, int32_t at) { memory(1, 1, 0x18, to, 0, base, at, 4); }        // vbroadcastss
   void add(int to, Register base, int32_t at) { memory(0, 0, 0x58, to, to, base, at, 64); }            // vaddps
@@ -28,6 +30,11 @@ class Assembler {
   void raise(int to, int least) { registers(0, 0, 0x5f, to, least, to); }  // vmaxps; NaN stays NaN
   void lower(int to, int most) { registers(0, 0, 0x5d, to, most, to); }    // vminps
 
+  void load_mask(int to, Register base, int8_t at) {  // kmovw, base below r8
+    for (const int byte : {0xc5, 0xf8, 0x90}) put(static_cast<uint8_t>(byte));
+    put(modrm(1, to, number_of(base)));
+    put(static_cast<uint8_t>(at));
+  }
   void prefetch_to_write(Register base, int8_t at) {  // prefetchw [base + at]
     if (number_of(base) >= 8) put(0x41);
     put(0x0f);
@@ -79,13 +86,13 @@ class Assembler {
   }
 
   // EVEX, before the opcode. `map`: 0 is 0F, 1 is 0F38; `must`: 0 is no prefix, 1 is 66; `rm`: what modrm's last field
-  // names; `spread`: one number of memory goes to all lanes.
-  void prefix(int map, int must, int reg, int vvvv, int rm, bool spread) {
+  // names; `spread`: one number of memory goes to all lanes; `mask`: lanes that it leaves out become zero.
+  void prefix(int map, int must, int reg, int vvvv, int rm, bool spread, int mask = 0) {
     const auto off = [](int number, int bit) { return ~number >> bit & 1; };
     put(0x62);
     put(static_cast<uint8_t>(off(reg, 3) << 7 | off(rm, 4) << 6 | off(rm, 3) << 5 | off(reg, 4) << 4 | (map + 1)));
     put(static_cast<uint8_t>((~vvvv & 15) << 3 | 1 << 2 | must));
-    put(static_cast<uint8_t>(2 << 5 | (spread ? 1 : 0) << 4 | off(vvvv, 4) << 3));
+    put(static_cast<uint8_t>((mask > 0 ? 1 : 0) << 7 | 2 << 5 | (spread ? 1 : 0) << 4 | off(vvvv, 4) << 3 | mask));
   }
   void registers(int map, int must, uint8_t opcode, int reg, int vvvv, int rm) {
     prefix(map, must, reg, vvvv, rm, false);
@@ -94,8 +101,8 @@ class Assembler {
   }
   // A displacement of one byte counts what the operand takes in memory.
   void memory(int map, int must, uint8_t opcode, int reg, int vvvv, Register base, int32_t at, int32_t operand,
-              bool spread = false) {
-    prefix(map, must, reg, vvvv, number_of(base), spread);
+              bool spread = false, int mask = 0) {
+    prefix(map, must, reg, vvvv, number_of(base), spread, mask);
     put(opcode);
     const bool near = at % operand == 0 && at / operand >= -128 && at / operand <= 127;
     put(modrm(near ? 1 : 2, reg, number_of(base)));

@@ -10,12 +10,9 @@
 // (Park et al., ICLR 2017) and Escoin (Chen, 2018). A 1 x 1 kernel reads its input where it lies, if it lies well.
 #include "direct.h"
 
-#include <ATen/ops/empty.h>
-
 #include <numeric>
 
 #include "../check.h"
-#include "../resident.h"
 #include "passes.h"
 
 namespace sparsekd::cpu {
@@ -188,62 +185,6 @@ void direct_forward(const Conv2dShape& shape, const Pattern& pattern, const Offs
     forward<T>(shape, pattern, plan && plan->code, plan, nullptr, input.const_data_ptr<T>(), values.const_data_ptr<T>(),
                scaled ? nullptr : data(finish.shift), epilogue, channels_last, output.mutable_data_ptr<T>());
   });
-}
-
-bool can_generate(const Conv2dShape& shape, const Pattern& pattern) {
-  constexpr int64_t kMost = int64_t{1} << 26;  // entries: so much code would be as large as a dense weight of 512 MiB
-  return generates_code() && shape.batch > 0 && pattern.n_vectors > 0 && pattern.packed_per_group > 0 &&
-         pattern.n_vectors * pattern.vector <= kMost && pattern.vector <= kGeneratedRows;
-}
-
-bool pays_to_generate(const Conv2dShape& shape, const Pattern& pattern) {
-  if (!can_generate(shape, pattern)) return false;
-  Rows<float> rows = rows_of<float>(shape, pattern, nullptr);
-  const double interpreted = forward_grid(shape, rows).cost;
-  rows.generated = true;
-  return generates_always() || forward_grid(shape, rows).cost < interpreted;
-}
-
-std::unique_ptr<GeneratedConv2d> GeneratedConv2d::of(const Conv2dShape& shape, const at::Tensor& crow_indices,
-                                                     const at::Tensor& col_indices,
-                                                     const std::optional<at::Tensor>& row_indices, int64_t vector) {
-  std::unique_ptr<GeneratedConv2d> made(
-      new GeneratedConv2d(shape, crow_indices, col_indices, row_indices, vector));
-  return made->code_ ? std::move(made) : nullptr;
-}
-
-GeneratedConv2d::GeneratedConv2d(const Conv2dShape& shape, const at::Tensor& crow_indices,
-                                 const at::Tensor& col_indices, const std::optional<at::Tensor>& row_indices,
-                                 int64_t vector)
-    : shape_(shape),
-      crow_(crow_indices),
-      col_(col_indices),
-      pattern_(crow_, col_, row_indices, shape.out_channels, shape.groups, vector) {
-  if (!pays_to_generate(shape, pattern_)) return;
-  const Rows<float> rows = rows_of<float>(shape, pattern_, nullptr);
-  tiling_ = direct_tiling(shape, pattern_, at::empty({0}, at::kFloat), true);
-  const std::vector<int32_t> table = column_table(rows, tiling_);
-  if (*std::max_element(table.begin(), table.end()) > GeneratedRows::kFarthest) return;
-  code_ = std::make_unique<GeneratedRows>(rows, table, tiling_[1]);
-  order_ = at::empty({pattern_.n_vectors}, at::kInt);
-  std::copy(code_->order().begin(), code_->order().end(), order_.mutable_data_ptr<int32_t>());
-}
-
-std::optional<at::Tensor> GeneratedConv2d::run(const at::Tensor& input, const at::Tensor& values,
-                                               const std::optional<at::Tensor>& shift,
-                                               const std::optional<at::Tensor>& residual,
-                                               Activation activation) const {
-  if (!input.is_contiguous() || reinterpret_cast<uintptr_t>(input.const_data_ptr<float>()) % 64 != 0) {
-    return std::nullopt;
-  }
-  Finish finish;
-  if (shift) finish.shift = shift->contiguous();
-  if (residual) finish.residual = residual->contiguous();
-  finish.activation = activation;
-  at::Tensor output = empty_result(shape_.output_size(), at::kFloat);
-  const OffsetPlan plan{tiling_, nullptr, nullptr, nullptr, code_.get()};
-  direct_forward(shape_, pattern_, &plan, input, values, finish, false, output);
-  return output;
 }
 
 void direct_input_grad(const Conv2dShape& shape, const Transposed& transposed, const at::Tensor& grad_output,

@@ -24,12 +24,13 @@ struct Call {
   float* to;
   const float* residual;
   int64_t from_pitch, to_pitch;  // bytes from one row to the next; of the residual as of what is stored
+  const uint16_t* masks;
   float low, high;
 };
 using Begin = void (*)(const float* input, const float* values, const Call* call);
 
 // The arguments' registers by the System V ABI, and others that are the caller's to save.
-constexpr Register kInput = Register::rdi, kValues = Register::rsi, kCall = Register::rdx;
+constexpr Register kInput = Register::rdi, kValues = Register::rsi, kCall = Register::rdx, kMasks = Register::rcx;
 constexpr Register kRow = Register::r8, kPitch = Register::r9, kResidual = Register::r10;
 constexpr int kPixels = 31;  // vectors
 constexpr int kLowest = 31, kHighest = 30;
@@ -44,7 +45,7 @@ constexpr int8_t kNextLine = 64;
 class Pixels {
  public:
   Pixels(Assembler& assembler, int64_t pitch) : assembler_(assembler), moves_(pitch <= 64 * kVector) {}
-  void load(int32_t at) {
+  void load(int32_t at, int mask) {
     constexpr int32_t kStep = kVector;
     const int32_t distance = at - base_;
     const bool near = distance % kStep == 0 && distance / kStep >= -128 && distance / kStep <= 127;
@@ -53,7 +54,11 @@ class Pixels {
       assembler_.add(kInput, on);
       base_ += on;
     }
-    assembler_.load(kPixels, kInput, at - base_);
+    if (mask > 0) {
+      assembler_.load(kPixels, kInput, at - base_, mask);
+    } else {
+      assembler_.load(kPixels, kInput, at - base_);
+    }
   }
 
  private:
@@ -91,6 +96,24 @@ class Fetched {
 
 constexpr int64_t kBodiesAhead = 2;
 
+// The registers of masks: where they are more than registers, the last one has now this, now that.
+class Masks {
+ public:
+  Masks(Assembler& assembler, int in_registers) : assembler_(assembler), kept_(in_registers) {}
+  // The register of a mask; 0 for none.
+  int in_register(int mask) {
+    if (mask < kept_) return mask + 1;
+    if (mask != there_) assembler_.load_mask(kMaskRegisters, kMasks, static_cast<int8_t>(mask * sizeof(uint16_t)));
+    there_ = mask;
+    return kMaskRegisters;
+  }
+
+ private:
+  Assembler& assembler_;
+  const int kept_;
+  int there_ = -1;
+};
+
 const std::string& wish() {
   static const std::string said = [] {
     const char* const value = std::getenv("SPARSEKD_GENERATE");
@@ -111,6 +134,30 @@ bool generates_code() {
 }
 
 bool generates_always() { return wish() == "always"; }
+
+// As Fetched, for what the next tile reads of an image.
+class FetchedPixels {
+ public:
+  FetchedPixels(const SpmmTile<float>& tile, int64_t calls)
+      : tile_(tile), left_(tile.ahead ? tile.ahead_channels * tile.ahead_lines : 0), each_(ceil_div(left_, calls)) {}
+  void next() {
+    const int64_t count = std::min(each_, left_);
+    left_ -= count;
+    for (int64_t i = 0; i < count; ++i) {
+      fetch_line(tile_.ahead + channel_ * tile_.ahead_pitch + line_ * kGeneratedLanes);
+      if (++line_ < tile_.ahead_lines) continue;
+      line_ = 0;
+      ++channel_;
+    }
+  }
+
+ private:
+  const SpmmTile<float>& tile_;
+  int64_t left_;
+  const int64_t each_;
+  int64_t channel_ = 0;
+  int line_ = 0;
+};
 
 // The entries of some row groups by column, those of a column by row.
 class GroupEntries {
@@ -171,8 +218,11 @@ int64_t cuts_of(const Rows<float>& rows) {
 
 }  // namespace
 
-GeneratedRows::GeneratedRows(const Rows<float>& rows, const std::vector<int32_t>& table, int64_t blocks)
-    : vector_(rows.vector), blocks_(blocks), cuts_{0}, ends_(kGeneratedRows + 1) {
+GeneratedRows::GeneratedRows(const Rows<float>& rows, const std::vector<int32_t>& table, int64_t blocks,
+                             const std::vector<int>& masks)
+    : vector_(rows.vector), blocks_(blocks), masks_(masks), cuts_{0}, ends_(kGeneratedRows + 1) {
+  const int all = masks.empty() ? 0 : *std::max_element(masks.begin(), masks.end()) + 1;
+  in_registers_ = all > kMaskRegisters ? kMaskRegisters - 1 : all;
   const int64_t per_group = rows.packed_per_group, cuts = cuts_of(rows);
   Assembler assembler;
   GroupEntries entries(rows, static_cast<uint32_t>(table.size()));
@@ -198,10 +248,12 @@ void GeneratedRows::make_body(Assembler& assembler, const Rows<float>& rows, con
   constexpr int32_t kNumber = sizeof(float);
   assembler.align(64);
   bodies_.push_back({assembler.size(), static_cast<int64_t>(order_.size()) * vector_});
+  Masks masks(assembler, in_registers_);
   Pixels pixels(assembler, rows.channels_per_group > 1 ? kNumber * (table[rows.taps] - table[0]) : 0);
   int32_t value = -kReach;
   entries.until(limit, [&](uint32_t column, const GroupEntries::Entry* entry, const GroupEntries::Entry* end) {
-    pixels.load(kNumber * table[column]);
+    const int mask = masks_.empty() ? -1 : masks_[column % static_cast<uint32_t>(rows.taps)];
+    pixels.load(kNumber * table[column], mask < 0 ? 0 : masks.in_register(mask));
     for (; entry < end; ++entry) {
       order_.push_back(entry->index);
       for (int v = 0; v < vector_; ++v, value += kNumber) {
@@ -221,6 +273,10 @@ GeneratedRows::Ends GeneratedRows::ends_of(Assembler& assembler, int rows) const
     assembler.align(64);
     const size_t at = assembler.size();
     assembler.load(kRow, kCall, offsetof(Call, from));
+    if (in_registers_ > 0) assembler.load(kMasks, kCall, offsetof(Call, masks));
+    for (int mask = 0; mask < in_registers_; ++mask) {
+      assembler.load_mask(mask + 1, kMasks, static_cast<int8_t>(mask * sizeof(uint16_t)));
+    }
     if (strided) assembler.load(kPitch, kCall, offsetof(Call, from_pitch));
     for (int row = 0; row < rows; ++row) {
       body(row);
@@ -276,17 +332,19 @@ void GeneratedRows::multiply(const SpmmTile<float>& tile, const float* values, i
     Fetched(pages_->at(bodies_[body].code), pages_->at(bodies_[body + 1].code), 1).next();
     Fetched(values + bodies_[body].value, values + bodies_[body + 1].value, 1).next();
   }
+  FetchedPixels ahead(tile, (after - first) * blocks_ * tile.lines * tile.width);
   for (int64_t code = first; code < after; ++code) {
     const int64_t row = (cuts_[code] - begin) * vector_;
+    float* const partial = tile.places ? scratch : scratch + row * pitch;
     for (int64_t block = 0; block < blocks_; ++block) {
-      multiply_body(tile, values, code, block, row, after * blocks_, scratch + row * pitch);
+      multiply_body(tile, values, code, block, row, after * blocks_, ahead, partial);
     }
   }
 }
 
 // All positions of one body of code, whose first row is `row` of the tile; the last body of the call is before `after`.
 void GeneratedRows::multiply_body(const SpmmTile<float>& tile, const float* values, int64_t code, int64_t block,
-                                  int64_t row, int64_t after, float* partial) const {
+                                  int64_t row, int64_t after, FetchedPixels& ahead, float* partial) const {
   const int64_t positions = int64_t{tile.lines} * tile.width, at = code * blocks_ + block;
   const int64_t made = (cuts_[code + 1] - cuts_[code]) * vector_;
   const bool last = block + 1 == blocks_, placed = last && tile.places;
@@ -318,6 +376,7 @@ void GeneratedRows::multiply_body(const SpmmTile<float>& tile, const float* valu
   for (int64_t position = 0; position < positions; ++position) {
     next_code.next();
     next_values.next();
+    ahead.next();
     const int64_t place = placed ? tile.places[position] : position * kGeneratedLanes;
     const bool whole = position != cut;
     call.end = whole ? finished : stored;
@@ -325,10 +384,18 @@ void GeneratedRows::multiply_body(const SpmmTile<float>& tile, const float* valu
     call.to = whole ? output + place : aside.get();
     call.to_pitch = whole ? output_pitch : kVector;
     call.residual = residual ? residual + place : nullptr;
-    run(tile.input + position / tile.width * tile.line + position % tile.width * kGeneratedLanes, first_value, &call);
+    const float* input = tile.input;
+    if (tile.in_place) {
+      input += tile.in_place->starts[position];
+      call.masks = tile.in_place->masks + position * tile.in_place->of_each;
+    } else {
+      input += position / tile.width * tile.line + position % tile.width * kGeneratedLanes;
+    }
+    run(input, first_value, &call);
   }
+  const int skipped = tile.in_place ? tile.in_place->skipped : 0;
   for (int64_t r = 0; cut >= 0 && r < made; ++r) {
-    for (int lane = 0; lane < tile.tail; ++lane) {
+    for (int lane = skipped; lane < skipped + tile.tail; ++lane) {
       const int64_t to = r * tile.output_pitch + tile.places[cut] + lane;
       float sum = aside.get()[r * kGeneratedLanes + lane];
       if (residual) sum += residual[to];

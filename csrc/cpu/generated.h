@@ -27,6 +27,7 @@
 namespace sparsekd::cpu {
 
 constexpr int kGeneratedLanes = 16;
+constexpr int kMaskRegisters = 7;
 constexpr int kGeneratedRows = 30;  // most in a group: two registers are left for pixels, and for bounds
 
 // Whether code is made: where the instruction set and the system let it run, but not with SPARSEKD_GENERATE=never; with
@@ -34,13 +35,25 @@ constexpr int kGeneratedRows = 30;  // most in a group: two registers are left f
 bool generates_code();
 bool generates_always();
 
+// The pixels of a tile of an image without a border (in_place.h).
+struct PixelsInPlace {
+  const int32_t* starts;  // [positions] elements from the tile's input on
+  // [positions, of each] for each tap that needs it the lanes for which it lies in the image: those that code has in
+  // registers first.
+  const uint16_t* masks;
+  int64_t of_each;
+  int skipped;  // of the last position: lanes before its `tail`, which belong to the one before it
+};
+
 class GeneratedRows {
  public:
   static constexpr int32_t kFarthest = std::numeric_limits<int32_t>::max() / 8;  // offset, in elements
 
   // `rows` as far as values are not needed; offsets as column_table says, up to kFarthest. Columns are checked. A body
-  // of code is for one block of channels.
-  GeneratedRows(const Rows<float>& rows, const std::vector<int32_t>& table, int64_t blocks);
+  // of code is for one block of channels. `masks`: for each tap its place among PixelsInPlace::masks, or -1; empty for
+  // planes.
+  GeneratedRows(const Rows<float>& rows, const std::vector<int32_t>& table, int64_t blocks,
+                const std::vector<int>& masks = {});
 
   // The pattern's entry at each place, [n_vectors]: values are read in this order.
   const std::vector<int32_t>& order() const { return order_; }
@@ -49,7 +62,8 @@ class GeneratedRows {
   const std::vector<int64_t>& cuts() const { return cuts_; }
 
   // Row groups begin .. end - 1, both where code begins, on a tile of any size. `values` is of all rows and in order,
-  // `tile.init` of row `begin`. Partial sums lie in `scratch`, as spmm's do.
+  // `tile.init` of row `begin`. Partial sums lie in `scratch`: of kGeneratedRows rows, or of all of them if results have
+  // no other place yet.
   void multiply(const SpmmTile<float>& tile, const float* values, int64_t begin, int64_t end, float* scratch) const;
 
  private:
@@ -66,10 +80,12 @@ class GeneratedRows {
                  class GroupEntries& entries, uint32_t limit);
   Ends ends_of(class Assembler& assembler, int rows) const;
   void multiply_body(const SpmmTile<float>& tile, const float* values, int64_t code, int64_t block, int64_t row,
-                     int64_t after, float* partial) const;
+                     int64_t after, class FetchedPixels& ahead, float* partial) const;
 
   const int vector_;
   const int64_t blocks_;
+  const std::vector<int> masks_;  // by tap
+  int in_registers_;              // of masks
   std::vector<int64_t> cuts_;  // row groups, from 0 to their number
   std::vector<Body> bodies_;   // [groups of code, blocks], and where the last one ends
   std::vector<Ends> ends_;     // by number of rows; zeros where there is no such group

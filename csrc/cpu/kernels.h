@@ -71,6 +71,7 @@ struct SpmmTile {
   int ahead_lines;
   bool clamped;           // whether finished results are held between `low` and `high`
   T low, high;
+  const struct PixelsInPlace* in_place;  // of an image as it is (in_place.h), not of planes; or null
 };
 
 template <class T>

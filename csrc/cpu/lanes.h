@@ -41,6 +41,7 @@ struct Grid {
   double cost = std::numeric_limits<double>::max();  // see `cycles`
   bool runs = false, aligned = false;
   bool generated = false;  // whether rows have code of their own (generated.h)
+  bool in_place = false;   // whether images are read where they lie (in_place.h)
   int64_t lanes = 1, images = 1, down = 1, across = 1;
   int rows = 1;       // that a tile takes together
   int64_t bands = 1;  // of lines in which an image is packed and multiplied
@@ -141,7 +142,7 @@ inline double generated_cycles(const Work& work, const Grid& grid) {
   const double absent = std::max(1 - work.vectors_per_row / columns, 0.0);
   const double entries = generated_entries(work, grid), loads = columns * (1 - std::pow(absent, work.rows / groups));
   const auto read = static_cast<double>(work.channels * footprint_of(work, grid));
-  const bool far = read > 0.75 * static_cast<double>(l2_budget());
+  const bool far = read > (grid.in_place ? 0.4 : 0.75) * static_cast<double>(l2_budget());  // with the next one beside it
   const double position =
       slot_cycles(entries, loads * grid.loads) + (far ? kLostLine : kNearLine) * loads + kCall * grid.blocks + kFinish;
   const double code = 11 * entries + 10 * loads;

@@ -4,7 +4,7 @@
 #include <memory>
 #include <numeric>
 
-#include "direct.h"
+#include "generated_conv2d.h"
 #include "passes.h"
 
 namespace sparsekd::cpu {
@@ -84,8 +84,7 @@ class Layer {
     }
     pattern_.emplace(of.crow_indices, of.col_indices, std::nullopt, shape.out_channels, shape.groups, of.vector);
     rows_ = rows_of<float>(shape, *pattern_, nullptr);
-    rows_.generated = pays_to_generate(shape, *pattern_);
-    grid_ = forward_grid(shape, rows_);
+    grid_ = inference_grid(shape, *pattern_);
     rows_.generated = can_generate(shape, *pattern_);  // in strips
     alone = grid_.cost * static_cast<double>(shape.groups);
   }
