@@ -385,15 +385,15 @@ void GeneratedRows::multiply_body(const SpmmTile<float>& tile, const float* valu
     call.to_pitch = whole ? output_pitch : kVector;
     call.residual = residual ? residual + place : nullptr;
     const float* input = tile.input;
-    if (tile.in_place) {
-      input += tile.in_place->starts[position];
-      call.masks = tile.in_place->masks + position * tile.in_place->of_each;
+    if (tile.reads) {
+      input += tile.reads->starts[position];
+      call.masks = tile.reads->masks + position * tile.reads->of_each;
     } else {
       input += position / tile.width * tile.line + position % tile.width * kGeneratedLanes;
     }
     run(input, first_value, &call);
   }
-  const int skipped = tile.in_place ? tile.in_place->skipped : 0;
+  const int skipped = tile.reads ? tile.reads->skipped : 0;
   for (int64_t r = 0; cut >= 0 && r < made; ++r) {
     for (int lane = skipped; lane < skipped + tile.tail; ++lane) {
       const int64_t to = r * tile.output_pitch + tile.places[cut] + lane;

@@ -35,14 +35,14 @@ constexpr int kGeneratedRows = 30;  // most in a group: two registers are left f
 bool generates_code();
 bool generates_always();
 
-// The pixels of a tile of an image without a border (in_place.h).
-struct PixelsInPlace {
+// Where code reads a tile's vectors if they don't lie line by line.
+struct ReadPlaces {
   const int32_t* starts;  // [positions] elements from the tile's input on
-  // [positions, of each] for each tap that needs it the lanes for which it lies in the image: those that code has in
-  // registers first.
-  const uint16_t* masks;
-  int64_t of_each;
-  int skipped;  // of the last position: lanes before its `tail`, which belong to the one before it
+  // Of an image without a border (in_place.h), [positions, of each]: for each tap that needs it the lanes for which it
+  // lies in the image.
+  const uint16_t* masks = nullptr;
+  int64_t of_each = 0;
+  int skipped = 0;  // of the last position: lanes before its `tail`, which belong to the one before it
 };
 
 class GeneratedRows {
@@ -50,7 +50,7 @@ class GeneratedRows {
   static constexpr int32_t kFarthest = std::numeric_limits<int32_t>::max() / 8;  // offset, in elements
 
   // `rows` as far as values are not needed; offsets as column_table says, up to kFarthest. Columns are checked. A body
-  // of code is for one block of channels. `masks`: for each tap its place among PixelsInPlace::masks, or -1; empty for
+  // of code is for one block of channels. `masks`: for each tap its place among ReadPlaces::masks, or -1; empty for
   // planes.
   GeneratedRows(const Rows<float>& rows, const std::vector<int32_t>& table, int64_t blocks,
                 const std::vector<int>& masks = {});

@@ -122,8 +122,8 @@ void InPlace::run_image(const GeneratedRows& code, const Rows<float>& rows, cons
   Buffer<float> scratch(grid_.blocks > 1 ? kGeneratedRows * grid_.largest() * kLanes : 0);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t position = grid_.begin(1, t), first = position * kLanes;
-    const PixelsInPlace pixels{starts_.data() + position, masks_.data() + position * of_each_, of_each_,
-                               static_cast<int>(grid_.strip[1] * kLanes - count_)};
+    const ReadPlaces pixels{starts_.data() + position, masks_.data() + position * of_each_, of_each_,
+                            static_cast<int>(grid_.strip[1] * kLanes - count_)};
     const int64_t next = t + 1 < tiles ? t + 1 : 0;
     const float* const ahead = !fetches_ ? nullptr : next > 0 ? source.image(n) : n + 1 < source.count ? source.image(n + 1) : nullptr;
     for (int64_t begin = from, end; begin < to; begin = end) {  // of one convolution group
@@ -132,7 +132,7 @@ void InPlace::run_image(const GeneratedRows& code, const Rows<float>& rows, cons
       float* const output = result.image(n) + begin * rows.vector * count_;
       SpmmTile<float> tile = tile_of<float>(grid_, 0, t, init ? init + begin * rows.vector : nullptr);
       tile.input = source.image(n) + group * channels;
-      tile.in_place = &pixels;
+      tile.reads = &pixels;
       tile.output = output;
       tile.output_pitch = count_;
       tile.places = pixels.starts;

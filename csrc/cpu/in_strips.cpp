@@ -25,34 +25,49 @@ std::vector<int32_t> drawn_apart(const Planes& planes, const StripLayout& input)
   return from;
 }
 
-// Where the pixels of `planes` over an output's strips, of its first unit, lie in strips of another grid; -1 for zeros.
-std::vector<int32_t> regrouped(const Planes& planes, const Grid& grid, const StripLayout& input, int64_t channels) {
+}  // namespace
+
+Regrouped::Regrouped(const Planes& planes, const Grid& grid, const StripLayout& input, int64_t channels) : grid_(grid) {
   const Grid& from = input.grid;
-  std::vector<int32_t> places;
+  // Where the pixel of a lane is: its vector's elements from the first unit on, and its lane; or -1 for none.
+  auto source = [&](const Plane& plane, int64_t y, int64_t x, int64_t lane) -> std::pair<int64_t, int64_t> {
+    const int64_t image = lane / (grid.down * grid.across), down = lane / grid.across % grid.down;
+    const int64_t row = (down * grid.strip[0] + y) * plane.step[0] + plane.origin[0];
+    const int64_t column = (lane % grid.across * grid.strip[1] + x) * plane.step[1] + plane.origin[1];
+    if (row < 0 || row >= input.image[0] || column < 0 || column >= input.image[1]) return {-1, 0};
+    return {image / from.images * channels * input.pitch() + input.at(row % from.strip[0], column % from.strip[1]),
+            (image % from.images * from.down + row / from.strip[0]) * from.across + column / from.strip[1]};
+  };
+  int64_t place = 0;
   for (const Plane& plane : planes.phases) {
     for (int64_t y = 0; y < plane.size[0]; ++y) {
-      for (int64_t x = 0; x < plane.size[1]; ++x) {
+      for (int64_t x = 0; x < plane.size[1]; ++x, place += grid.lanes) {
+        const size_t first = from_.size();
         for (int64_t lane = 0; lane < grid.lanes; ++lane) {
-          const int64_t image = lane / (grid.down * grid.across), down = lane / grid.across % grid.down;
-          const int64_t row = (down * grid.strip[0] + y) * plane.step[0] + plane.origin[0];
-          const int64_t column = (lane % grid.across * grid.strip[1] + x) * plane.step[1] + plane.origin[1];
-          const bool inside = row >= 0 && row < input.image[0] && column >= 0 && column < input.image[1];
-          if (!inside) {
-            places.push_back(-1);
-            continue;
+          const auto [vector, of_vector] = source(plane, y, x, lane);
+          lanes_.push_back(static_cast<int32_t>(of_vector));
+          if (vector < 0) continue;
+          size_t part = first;
+          while (part < from_.size() && from_[part] != vector) ++part;
+          if (part == from_.size()) {
+            from_.push_back(static_cast<int32_t>(vector));
+            masks_.push_back(0);
           }
-          const int64_t strip =
-              (image % from.images * from.down + row / from.strip[0]) * from.across + column / from.strip[1];
-          places.push_back(static_cast<int32_t>(image / from.images * channels * input.pitch() +
-                                                input.at(row % from.strip[0], column % from.strip[1]) + strip));
+          masks_[part] = static_cast<uint16_t>(masks_[part] | 1 << lane);
         }
+        to_.push_back(static_cast<int32_t>(place));
+        ends_.push_back(static_cast<int32_t>(from_.size()));
       }
     }
   }
-  return places;
 }
 
-}  // namespace
+void Regrouped::operator()(const float* in, int64_t lanes_before, float* out) const {
+  const auto count = static_cast<int64_t>(to_.size());
+  type_kernels<float>().lanes[grid_.width].merge_lanes(
+      in, static_cast<int>(grid_.lanes - lanes_before),
+      {count, to_.data(), ends_.data(), lanes_.data(), from_.data(), masks_.data()}, out);
+}
 
 StripLayer StripLayer::without_groups() const {
   const int64_t groups = shape.groups, columns = shape.in_channels / groups * shape.taps();
@@ -93,7 +108,7 @@ ConvStrips::ConvStrips(const StripLayer& layer, int64_t groups, StripSource sour
       planes_(input_planes(shape_, output.grid.strip)) {
   const int64_t lanes = grid.lanes, vectors = pattern_.n_vectors;
   Tiling tiling;
-  if (source == StripSource::strips) {
+  if (source == StripSource::strips || (source == StripSource::apart && grid.generated)) {
     pitch_ = input.pitch();
     line_ = input.plane()[1] * lanes;
     tiling = {pitch_, grid.blocks};
@@ -109,7 +124,9 @@ ConvStrips::ConvStrips(const StripLayer& layer, int64_t groups, StripSource sour
     line_ = layout.pitch * lanes;
     tiling = tiling_of(pitch_, grid.blocks, planes_.taps, layout, lanes);
     if (source == StripSource::apart) apart_ = drawn_apart(planes_, input);
-    if (source == StripSource::regrouped) apart_ = regrouped(planes_, output.grid, input, input_channels);
+    if (source == StripSource::regrouped) {
+      regrouped_ = std::make_unique<Regrouped>(planes_, output.grid, input, input_channels);
+    }
   }
   const at::TensorOptions options = crow_.options();
   order_ = at::empty({vectors}, options);
@@ -136,6 +153,12 @@ ConvStrips::ConvStrips(const StripLayer& layer, int64_t groups, StripSource sour
           places.push_back(static_cast<int32_t>(((y + x / width) * line + x % width) * lanes));
         }
       }
+      if (source != StripSource::apart || !grid.generated) continue;
+      std::vector<int32_t>& starts = starts_apart_.emplace_back();
+      for (const int32_t place : places) {
+        const int64_t y = place / lanes / line * shape_.stride[0], x = place / lanes % line * shape_.stride[1];
+        starts.push_back(static_cast<int32_t>(y * line_ + x * lanes));
+      }
     }
   }
   Borders<float> borders(output.grid);
@@ -154,20 +177,21 @@ bool ConvStrips::fits(const at::Tensor& values, const std::optional<at::Tensor>&
 void ConvStrips::pack(const UnitCall& call, const StripPacker<float>* packer, int64_t from, int64_t to,
                       float* packed) const {
   const LaneKernels<float>& kernels = type_kernels<float>().lanes[grid_.width];
-  const auto positions = static_cast<int64_t>(apart_.size());
   if (source_ == StripSource::images) return packer->pack(call.unit * grid_.images, from, to, pitch_, packed);
   const float* input = call.input;
+  int64_t lanes_before = 0;
   if (source_ == StripSource::regrouped) {
     const Grid& before = input_.grid;
     const int64_t image = call.unit * grid_.images;
-    input += image / before.images * call.input_unit + image % before.images * before.down * before.across;
+    lanes_before = image % before.images * before.down * before.across;
+    input += image / before.images * call.input_unit + lanes_before;
   }
   for (int64_t c = from; c < to; ++c) {
     const float* const plane = input + c * input_.pitch();
     if (source_ == StripSource::regrouped) {
-      kernels.regroup(plane, apart_.data(), positions, packed + c * pitch_);
+      (*regrouped_)(plane, lanes_before, packed + c * pitch_);
     } else {
-      kernels.collect(plane, apart_.data(), 1, positions, packed + c * pitch_);
+      kernels.collect(plane, apart_.data(), 1, static_cast<int64_t>(apart_.size()), packed + c * pitch_);
     }
   }
 }
@@ -187,7 +211,7 @@ void ConvStrips::activate(float* plane) const {
 
 void ConvStrips::run(const UnitCall& call) const {
   const LaneKernels<float>& kernels = type_kernels<float>().lanes[grid_.width];
-  const bool packs = source_ != StripSource::strips, merged = merged_groups_ > 1;
+  const bool packs = this->packs(), merged = merged_groups_ > 1;
   const Batch<const float> images{call.input, shape_.batch, shape_.in_channels, shape_.input, false};
   const Planes whole = input_planes(shape_, output_.grid.covered());
   std::optional<StripPacker<float>> packer;
@@ -241,12 +265,19 @@ void ConvStrips::run(const UnitCall& call) const {
       }
       const int64_t before = begin * rows.vector * out_pitch;
       auto places = places_.begin();
+      auto starts = starts_apart_.begin();
       for (int64_t ty = 0; ty < grid_.tiles[0]; ++ty) {
         for (int64_t tx = 0; tx < grid_.tiles[1]; ++tx) {
           SpmmTile<float> tile = tile_of(grid_, ty, tx, call.init);
-          tile.input = source + group * rows.channels_per_group * pitch_ + grid_.begin(0, ty) * line_ +
-                       grid_.begin(1, tx) * grid_.lanes;
-          tile.line = line_;
+          tile.input = source + group * rows.channels_per_group * pitch_;
+          ReadPlaces reads{};
+          if (starts_apart_.empty()) {
+            tile.input += grid_.begin(0, ty) * line_ + grid_.begin(1, tx) * grid_.lanes;
+            tile.line = line_;
+          } else {
+            reads.starts = (starts++)->data();
+            tile.reads = &reads;
+          }
           tile.output = call.output + before + output_.middle();
           tile.output_pitch = out_pitch;
           tile.places = (places++)->data();

@@ -88,6 +88,21 @@ std::unique_ptr<UnitStep> from_strips(const StripLayout& input, int64_t channels
 // What is no convolution. The padding of the input is zero.
 std::unique_ptr<UnitStep> other_strips(const StripLayer& layer, const StripLayout& input, const StripLayout& output);
 
+// How the planes of a channel are made of strips of another grid.
+class Regrouped {
+ public:
+  // `channels` are those of the input's units with what pads them.
+  Regrouped(const Planes& planes, const Grid& grid, const StripLayout& input, int64_t channels);
+  // Of a channel at `in`, where the output's first image lies, after so many lanes of a vector.
+  void operator()(const float* in, int64_t lanes_before, float* out) const;
+
+ private:
+  const Grid grid_;
+  // See MergedLanes.
+  std::vector<int32_t> to_, ends_, lanes_, from_;
+  std::vector<uint16_t> masks_;
+};
+
 // act(conv2d + shift + residual). `input` is not looked at if that comes from images; `input_channels` are those of its
 // units with what pads them.
 class ConvStrips : public UnitStep {
@@ -108,6 +123,7 @@ class ConvStrips : public UnitStep {
              int64_t input_channels, const StripLayout& output);
   void pack(const UnitCall& call, const StripPacker<float>* packer, int64_t from, int64_t to, float* packed) const;
   void activate(float* plane) const;
+  bool packs() const { return source_ != StripSource::strips && starts_apart_.empty(); }
 
   const Conv2dShape shape_;
   const at::Tensor crow_, col_;
@@ -119,7 +135,9 @@ class ConvStrips : public UnitStep {
   const StripLayout input_, output_;
   const Planes planes_;         // of what is packed
   int64_t pitch_, line_;        // of what is read: elements from one channel and one line to the next
-  std::vector<int32_t> apart_;  // where the vectors, or if regrouped the elements, of a packed channel lie in the input
+  std::vector<int32_t> apart_;  // where the vectors of a packed channel lie in the input
+  std::unique_ptr<const Regrouped> regrouped_;
+  std::vector<std::vector<int32_t>> starts_apart_;  // by tile: where code reads them without
   std::unique_ptr<const GeneratedRows> code_;  // or, without it,
   at::Tensor starts_, offsets_;
   at::Tensor order_;

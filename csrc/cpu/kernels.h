@@ -71,7 +71,7 @@ struct SpmmTile {
   int ahead_lines;
   bool clamped;           // whether finished results are held between `low` and `high`
   T low, high;
-  const struct PixelsInPlace* in_place;  // of an image as it is (in_place.h), not of planes; or null
+  const struct ReadPlaces* reads;  // for code: in the place of lines; or null
 };
 
 template <class T>
@@ -192,6 +192,18 @@ struct LaneMove {
 template <class T>
 using LaneIndex = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
+// Vectors that are made of lanes of several others. Of vector i, at out[to[i]], lane l is lane lanes[i][l] of a part's
+// vector at in[from[part]] for which mask[part] has bit l, of parts ends[i - 1] .. ends[i] - 1; or zero if none has.
+template <class T>
+struct MergedLanes {
+  int64_t count;
+  const int32_t* to;
+  const int32_t* ends;
+  const LaneIndex<T>* lanes;
+  const int32_t* from;
+  const uint16_t* masks;
+};
+
 constexpr int kSmallMap = 64;  // pixels
 
 // What depends on how many lanes a vector has.
@@ -210,7 +222,7 @@ struct LaneKernels {
   bool finishes;  // whether scatter_lanes takes a LaneFinish
   void (*squeeze)(const SqueezedRows<T>&);  // null where there is no fast way to leave lanes out
   void (*collect)(const T* in, const int32_t* from, int64_t taps, int64_t count, T* out);  // see collect.inc
-  void (*regroup)(const T* in, const int32_t* from, int64_t count, T* out);
+  void (*merge_lanes)(const T* in, int present, const MergedLanes<T>& merged, T* out);
 };
 
 template <class T>

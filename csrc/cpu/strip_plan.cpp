@@ -137,7 +137,8 @@ class Layer {
     }
     auto cost = [&](const Grid& tried) {
       const double tiles = static_cast<double>(shape.groups * tried.tiles[0] * tried.tiles[1]);
-      return far + units * (packing + tiles * rows_cycles(work, tried));
+      const bool reads_apart = source == StripSource::apart && tried.generated;
+      return far + units * ((reads_apart ? 0 : packing) + tiles * rows_cycles(work, tried));
     };
     if (one_sum(sums) && rows_.generated && strips.width == kernels.generated && within_reach(strips)) {
       for_code(work, grid, [&](const Grid& code) {
