@@ -285,25 +285,21 @@ GeneratedRows::Ends GeneratedRows::ends_of(Assembler& assembler, int rows) const
     assembler.jump(kCall, offsetof(Call, body));
     return at;
   };
-  const auto end = [&](bool clamped, bool residual) {
+  const auto end = [&](bool raised, bool lowered, bool residual) {
     assembler.align(64);
     const size_t at = assembler.size();
     assembler.load(kRow, kCall, offsetof(Call, to));
     assembler.load(kPitch, kCall, offsetof(Call, to_pitch));
     if (residual) assembler.load(kResidual, kCall, offsetof(Call, residual));
-    if (clamped) {
-      assembler.broadcast(kLowest, kCall, offsetof(Call, low));
-      assembler.broadcast(kHighest, kCall, offsetof(Call, high));
-    }
+    if (raised) assembler.broadcast(kLowest, kCall, offsetof(Call, low));
+    if (lowered) assembler.broadcast(kHighest, kCall, offsetof(Call, high));
     for (int row = 0; row < rows; ++row) {
       if (residual) {
         assembler.add(row, kResidual, 0);
         assembler.add(kResidual, kPitch);
       }
-      if (clamped) {
-        assembler.raise(row, kLowest);
-        assembler.lower(row, kHighest);
-      }
+      if (raised) assembler.raise(row, kLowest);
+      if (lowered) assembler.lower(row, kHighest);
       assembler.store(row, kRow, 0);
       assembler.prefetch_to_write(kRow, kNextLine);
       assembler.add(kRow, kPitch);
@@ -315,9 +311,11 @@ GeneratedRows::Ends GeneratedRows::ends_of(Assembler& assembler, int rows) const
   ends.zeros = begin(false, [&](int row) { assembler.clear(row); });
   ends.init = begin(false, [&](int row) { assembler.broadcast(row, kRow, 4 * row); });
   ends.partial = begin(true, [&](int row) { assembler.load(row, kRow, 0); });
-  ends.stored = end(false, false);
-  ends.clamped = end(true, false);
-  ends.residual = end(true, true);
+  for (const bool residual : {false, true}) {
+    ends.stored[residual] = end(false, false, residual);
+    ends.raised[residual] = end(true, false, residual);
+    ends.clamped[residual] = end(true, true, residual);
+  }
   return ends;
 }
 
@@ -358,22 +356,24 @@ void GeneratedRows::multiply_body(const SpmmTile<float>& tile, const float* valu
   const Buffer<float> aside(cut >= 0 ? made * kGeneratedLanes : 0);
 
   const Ends& ends = ends_[made];
-  const void* const stored = pages_->at(ends.stored);
+  const bool lowered = tile.high < std::numeric_limits<float>::infinity();
+  const void* const stored = pages_->at(ends.stored[0]);
   const void* const finished =
-      residual ? pages_->at(ends.residual) : placed && tile.clamped ? pages_->at(ends.clamped) : stored;
+      pages_->at((!placed || !tile.clamped ? ends.stored : lowered ? ends.clamped : ends.raised)[residual ? 1 : 0]);
   const auto run = reinterpret_cast<Begin>(
       reinterpret_cast<uintptr_t>(pages_->at(block > 0 ? ends.partial : init ? ends.init : ends.zeros)));
   const float* const first_value = values + bodies_[at].value + kReach / sizeof(float);
   Call call{};
   call.body = pages_->at(bodies_[at].code);
   call.from_pitch = partial_pitch;
-  call.low = tile.clamped ? tile.low : -std::numeric_limits<float>::infinity();
-  call.high = tile.clamped ? tile.high : std::numeric_limits<float>::infinity();
+  call.low = tile.low;
+  call.high = tile.high;
 
   const int64_t next = std::min(at + kBodiesAhead, after), past = std::min(next + 1, after);
   Fetched next_code(pages_->at(bodies_[next].code), pages_->at(bodies_[past].code), positions);
   Fetched next_values(values + bodies_[next].value, values + bodies_[past].value, positions);
-  for (int64_t position = 0; position < positions; ++position) {
+  const float* line = tile.input;
+  for (int64_t position = 0, x = 0; position < positions; ++position) {
     next_code.next();
     next_values.next();
     ahead.next();
@@ -384,14 +384,15 @@ void GeneratedRows::multiply_body(const SpmmTile<float>& tile, const float* valu
     call.to = whole ? output + place : aside.get();
     call.to_pitch = whole ? output_pitch : kVector;
     call.residual = residual ? residual + place : nullptr;
-    const float* input = tile.input;
+    const float* input = line + x * kGeneratedLanes;
     if (tile.reads) {
-      input += tile.reads->starts[position];
+      input = tile.input + tile.reads->starts[position];
       call.masks = tile.reads->masks + position * tile.reads->of_each;
-    } else {
-      input += position / tile.width * tile.line + position % tile.width * kGeneratedLanes;
     }
     run(input, first_value, &call);
+    if (++x < tile.width) continue;
+    x = 0;
+    line += tile.line;
   }
   const int skipped = tile.reads ? tile.reads->skipped : 0;
   for (int64_t r = 0; cut >= 0 && r < made; ++r) {

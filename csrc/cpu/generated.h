@@ -72,8 +72,9 @@ class GeneratedRows {
     int64_t value;  // the first of its values
   };
   struct Ends {  // for a number of rows
-    size_t zeros, init, partial;       // how sums begin
-    size_t stored, clamped, residual;  // what is done with them: nothing; held in bounds; with a residual first
+    size_t zeros, init, partial;              // how sums begin
+    size_t stored[2], raised[2], clamped[2];  // what is done with them: nothing; held above a bound; between two.
+                                              // [1]: a residual first
   };
 
   void make_body(class Assembler& assembler, const Rows<float>& rows, const std::vector<int32_t>& table,

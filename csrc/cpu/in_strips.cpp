@@ -8,6 +8,13 @@
 namespace sparsekd::cpu {
 namespace {
 
+// Whether a tap of some position of a strip reads this vector of a phase.
+bool is_read(const Planes& planes, const Pair& strip, int64_t phase, int64_t y, int64_t x) {
+  return std::any_of(planes.taps.begin(), planes.taps.end(), [&](const Tap& tap) {
+    return tap.phase == phase && y >= tap.y && y < tap.y + strip[0] && x >= tap.x && x < tap.x + strip[1];
+  });
+}
+
 // Where the vectors of `planes` over an output's strips lie in a plane of the input's; -1 for those that no tap reads.
 std::vector<int32_t> drawn_apart(const Planes& planes, const StripLayout& input) {
   std::vector<int32_t> from;
@@ -38,10 +45,12 @@ Regrouped::Regrouped(const Planes& planes, const Grid& grid, const StripLayout& 
     return {image / from.images * channels * input.pitch() + input.at(row % from.strip[0], column % from.strip[1]),
             (image % from.images * from.down + row / from.strip[0]) * from.across + column / from.strip[1]};
   };
-  int64_t place = 0;
-  for (const Plane& plane : planes.phases) {
+  int64_t place = 0, phase = 0;
+  for (auto of = planes.phases.begin(); of != planes.phases.end(); ++of, ++phase) {
+    const Plane& plane = *of;
     for (int64_t y = 0; y < plane.size[0]; ++y) {
       for (int64_t x = 0; x < plane.size[1]; ++x, place += grid.lanes) {
+        if (!is_read(planes, grid.strip, phase, y, x)) continue;
         const size_t first = from_.size();
         for (int64_t lane = 0; lane < grid.lanes; ++lane) {
           const auto [vector, of_vector] = source(plane, y, x, lane);
@@ -191,7 +200,7 @@ void ConvStrips::pack(const UnitCall& call, const StripPacker<float>* packer, in
     if (source_ == StripSource::regrouped) {
       (*regrouped_)(plane, lanes_before, packed + c * pitch_);
     } else {
-      kernels.collect(plane, apart_.data(), 1, static_cast<int64_t>(apart_.size()), packed + c * pitch_);
+      kernels.collect(plane, apart_.data(), static_cast<int64_t>(apart_.size()), packed + c * pitch_);
     }
   }
 }

@@ -221,7 +221,9 @@ struct LaneKernels {
   void (*select)(const T* in, int64_t size, const int32_t* index, int64_t count, T* out);
   bool finishes;  // whether scatter_lanes takes a LaneFinish
   void (*squeeze)(const SqueezedRows<T>&);  // null where there is no fast way to leave lanes out
-  void (*collect)(const T* in, const int32_t* from, int64_t taps, int64_t count, T* out);  // see collect.inc
+  // See collect.inc.
+  void (*collect)(const T* in, const int32_t* from, int64_t count, T* out);
+  void (*pool_line)(const T* in, int64_t pitch, int64_t lines, int64_t width, int64_t step, int64_t count, T* out);
   void (*merge_lanes)(const T* in, int present, const MergedLanes<T>& merged, T* out);
 };
 

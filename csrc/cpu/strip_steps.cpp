@@ -68,21 +68,10 @@ class PoolStrips : public UnitStep {
       : channels_(layer.shape.out_channels),
         given_(layer.shape.in_channels),
         zeros_before_(layer.zeros_before),
-        taps_(layer.shape.taps()),
+        window_(layer.shape),
         input_(input),
         output_(output),
         borders_(output.grid) {
-    const Conv2dShape& shape = layer.shape;
-    for (int64_t y = 0; y < output.grid.strip[0]; ++y) {
-      for (int64_t x = 0; x < output.grid.strip[1]; ++x) {
-        for (int64_t r = 0; r < shape.kernel[0]; ++r) {
-          for (int64_t s = 0; s < shape.kernel[1]; ++s) {
-            from_.push_back(static_cast<int32_t>(
-                input.at(y * shape.stride[0] - shape.padding[0] + r, x * shape.stride[1] - shape.padding[1] + s)));
-          }
-        }
-      }
-    }
     if (!output.flat())
       moves_ = borders_.moves(output.image, output.plane(), {-output.halo[0], -output.halo[1]}, false);
   }
@@ -90,6 +79,7 @@ class PoolStrips : public UnitStep {
   void run(const UnitCall& call) const override {
     const LaneKernels<float>& kernels = type_kernels<float>().lanes[output_.grid.width];
     const Pair& strip = output_.grid.strip;
+    const int64_t pitch = input_.plane()[1] * input_.grid.lanes;
     over_channels(channels_, input_.pitch(), [&](int64_t from, int64_t end) {
       for (int64_t c = from; c < end; ++c) {
         float* const plane = call.output + c * output_.pitch();
@@ -100,7 +90,10 @@ class PoolStrips : public UnitStep {
         }
         const float* const in = call.input + given * input_.pitch();
         for (int64_t y = 0; y < strip[0]; ++y) {
-          kernels.collect(in, from_.data() + y * strip[1] * taps_, taps_, strip[1], plane + output_.at(y, 0));
+          fetch_line(in + input_.at(y * window_.stride[0] + kLinesAhead, 0), window_.stride[0] * pitch);
+          kernels.pool_line(in + input_.at(y * window_.stride[0] - window_.padding[0], -window_.padding[1]), pitch,
+                            window_.kernel[0], window_.kernel[1], window_.stride[1], strip[1],
+                            plane + output_.at(y, 0));
         }
         kernels.move_lanes(plane, moves_.data(), static_cast<int64_t>(moves_.size()), borders_.sources().data());
       }
@@ -108,10 +101,12 @@ class PoolStrips : public UnitStep {
   }
 
  private:
-  const int64_t channels_, given_, zeros_before_, taps_;
+  static constexpr int64_t kLinesAhead = 6;
+
+  const int64_t channels_, given_, zeros_before_;
+  const Conv2dShape window_;
   const StripLayout input_, output_;
   Borders<float> borders_;
-  std::vector<int32_t> from_;  // [position, tap]
   std::vector<LaneMove> moves_;
 };
 

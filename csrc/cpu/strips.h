@@ -47,6 +47,8 @@ class StripPacker {
     std::vector<LaneMove> moves;
     std::vector<int32_t> index;    // if the map is small: the pixel of each of the plane's elements
   };
+  static constexpr int64_t kLargeMap = 4096;  // pixels
+  static constexpr int64_t kLinesAhead = 2;
   static constexpr int64_t kSlack = 16 / sizeof(T);  // elements that a gather reads past a run's end
 
   const Pair& size() const { return planes.phases[0].size; }
@@ -137,12 +139,16 @@ class StripPacker {
       const T* const image = batch.image(first + i) + c * pixels;
       return small ? image : tail.readable(image);
     };
+    const bool large = step == 1 && pixels > kLargeMap;
     std::vector<Runs> runs(small ? 0 : parts.size());
     for (int64_t c = begin; c < end; ++c) {
       for (int64_t i = 0; step > 1 && i < images; ++i)
         draw_apart(batch.image(first + i) + c * pixels, apart.get() + i * drawn);
-      // Channels lie far apart from each other's lines, so that nothing foresees where the next one's are.
-      for (int64_t i = 0; c + 1 < end && i < images; ++i) fetch_line(batch.image(first + i) + (c + 1) * pixels, pixels);
+      // Channels lie far apart from each other's lines, so that nothing foresees where the next one's are; in large
+      // ones neither where a strip's next line is.
+      for (int64_t i = 0; !large && c + 1 < end && i < images; ++i) {
+        fetch_line(batch.image(first + i) + (c + 1) * pixels, pixels);
+      }
       T* to = out + c * pitch;
       for (size_t p = 0; p < parts.size(); ++p, to += plane()) {
         const Part& part = parts[p];
@@ -158,6 +164,9 @@ class StripPacker {
           }
         }
         for (int64_t y = 0; y < grid.strip[0]; ++y) {
+          for (int64_t lane = 0; large && y + kLinesAhead < runs[p].whole_lines && lane < grid.lanes; ++lane) {
+            fetch_line(runs[p].upper[lane] + (y + kLinesAhead) * part.size[1], grid.strip[1]);
+          }
           kernels.gather_lanes((y < runs[p].whole_lines ? runs[p].upper : runs[p].lower).data(), y * part.size[1],
                                grid.strip[1], to + part.middle + y * size()[1] * grid.lanes, grid.lanes);
         }
