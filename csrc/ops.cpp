@@ -154,6 +154,10 @@ TORCH_LIBRARY(sparsekd, m) {
       .def("max_pool2d", &sparsekd::PlannedSequence::max_pool2d)
       .def("shortcut", &sparsekd::PlannedSequence::shortcut)
       .def("squeeze_excite", &sparsekd::PlannedSequence::squeeze_excite)
+      .def("average_pool", &sparsekd::PlannedSequence::average_pool)
+      .def("flatten", &sparsekd::PlannedSequence::flatten)
+      .def("linear", &sparsekd::PlannedSequence::linear)
+      .def("dense_linear", &sparsekd::PlannedSequence::dense_linear)
       .def("output", &sparsekd::PlannedSequence::output, "",
            {torch::arg("places"), torch::arg("strips") = "auto", torch::arg("measure") = true})
       .def("in_strips", &sparsekd::PlannedSequence::in_strips)

@@ -3,13 +3,17 @@
 // batch 1. Between layers that allow it activations stay in strips (cpu/strip_chain.h).
 #pragma once
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/adaptive_avg_pool2d.h>
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/flatten.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/slice.h>
 #include <c10/util/Exception.h>
 #include <torch/custom_class.h>
 
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -60,6 +64,29 @@ class PlannedSequence : public torch::CustomClassHolder {
                         activation_of(activation), cpu::hard_gate(gate)});
     step.names = {activation, gate};
     return add(std::move(step));
+  }
+
+  // What torch itself does, or an operator of ours, between convolutions and after them.
+  int64_t average_pool(int64_t input) {  // [N, C, 1, 1]
+    return add_call(input, [](const at::Tensor& x) { return at::adaptive_avg_pool2d(x, {1, 1}); });
+  }
+  int64_t flatten(int64_t input) {
+    return add_call(input, [](const at::Tensor& x) { return at::flatten(x, 1); });
+  }
+  int64_t dense_linear(int64_t input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+    return add_call(input, [=](const at::Tensor& x) { return at::linear(x, weight, bias); });
+  }
+  int64_t linear(int64_t input, const at::Tensor& values, const at::Tensor& crow_indices, const at::Tensor& col_indices,
+                 const std::optional<at::Tensor>& row_indices, const std::optional<at::Tensor>& bias,
+                 int64_t out_features) {
+    using OptionalTensor = std::optional<at::Tensor>;
+    using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                 const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, c10::SymInt);
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("sparsekd::linear", "").typed<Signature>();
+    return add_call(input, [=](const at::Tensor& x) {
+      const at::AutoDispatchBelowAutograd below;
+      return op.call(x, values, crow_indices, col_indices, row_indices, {}, bias, out_features);
+    });
   }
 
   // What run() gives, by place. Activations stay in strips where that is faster by their costs ("auto"), wherever it is
@@ -125,12 +152,13 @@ class PlannedSequence : public torch::CustomClassHolder {
     at::Tensor values;
     std::optional<at::Tensor> shift;
     std::array<Numbers, 3> geometry;
+    std::function<at::Tensor(const at::Tensor&)> call;  // if not null, all there is
     std::shared_ptr<const cpu::StripChain> chain;  // of this step and those up to `past`, if not null
     size_t past = 0;
 
     // What is no convolution as a layer in strips, if the size of its input is known.
     std::optional<cpu::StripLayer> other(const Numbers& size) const {
-      if (size.empty()) return std::nullopt;
+      if (size.empty() || call) return std::nullopt;
       cpu::StripLayer layer;
       const auto& [first, second, padding] = geometry;
       if (excitation) {
@@ -179,7 +207,10 @@ class PlannedSequence : public torch::CustomClassHolder {
     at::Tensor& result = lying[inputs_ + i].images;
     if (!step.conv) {
       const at::Tensor& images = lying[input].images;
-      result = step.excitation ? step.excited(images) : step.shortcut ? step.shortened(images) : step.pooled(images);
+      result = step.call         ? step.call(images)
+               : step.excitation ? step.excited(images)
+               : step.shortcut   ? step.shortened(images)
+                                 : step.pooled(images);
       return true;
     }
     const auto added = residual < 0 ? std::nullopt : std::optional(lying[residual].images);
@@ -270,6 +301,13 @@ class PlannedSequence : public torch::CustomClassHolder {
     Step step;
     step.reads = reads;
     return step;
+  }
+
+  template <class Call>
+  int64_t add_call(int64_t input, Call call) {
+    Step step = next({input, -1});
+    step.call = std::move(call);
+    return add(std::move(step));
   }
 
   int64_t add(Step step) {

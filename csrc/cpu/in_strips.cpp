@@ -198,6 +198,10 @@ void ConvStrips::pack(const UnitCall& call, const StripPacker<float>* packer, in
   for (int64_t c = from; c < to; ++c) {
     const float* const plane = input + c * input_.pitch();
     if (source_ == StripSource::regrouped) {
+      // Units lie far apart, so that nothing foresees the next channel of each.
+      for (int64_t image = 0; c + 1 < to && image < grid_.images; image += input_.grid.images) {
+        fetch_line(plane + input_.pitch() + image / input_.grid.images * call.input_unit, input_.pitch());
+      }
       (*regrouped_)(plane, lanes_before, packed + c * pitch_);
     } else {
       kernels.collect(plane, apart_.data(), static_cast<int64_t>(apart_.size()), packed + c * pitch_);

@@ -188,14 +188,18 @@ bool StripChain::run(std::vector<Lying>& lying) const {
     if (strips.outlives && !held.defined()) held = empty_floats({units_, strips.channels, strips.layout.pitch()});
   }
   std::vector<at::Tensor> values(ops_.size());
-  std::vector<std::vector<float>> init(ops_.size());
+  std::vector<const float*> init(ops_.size());
+  std::vector<std::vector<float>> padded;
   for (size_t i = 0; i < ops_.size(); ++i) {
     if (!ways[i]->conv) continue;
     const auto& [own, shift] = ops_[i].weights;
     values[i] = ways[i]->ordered->of(own);
     if (!shift) continue;
-    init[i].assign(ops_[i].made, 0);
-    std::copy_n(shift->const_data_ptr<float>(), shift->numel(), init[i].begin());
+    init[i] = shift->const_data_ptr<float>();
+    if (ops_[i].made == shift->numel()) continue;
+    padded.emplace_back(ops_[i].made, 0.0f);
+    std::copy_n(init[i], shift->numel(), padded.back().begin());
+    init[i] = padded.back().data();
   }
   using Clock = std::chrono::steady_clock;
   std::vector<std::atomic<int64_t>> took(ops_.size());
@@ -215,7 +219,7 @@ bool StripChain::run(std::vector<Lying>& lying) const {
                           op.from_images ? 0 : strips_.at(op.input).size(),
                           op.residual < 0 ? nullptr : at(op.residual, false, unit), at(op.output, op.to_images, unit),
                           ways[i]->conv ? values[i].const_data_ptr<float>() : nullptr,
-                          init[i].empty() ? nullptr : init[i].data()});
+                          init[i]});
       took[i] += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
     }
   };

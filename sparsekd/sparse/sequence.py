@@ -8,7 +8,6 @@ network's own code does: as long as no layer was replaced, set to something else
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from operator import is_
 
 import torch
@@ -18,15 +17,9 @@ from torch.overrides import _get_current_function_mode
 
 from ..measure.tuned import mode
 from . import ops  # noqa: F401  (registers the class)
-from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d, SqueezeExcite
 from .modules.plans import changes
+from .steps import Step, expect, step_of
 
-# What is set on layers that are no convolutions.
-SETTINGS = {
-    MaxPool2d: ("kernel_size", "stride", "padding"),
-    Shortcut: ("stride", "new_channels"),
-    SqueezeExcite: ("activation", "gate"),
-}
 MOST_PROGRAMS = 4  # of a network, for as many sizes of its inputs
 
 
@@ -112,8 +105,8 @@ class Programs:
 class Program:
     """What a network does with inputs of one size, as long as certain dictionaries hold certain things.
 
-    Parameters and modules of others are looked at each time, as nothing tells of their change; what is set on or hooked
-    to the layers themselves only when something was (``Watched``).
+    Parameters, modules of others and layers of torch are looked at each time, as nothing tells of their change; what is
+    set on or hooked to layers of ours only when something was (``Watched``).
     """
 
     def __init__(self, graph: fx.GraphModule | None) -> None:
@@ -121,6 +114,7 @@ class Program:
         self.always: tuple[list, list, list] = ([], [], [])  # dictionaries, keys, values
         self.watched: tuple[list, list, list] = ([], [], [])
         self.hooks: list[dict] = []
+        self.unwatched_hooks: list[dict] = []
         self.changes = -1
 
     def holds(self) -> bool:
@@ -129,12 +123,12 @@ class Program:
             if any(self.hooks) or not _hold(self.watched):
                 return False
             self.changes = now
-        return _hold(self.always)
+        return not any(self.unwatched_hooks) and _hold(self.always)
 
     @staticmethod
     def of(network: fx.GraphModule, shapes: dict[fx.Node, torch.Size | None], programs: Programs) -> Program | None:
         """None where no layer's call is remembered."""
-        steps = {node: step for node in network.graph.nodes if (step := _Step.of(network, node, shapes)) is not None}
+        steps = {node: step for node in network.graph.nodes if (step := step_of(network, node, shapes)) is not None}
         runs = _runs(network.graph, steps)
         if not runs:
             return None
@@ -148,7 +142,7 @@ class Program:
                 *path, name = node.target.split(".")
                 owner = _expect_path(program, network, ".".join(path), paths)
                 for dictionary in (owner._parameters, owner._buffers, owner.__dict__):
-                    _expect(program.always, dictionary, name, dictionary.get(name))
+                    expect(program.always, dictionary, name, dictionary.get(name))
         for run in runs:
             for node in run:
                 steps[node].expect(program)
@@ -169,11 +163,6 @@ class _Shapes(fx.Interpreter):
         return result
 
 
-def _expect(places: tuple[list, list, list], dictionary: dict, key: object, value: object) -> None:
-    for column, entry in zip(places, (dictionary, key, value), strict=True):
-        column.append(entry)
-
-
 def _hold(places: tuple[list, list, list]) -> bool:
     dictionaries, keys, values = places
     return all(map(is_, map(dict.get, dictionaries, keys), values))
@@ -185,73 +174,12 @@ def _expect_path(program: Program, root: nn.Module, path: str, known: set[tuple[
         child = module._modules.get(name)
         if (id(module), name) not in known:
             known.add((id(module), name))
-            _expect(program.always, module._modules, name, child)
+            expect(program.always, module._modules, name, child)
         module = child
     return module
 
 
-class _Step:
-    """A layer's call that a sequence can make."""
-
-    def __init__(self, node: fx.Node, module: nn.Module) -> None:
-        self.node, self.module = node, module
-
-    @staticmethod
-    def of(network: fx.GraphModule, node: fx.Node, shapes: dict[fx.Node, torch.Size | None]) -> _Step | None:
-        module = network.get_submodule(node.target) if node.op == "call_module" else None
-        kind = type(module)
-        nodes = all(isinstance(arg, fx.Node) and shapes.get(arg) is not None for arg in node.args)
-        if node.kwargs or not nodes or len(node.args) not in (1, 2):
-            return None
-        if kind in SETTINGS:
-            return _Step(node, module) if len(node.args) == 1 else None
-        conv = module._modules.get("conv") if kind is FusedConv2d else module
-        if type(conv) is not SparseConv2d or conv.channels_last or (conv is module and len(node.args) != 1):
-            return None
-        plans = conv._plans
-        key = (shapes[node.args[0]], module.activation if kind is FusedConv2d else "none")
-        if plans is None or key not in plans.bound or (len(node.args) == 2 and shapes[node.args[1]] != shapes[node]):
-            return None
-        step = _Step(node, module)
-        step.conv, step.plans, step.key = conv, plans, key
-        return step
-
-    conv: SparseConv2d | None = None
-
-    def add(self, sequence, places: dict[fx.Node, int]) -> int:
-        input, *residual = (places[arg] for arg in self.node.args)
-        if type(self.module) is SqueezeExcite:
-            own = [self.module._parameters[name] for name in SqueezeExcite.PARAMETERS]
-            return sequence.squeeze_excite(input, *own, self.module.activation, self.module.gate)
-        if self.conv is None:
-            step = sequence.max_pool2d if type(self.module) is MaxPool2d else sequence.shortcut
-            return step(input, *(list(getattr(self.module, name)) for name in SETTINGS[type(self.module)]))
-        own = self.conv._parameters  # has no bias where there is none
-        bound = self.plans.bound[self.key]
-        return sequence.conv2d(bound, own["values"], own.get("bias"), input, *residual or (None,))
-
-    def expect(self, program: Program) -> None:
-        watched = partial(_expect, program.watched)
-        for module in {self.module, self.conv} - {None}:
-            program.hooks += [module._forward_hooks, module._forward_pre_hooks]
-            watched(module.__dict__, "forward", None)
-        if type(self.module) is SqueezeExcite:
-            for name in SqueezeExcite.PARAMETERS:
-                _expect(program.always, self.module._parameters, name, self.module._parameters[name])
-        if self.conv is None:
-            for name in SETTINGS[type(self.module)]:
-                watched(self.module.__dict__, name, getattr(self.module, name))
-            return
-        for name in ("values", "bias"):
-            _expect(program.always, self.conv._parameters, name, self.conv._parameters.get(name))
-        watched(self.conv.__dict__, "_plans", self.plans)
-        watched(self.plans.bound, self.key, self.plans.bound[self.key])
-        if self.module is not self.conv:
-            watched(self.module._modules, "conv", self.conv)
-            watched(self.module.__dict__, "activation", self.module.activation)
-
-
-def _runs(graph: fx.Graph, steps: dict[fx.Node, _Step]) -> list[list[fx.Node]]:
+def _runs(graph: fx.Graph, steps: dict[fx.Node, Step]) -> list[list[fx.Node]]:
     """Steps of the graph that follow each other."""
     runs: list[list[fx.Node]] = [[]]
     for node in graph.nodes:
@@ -259,11 +187,11 @@ def _runs(graph: fx.Graph, steps: dict[fx.Node, _Step]) -> list[list[fx.Node]]:
             runs[-1].append(node)
         elif runs[-1]:
             runs.append([])
-    return [run for run in runs if len(run) > 1]
+    return [run for run in runs if len(run) > 1 and any(steps[node].convolves for node in run)]
 
 
 def _with_runs(
-    network: fx.GraphModule, steps: dict[fx.Node, _Step], runs: list[list[fx.Node]], programs: Programs
+    network: fx.GraphModule, steps: dict[fx.Node, Step], runs: list[list[fx.Node]], programs: Programs
 ) -> fx.GraphModule:
     """The graph with each run as one call; its other layers are the network's own."""
     firsts = {run[0]: run for run in runs}
@@ -273,7 +201,7 @@ def _with_runs(
         if node in firsts:
             run = firsts[node]
             within = set(run)
-            inputs = list(dict.fromkeys(arg for step in run for arg in step.args if arg not in within))
+            inputs = list(dict.fromkeys(arg for step in run for arg in step.all_input_nodes if arg not in within))
             outputs = [step for step in run if not within.issuperset(step.users)]
             sequence = _sequence(run, steps, inputs, outputs, programs)
             called = graph.call_function(sequence, tuple(copied[arg] for arg in inputs))
@@ -290,7 +218,7 @@ def _item(results: list[Tensor], i: int) -> Tensor:
 
 def _sequence(
     run: list[fx.Node],
-    steps: dict[fx.Node, _Step],
+    steps: dict[fx.Node, Step],
     inputs: list[fx.Node],
     outputs: list[fx.Node],
     programs: Programs,
