@@ -226,9 +226,12 @@ void ConvStrips::run(const UnitCall& call) const {
   const LaneKernels<float>& kernels = type_kernels<float>().lanes[grid_.width];
   const bool packs = this->packs(), merged = merged_groups_ > 1;
   const Batch<const float> images{call.input, shape_.batch, shape_.in_channels, shape_.input, false};
-  const Planes whole = input_planes(shape_, output_.grid.covered());
+  std::optional<Planes> whole;
   std::optional<StripPacker<float>> packer;
-  if (source_ == StripSource::images) packer.emplace(images, planes_, whole, output_.grid);
+  if (source_ == StripSource::images) {
+    whole = input_planes(shape_, output_.grid.covered());
+    packer.emplace(images, planes_, *whole, output_.grid);
+  }
   const StripPacker<float>* const from_images = packer ? &*packer : nullptr;
   const Buffer<float> packed(packs && !merged ? shape_.in_channels * pitch_ : 0);
   if (packs && !merged) {

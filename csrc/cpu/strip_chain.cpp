@@ -85,7 +85,10 @@ StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<
       };
       op.way = by(member.grid);
       if (measures && member.other) op.other = by(*member.other);
-      if (op.other) trials_ = kTrials;
+      if (op.other) {
+        trials_ = kTrials;
+        settled_ = false;
+      }
       op.weights = weights[member.layer];
     }
     op.input = layer.input;
@@ -105,6 +108,17 @@ StripChain::StripChain(const std::vector<StripLayer>& layers, const std::vector<
     add(std::move(back));
   }
   share_memory();
+  for (Op& op : ops_) {
+    op.reads = where(op.input, op.from_images);
+    op.adds = where(op.residual, false);
+    op.writes = where(op.output, op.to_images);
+  }
+}
+
+StripChain::Where StripChain::where(int64_t place, bool images) const {
+  if (place < 0 || images) return {place, images};
+  const Strips& strips = strips_.at(place);
+  return {place, false, strips.outlives, strips.offset, strips.size()};
 }
 
 std::shared_ptr<StripChain::Way> StripChain::way_of(std::unique_ptr<UnitStep> step) {
@@ -138,6 +152,7 @@ void StripChain::compare_ways(bool others, const std::vector<std::atomic<int64_t
     if (costs(*op.other, op.least[1]) < costs(*op.way, op.least[0])) op.way = op.other;
     op.other = nullptr;
   }
+  settled_.store(true, std::memory_order_release);
 }
 
 // Gives each place that does not outlive a unit the first gap that is free while it lives; or a result its residual's
@@ -175,9 +190,12 @@ bool StripChain::run(std::vector<Lying>& lying) const {
   for (const auto& [place, size] : given_) {
     if (!is_cpu_floats(lying[place].images, size)) return false;
   }
-  const auto taken = next_ways();
-  const std::vector<std::shared_ptr<Way>>& ways = taken.first;
+  const bool settled = settled_.load(std::memory_order_acquire);
+  std::pair<std::vector<std::shared_ptr<Way>>, bool> compared;
+  if (!settled) compared = next_ways();
+  std::vector<Way*> ways(ops_.size());
   for (size_t i = 0; i < ops_.size(); ++i) {
+    ways[i] = settled ? ops_[i].way.get() : compared.first[i].get();
     const auto& [own, shift] = ops_[i].weights;
     if (!(ways[i]->conv ? ways[i]->conv->fits(own, shift) : ways[i]->step->fits())) return false;
   }
@@ -202,24 +220,22 @@ bool StripChain::run(std::vector<Lying>& lying) const {
     init[i] = padded.back().data();
   }
   using Clock = std::chrono::steady_clock;
-  std::vector<std::atomic<int64_t>> took(ops_.size());
+  std::vector<std::atomic<int64_t>> took(settled ? 0 : ops_.size());
   auto run_unit = [&](int64_t unit) {
     const Buffer<float> memory(memory_);
     // All images, or a unit's strips.
-    auto at = [&](int64_t place, bool images, int64_t of) -> float* {
-      if (images) return lying[place].images.data_ptr<float>();
-      const Strips& strips = strips_.at(place);
-      if (!strips.outlives) return memory.get() + strips.offset;
-      return lying[place].strips.data_ptr<float>() + of * strips.size();
+    auto at = [&](const Where& where, int64_t of) -> float* {
+      if (where.place < 0) return nullptr;
+      if (where.images) return lying[where.place].images.data_ptr<float>();
+      if (!where.outlives) return memory.get() + where.offset;
+      return lying[where.place].strips.data_ptr<float>() + of * where.size;
     };
     for (size_t i = 0; i < ops_.size(); ++i) {
       const Op& op = ops_[i];
-      const auto start = Clock::now();
-      ways[i]->step->run({unit, at(op.input, op.from_images, op.regroups ? 0 : unit),
-                          op.from_images ? 0 : strips_.at(op.input).size(),
-                          op.residual < 0 ? nullptr : at(op.residual, false, unit), at(op.output, op.to_images, unit),
-                          ways[i]->conv ? values[i].const_data_ptr<float>() : nullptr,
-                          init[i]});
+      const Clock::time_point start = settled ? Clock::time_point{} : Clock::now();
+      ways[i]->step->run({unit, at(op.reads, op.regroups ? 0 : unit), op.reads.size, at(op.adds, unit),
+                          at(op.writes, unit), ways[i]->conv ? values[i].const_data_ptr<float>() : nullptr, init[i]});
+      if (settled) continue;
       took[i] += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
     }
   };
@@ -230,7 +246,7 @@ bool StripChain::run(std::vector<Lying>& lying) const {
   } else {
     for (int64_t unit = 0; unit < units_; ++unit) run_unit(unit);
   }
-  compare_ways(taken.second, took);
+  if (!settled) compare_ways(compared.second, took);
   return true;
 }
 

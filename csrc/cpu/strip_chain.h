@@ -44,6 +44,12 @@ class StripChain {
     const ConvStrips* conv = nullptr;  // `step`, if it is one
     std::unique_ptr<OrderedValues> ordered;
   };
+  // Where a place's activations lie: in its images, in strips that outlive a unit, or in the unit's memory.
+  struct Where {
+    int64_t place = -1;  // -1: nowhere
+    bool images = false, outlives = false;
+    int64_t offset = 0, size = 0;  // elements in a unit's memory, and of a unit's strips
+  };
   struct Op {
     std::shared_ptr<Way> way, other;  // the one that is taken, and one that it is still to be compared with
     int64_t least[2] = {std::numeric_limits<int64_t>::max(), std::numeric_limits<int64_t>::max()};  // ns, of both
@@ -51,6 +57,7 @@ class StripChain {
     int64_t input = -1, residual = -1, output = -1;  // places
     bool from_images = false, regroups = false, to_images = false;
     int64_t made = 0;  // channels, with those that pad rows
+    Where reads, adds, writes;
   };
   struct Strips {  // of a place
     StripLayout layout;
@@ -66,14 +73,16 @@ class StripChain {
   void want_strips(Built& built, int64_t place, int64_t channels);
   void add(Op op);
   void share_memory();
+  Where where(int64_t place, bool images) const;
 
-  // The ways of a run, and whether they are the others; then what they took, in ns.
+  // As long as ways are compared: those of a run, and whether they are the others; then what they took, in ns.
   std::pair<std::vector<std::shared_ptr<Way>>, bool> next_ways() const;
   void compare_ways(bool others, const std::vector<std::atomic<int64_t>>& took) const;
 
   int64_t units_ = 0, memory_ = 0;  // elements that a unit needs
-  mutable std::mutex mutex_;         // of the ways in `ops_`, and of:
-  mutable int64_t trials_ = 0;       // runs that are still to be timed, in turns
+  mutable std::atomic<bool> settled_{true};  // whether the ways in `ops_` change no more; until then they have a
+  mutable std::mutex mutex_;                 // lock, and so have:
+  mutable int64_t trials_ = 0;               // runs that are still to be timed, in turns
   mutable std::vector<Op> ops_;
   std::map<int64_t, Strips> strips_;                      // by place
   std::map<int64_t, std::array<int64_t, 4>> given_, made_;  // sizes of images, by place
