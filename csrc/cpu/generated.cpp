@@ -208,12 +208,16 @@ class GroupEntries {
 
 namespace {
 
-// Groups of code in a convolution group: as few as registers allow, but few ones are shared out evenly over the threads
-// that there are when code is made.
-int64_t cuts_of(const Rows<float>& rows) {
-  const int64_t fewest = ceil_div(rows.packed_per_group, kGeneratedRows / rows.vector), threads = at::get_num_threads();
-  const bool uneven = rows.groups == 1 && fewest < 4 * threads && rows.packed_per_group >= 8 * threads;
-  return uneven ? ceil_div(fewest, threads) * threads : fewest;
+// Where groups of code end in a convolution group. Each has as many rows as registers allow, so that a load of pixels
+// serves many, but for the last; of the threads that there are when code is made, each has about as many rows.
+std::vector<int64_t> cuts_of(const Rows<float>& rows) {
+  const int64_t all = rows.packed_per_group, most = kGeneratedRows / rows.vector, threads = at::get_num_threads();
+  const int64_t fewest = ceil_div(all, most);
+  const bool shared = threads > 1 && rows.groups == 1 && fewest < 4 * threads && all >= 8 * threads;
+  const int64_t count = shared ? ceil_div(fewest, threads) * threads : fewest;
+  std::vector<int64_t> ends;
+  for (int64_t i = 1; i <= count; ++i) ends.push_back(shared ? all * i / count : std::min(i * most, all));
+  return ends;
 }
 
 }  // namespace
@@ -223,13 +227,13 @@ GeneratedRows::GeneratedRows(const Rows<float>& rows, const std::vector<int32_t>
     : vector_(rows.vector), blocks_(blocks), masks_(masks), cuts_{0}, ends_(kGeneratedRows + 1) {
   const int all = masks.empty() ? 0 : *std::max_element(masks.begin(), masks.end()) + 1;
   in_registers_ = all > kMaskRegisters ? kMaskRegisters - 1 : all;
-  const int64_t per_group = rows.packed_per_group, cuts = cuts_of(rows);
+  const std::vector<int64_t> ends = cuts_of(rows);
+  const auto cuts = static_cast<int64_t>(ends.size());
   Assembler assembler;
   GroupEntries entries(rows, static_cast<uint32_t>(table.size()));
   order_.reserve(rows.crow[rows.packed()]);
   for (int64_t cut = 0; cut < rows.groups * cuts; ++cut) {
-    // Row groups of one convolution group, shared out evenly.
-    const int64_t begin = cuts_.back(), end = cut / cuts * per_group + per_group * (cut % cuts + 1) / cuts;
+    const int64_t begin = cuts_.back(), end = cut / cuts * rows.packed_per_group + ends[cut % cuts];
     cuts_.push_back(end);
     const int made = static_cast<int>((end - begin) * vector_);
     if (ends_[made].partial == 0) ends_[made] = ends_of(assembler, made);

@@ -111,7 +111,7 @@ inline double row_cycles(const Work& work, const Grid& grid, int64_t blocks) {
          blocks * (kRow * passes + kSum * (1 + lines) / 2 * sums * work.vector);
 }
 
-constexpr double kBody = 1000;      // entries in a group's code for a block
+constexpr double kBody = 1050;      // entries in a group's code for a block
 constexpr double kCall = 16;        // a call of it,
 constexpr double kFinish = 40;      // and one that stores results
 constexpr double kSlot = 0.49;      // an FMA, or a load of pixels
@@ -127,12 +127,6 @@ inline double slot_cycles(double fmas, double loads) {
   return halves ? std::max(fmas, 0.5 * fmas + loads) : kSlot * (fmas + loads);
 }
 
-// Entries of a group of rows whose code is generated.
-inline double generated_entries(const Work& work, const Grid& grid) {
-  return work.vectors_per_row * static_cast<double>(work.rows * work.vector) /
-         ceil_div(work.rows, grid.rows / work.vector);
-}
-
 // Cycles of all rows of a tile by generated code: a load of pixels for each column that has an entry in a group of
 // rows, and an FMA with a weight from memory for each entry.
 inline double generated_cycles(const Work& work, const Grid& grid) {
@@ -140,7 +134,8 @@ inline double generated_cycles(const Work& work, const Grid& grid) {
   const double sums = static_cast<double>(grid.strip[0]) / grid.tiles[0] * grid.strip[1] / grid.tiles[1];
   const double columns = static_cast<double>(work.channels * static_cast<int64_t>(work.planes->taps.size()));
   const double absent = std::max(1 - work.vectors_per_row / columns, 0.0);
-  const double entries = generated_entries(work, grid), loads = columns * (1 - std::pow(absent, work.rows / groups));
+  const double entries = work.vectors_per_row * static_cast<double>(work.rows * work.vector) / groups;
+  const double loads = columns * (1 - std::pow(absent, static_cast<double>(work.rows) / groups));
   const auto read = static_cast<double>(work.channels * footprint_of(work, grid));
   const bool far = read > (grid.in_place ? 0.4 : 0.75) * static_cast<double>(l2_budget());  // with the next one beside it
   const double position =
@@ -158,7 +153,8 @@ inline double rows_cycles(const Work& work, const Grid& grid) {
 // often partial sums come and go.
 inline int64_t blocks_of(const Work& work, const Grid& grid) {
   if (grid.generated) {
-    const int64_t bodies = std::llround(generated_entries(work, grid) / kBody);
+    const int64_t rows = std::min<int64_t>(work.rows, grid.rows / work.vector);
+    const int64_t bodies = std::llround(work.vectors_per_row * static_cast<double>(rows * work.vector) / kBody);
     return std::clamp<int64_t>(bodies, 1, std::max<int64_t>(work.channels, 1));
   }
   int64_t best = 1;
