@@ -10,8 +10,9 @@ cores after optimize_for_inference in batches divisible by 8. The arithmetic of 
 made of them (`results/gpu_static.json`); on tensor cores from the model of cycles by which the library chooses its
 tile (csrc/cuda/conv2d_tensor_tiling.cpp), so that what is predicted is the least that the library sees. ASSUMPTIONS
 says the rest; they are in the file too. Break-even is the sparsity from which on the sparse layer is predicted to be
-faster than the dense one in the same precision, for fp32 than the dense one in TF32 too. 2:4 is 50% whatever the
-sparsity, so that its times don't fall; what it does at every call is to put its values in order.
+faster than the dense one in the same precision, for fp32 than the dense one in TF32 too. Dense is taken to be as fast
+on tensor cores as large matrix products, which favours it. 2:4 is 50% whatever the sparsity, so that its times don't
+fall; what it does at every call is to put its values in order.
 """
 
 from __future__ import annotations
