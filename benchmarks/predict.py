@@ -10,8 +10,9 @@ cores after optimize_for_inference in batches divisible by 8. The arithmetic of 
 made of them (`results/gpu_static.json`); on tensor cores from the model of cycles by which the library chooses its
 tile (csrc/cuda/conv2d_tensor_tiling.cpp), so that what is predicted is the least that the library sees. ASSUMPTIONS
 says the rest; they are in the file too. Break-even is the sparsity from which on the sparse layer is predicted to be
-faster than the dense one in the same precision, for fp32 than the dense one in TF32 too. 2:4 is 50% whatever the
-sparsity, so that its times don't fall; what it does at every call is to put its values in order.
+faster than the dense one in the same precision, for fp32 than the dense one in TF32 too. Dense is taken to be as fast
+on tensor cores as large matrix products, which favours it. 2:4 is 50% whatever the sparsity, so that its times don't
+fall; what it does at every call is to put its values in order.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ DEVICES = (
 ASSUMPTIONS = {
     "dense_fp32": 0.85,  # share of the fp32 peak that cuDNN reaches
     "dense_winograd": 1.5,  # times faster for 3x3 with stride 1 in fp32
-    "dense_tensor": 0.5,  # share of the tensor cores' peak, fp16 and TF32 (at half of fp16's)
+    # Share of the tensor cores' peak that dense reaches, fp16 and TF32 (at half of fp16's): that of large matrix
+    # products, which convolutions don't exceed, so that it favours dense. 298 of 312 TFLOPS on the A100, and 143 of 156
+    # in TF32 (github.com/NVIDIA/cutlass/discussions/241: convolutions gain alike); 645-797 of 989 on the H100 and
+    # 155-168 of 165 on the RTX 4090 from 2048 on (github.com/zzc0721/torch-performance-test-data, issues 79 and 78).
+    "dense_tensor": {"A100": 0.95, "H100": 0.8, "RTX 4090": 1.0},
     "bandwidth": 0.85,  # share of the memory's; the second-level cache is not modelled
     "latency": 0.8,  # share of its bound that a sparse kernel reaches, for what nobody hides
     "launch_us": 2.0,  # of each kernel, back to back in a stream
@@ -140,7 +145,7 @@ def dense(device: Device, layer: Layer, batch: int, precision: str) -> float:
         rate = device.lanes * ASSUMPTIONS["dense_fp32"]
         rate *= ASSUMPTIONS["dense_winograd"] if layer.kernel == 3 and layer.stride == 1 else 1.0
     else:
-        rate = device.tensor_macs * ASSUMPTIONS["dense_tensor"] * (0.5 if precision == "tf32" else 1.0)
+        rate = device.tensor_macs * ASSUMPTIONS["dense_tensor"][device.name] * (0.5 if precision == "tf32" else 1.0)
     arithmetic = device.seconds(layer.macs(batch) / (rate * device.multiprocessors))
     return max(arithmetic, moved(device, sum(layer.bytes(batch, 2 if precision == "fp16" else 4)))) + launches(1)
 

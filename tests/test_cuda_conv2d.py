@@ -120,6 +120,24 @@ def test_runs_against_the_oracle(seed):
     assert_near(got, want, case.dtype, str(case))
 
 
+@pytest.mark.parametrize("vector", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(7, 7), (8, 14)], ids=str)
+def test_parts_of_a_warp_share_out_rows_of_any_length(size, vector):
+    """Few positions: a warp's parts take non-zeros in turn, and those left over are computed by all."""
+    generator = torch.Generator().manual_seed(vector)
+    mask = torch.zeros(12, 27, dtype=torch.bool)
+    for length, row in enumerate(mask):
+        row[torch.randperm(27, generator=generator)[:length]] = True
+    mask = mask.repeat_interleave(vector, 0).reshape(-1, 3, 3, 3)
+    weight = torch.randint(-4, 5, mask.shape, generator=generator).float()  # sums are exact in any order
+    values, crow, col, rows = formats.pack(weight, mask, vector, 1)
+    input = torch.randint(-8, 9, (1, 3, *size), generator=generator).float()
+    geometry = mask.shape[0], (3, 3), (1, 1), (1, 1), (1, 1), 1
+    got = emulated.in_two_orders("conv2d", input, values, crow, col, rows, None, None, *geometry)
+    want = torch.nn.functional.conv2d(input, weight * mask, padding=1)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("seed", range(100, 110))
 def test_fused_against_the_oracle(seed):
     case = draw(seed)

@@ -36,14 +36,20 @@ BUGS = {
     ),
     "records begin four bytes late": (
         "conv2d.cuh",
-        "p.records + int64_t(i) * kRecordBytes<kV>;",
-        "p.records + int64_t(i) * kRecordBytes<kV> + 4;",
+        "p.records + int64_t(i + part) * kRecordBytes<kV>;",
+        "p.records + int64_t(i + part) * kRecordBytes<kV> + 4;",
         "misaligned",
     ),
     "one record too many": (
         "conv2d.cuh",
-        "int left = end - i - 1;",
-        "int left = end - i;",
+        "int rounds = (end - i) / kParts;",
+        "int rounds = (end - i) / kParts + 1;",
+        "out of bounds|before it was",
+    ),
+    "one record too many for all parts of a warp": (
+        "conv2d.cuh",
+        "rest < end; ++rest) {",
+        "rest <= end; ++rest) {",
         "out of bounds|before it was",
     ),
     "no barrier after the places of a plane": (

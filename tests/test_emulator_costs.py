@@ -61,7 +61,7 @@ LAYERS = [
 ]
 # dtype, batch, size, V; from V = 8 on halves are for tensor cores. Of 28 columns every second row begins in the middle
 # of a sector, of 14 and 7 nearly all do, and so do planes. Not here is where on tensor cores a tile that stores less
-# well is 6% and more faster by the model of cost: mostly 14 x 14, V = 64 or hundreds of channels (1.35).
+# well is 10% and more faster by the model of cost: mostly 14 x 14, V = 64 or hundreds of channels (1.35).
 STORED = [
     *(
         (dtype, batch, size, v)

@@ -51,9 +51,9 @@ def test_the_library_expects_no_longer_time_of_fewer_weights(joined):
 
 def test_dense_is_bounded_by_arithmetic_or_by_bytes():
     a100 = predict.DEVICES[0]
-    # 4 * 256 * 256 * 9 * 196 multiply-adds at half of 108 * 1024 * 1.41e9 a second, and a launch.
+    # 4 * 256 * 256 * 9 * 196 multiply-adds at 95% of 108 * 1024 * 1.41e9 a second, and a launch.
     seconds = predict.dense(a100, LAYER, 4, "fp16")
-    assert seconds == pytest.approx(4 * 256 * 256 * 9 * 196 / (0.5 * 108 * 1024 * 1.41e9) + 2e-6)
+    assert seconds == pytest.approx(4 * 256 * 256 * 9 * 196 / (0.95 * 108 * 1024 * 1.41e9) + 2e-6)
     thin = predict.Layer("thin", 64, 64, 1, 1, 56, 1)
     moved = 2 * (2 * 32 * 64 * 56 * 56) + 2 * 64 * 64
     assert predict.dense(a100, thin, 32, "fp16") == pytest.approx(moved / (2039e9 * 0.85) + 2e-6)

@@ -86,7 +86,8 @@ std::optional<Choice> choose_tile(const Problem& problem, int64_t n_vectors, con
       const int64_t bytes = (variant.plane ? variant.plane : plane) * variant.lane_groups * 16;
       if (bytes > kMostStageBytes) return;
       // Of a slice of rows, all that is computed.
-      const double warps = static_cast<double>(units * tiles), reads = variant.lane_groups * variant.run + 0.5;
+      const double warps = static_cast<double>(units * tiles);
+      const double reads = variant.lane_groups * variant.run + 0.5 / variant.parts;
       const double read = warps * row_columns * reads * kReadCost;
       const double copied = warps * static_cast<double>(problem.channels_per_group() * plane * variant.lane_groups) *
                             kStagedCost / (kConv2dWarps * variant.groups);

@@ -8,7 +8,9 @@
 //
 //   per non-zero vector of a warp: kG * kRun 16-byte reads of shared memory feed as many times kV * 4 multiply-adds
 //
-// and neither borders nor strides nor dilation are seen in the loop.
+// and neither borders nor strides nor dilation are seen in the loop. Of few positions that would be few multiply-adds
+// for each non-zero vector that is loaded. There a warp has kParts, each with lanes for all of its positions: a part
+// takes every kParts-th of the non-zeros, and at the end a lane adds what others have at its own positions.
 //
 // A tile is a rectangle of 32 positions (kRun = 1), or a run of 32 * kRun positions of the plane as it lies in memory,
 // row after row in a pitch in which the zeros to the right of a row are those to the left of the next. A run has less
@@ -22,6 +24,8 @@
 #pragma once
 #include "conv2d_finish.cuh"
 #include "conv2d_records.cuh"
+
+#include <type_traits>
 
 namespace sparsekd::cuda {
 
@@ -45,8 +49,19 @@ __device__ __forceinline__ int source_in_run(const Conv2dParams& p, int position
   return ((phase_y * p.lanes.rows + row) * p.lanes.phases[1] + phase_x) * p.lanes.columns + column;
 }
 
-template <int kV, int kG, int kGroups, int kPlane, int kRun>
+// Places come in pairs, with four sums each: those of the second go to the lane kDistance apart, whose first it is. The
+// firsts move up.
+template <int kDistance, int kPairs>
+__device__ __forceinline__ void add_sums_of_other(float* sums) {
+#pragma unroll
+  for (int i = 0; i < kPairs * 4; ++i) {
+    sums[i] = sums[i / 4 * 8 + i % 4] + __shfl_xor_sync(0xffffffffu, sums[i / 4 * 8 + 4 + i % 4], kDistance);
+  }
+}
+
+template <int kV, int kG, int kGroups, int kPlane, int kRun, int kParts>
 __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv2dParams p) {
+  constexpr int kOwn = kRun * kParts, kApart = 32 / kParts;  // places of a lane in the loop
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int plane = kPlane ? kPlane : p.plane;  // in shared memory
   const int tile = blockIdx.x % (p.tiles_h * p.tiles_w);
@@ -56,7 +71,7 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
   const int group = blockIdx.y / p.row_blocks, row_block = blockIdx.y % p.row_blocks;
   const int y = lane / p.tile_w, x = lane % p.tile_w;  // of the lane's position within the tile
 
-  float sums[kGroups][kV][kG * kRun * 4];
+  float sums[kGroups][kV][kG * kOwn * 4];
   int slice[kGroups], next[kGroups];
 #pragma unroll
   for (int k = 0; k < kGroups; ++k) {
@@ -66,7 +81,7 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
 #pragma unroll
     for (int v = 0; v < kV; ++v) {
 #pragma unroll
-      for (int i = 0; i < kG * kRun * 4; ++i) sums[k][v][i] = 0.0f;
+      for (int i = 0; i < kG * kOwn * 4; ++i) sums[k][v][i] = 0.0f;
     }
   }
 
@@ -98,7 +113,13 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
   if (p.blocks > 1) stage(1);
   copy_async_commit();
 
-  const int own = kRun > 1 ? lane : y * p.lanes.phases[1] * p.tile_columns + x;
+  // A lane's own place comes first, then that of the same lane of each other part of the warp.
+  const int part = lane / kApart, row_pitch = p.lanes.phases[1] * p.tile_columns;
+  auto in_plane = [&](int place) { return kRun > 1 ? place : place / p.tile_w * row_pitch + place % p.tile_w; };
+  const int own = in_plane(lane);
+  int others[kParts];
+#pragma unroll
+  for (int q = 0; q < kParts; ++q) others[q] = q ? in_plane(lane ^ q * kApart) - own : 0;
   for (int block = 0; block < p.blocks; ++block) {
     copy_async_wait<1>();
     __syncthreads();  // what other threads copied
@@ -109,38 +130,77 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
       const int i = next[k], end = min(p.starts[int64_t(slice[k]) * (p.blocks + 1) + block + 1], p.n_records);
       next[k] = end;
       if (i >= end) continue;
-      const unsigned char* from = p.records + int64_t(i) * kRecordBytes<kV>;
-      auto multiply = [&](const Record<kV>& record) {
+      auto multiply = [&](const Record<kV>& record, auto places) {
         const auto* at = reinterpret_cast<const float4*>(tile_data + record.distance);
 #pragma unroll
         for (int g = 0; g < kG * kRun; ++g) {
-          const float4 in = load_vector(at + g / kRun * plane + g % kRun * 32);
 #pragma unroll
-          for (int v = 0; v < kV; ++v) {
-            float* sum = &sums[k][v][g * 4];
-            sum[0] += record.values[v] * in.x;
-            sum[1] += record.values[v] * in.y;
-            sum[2] += record.values[v] * in.z;
-            sum[3] += record.values[v] * in.w;
+          for (int q = 0; q < decltype(places)::value; ++q) {
+            const float4 in = load_vector(at + g / kRun * plane + g % kRun * 32 + others[q]);
+#pragma unroll
+            for (int v = 0; v < kV; ++v) {
+              float* sum = &sums[k][v][(g * kParts + q) * 4];
+              sum[0] += record.values[v] * in.x;
+              sum[1] += record.values[v] * in.y;
+              sum[2] += record.values[v] * in.z;
+              sum[3] += record.values[v] * in.w;
+            }
           }
         }
       };
-      // The last one apart: a load under a condition would cost moves of what it might leave as it is.
-      Record<kV> ahead = load_record<kV>(from);
+      // Each part of the warp takes a record of its own. The last ones apart: a load under a condition would cost moves
+      // of what it might leave as it is.
+      constexpr std::integral_constant<int, kParts> all;
+      constexpr int kStep = kParts * kRecordBytes<kV>;
+      int rounds = (end - i) / kParts;
+      if (kParts == 1 || rounds > 0) {
+        const unsigned char* from = p.records + int64_t(i + part) * kRecordBytes<kV>;
+        Record<kV> ahead = load_record<kV>(from);
+        if constexpr (kParts == 1) {
 #pragma unroll 2
-      for (int left = end - i - 1; left > 0; --left) {
-        const Record<kV> record = ahead;
-        from += kRecordBytes<kV>;
-        ahead = load_record<kV>(from);  // while this one is used
-        multiply(record);
+          for (; rounds > 1; --rounds) {
+            const Record<kV> record = ahead;
+            from += kStep;
+            ahead = load_record<kV>(from);  // while this one is used
+            multiply(record, all);
+          }
+        } else {  // the same, twice, which the compiler does not see for itself
+#pragma unroll 1
+          for (; rounds > 2; rounds -= 2, from += 2 * kStep) {
+            const Record<kV> second = load_record<kV>(from + kStep);
+            multiply(ahead, all);
+            ahead = load_record<kV>(from + 2 * kStep);
+            multiply(second, all);
+          }
+          if (rounds == 2) {
+            const Record<kV> second = load_record<kV>(from + kStep);
+            multiply(ahead, all);
+            ahead = second;
+          }
+        }
+        multiply(ahead, all);
       }
-      multiply(ahead);
+      // Of what is left, all parts take the same at their own places.
+      if constexpr (kParts > 1) {
+#pragma unroll 1
+        for (int rest = end - (end - i) % kParts; rest < end; ++rest) {
+          multiply(load_record<kV>(p.records + int64_t(rest) * kRecordBytes<kV>), std::integral_constant<int, 1>());
+        }
+      }
     }
     __syncthreads();  // before the buffer is filled again
     if (block + 2 < p.blocks) stage(block + 2);
     copy_async_commit();
   }
   copy_async_wait<0>();
+#pragma unroll
+  for (int k = 0; k < kGroups; ++k) {
+#pragma unroll
+    for (int v = 0; v < kV; ++v) {
+      if constexpr (kParts == 4) add_sums_of_other<8, kG * kRun * 2>(sums[k][v]);
+      if constexpr (kParts > 1) add_sums_of_other<16, kG * kRun>(sums[k][v]);
+    }
+  }
 
   // Sums go through shared memory, so that one rolled loop can finish them: the buffers are free.
   constexpr int kRows = kGroups * kV, kLanes = kG * 4, kPositions = 32 * kRun;

@@ -85,19 +85,21 @@ struct Conv2dParams {
   bool interleaved;
 };
 
-// What the kernels come in. A warp computes kGroups slices of kV rows at 32 * kRun positions of 4 * kG lanes.
+// What the kernels come in. A warp computes kGroups slices of kV rows at 32 * kRun positions of 4 * kG lanes. Its
+// parts, if several, take entries of their own at all of these positions.
 struct Conv2dVariant {
   int vector, lane_groups, groups, plane;  // plane 0: any
   int run = 1;                             // positions of a lane of a warp; 1: rectangles, more: runs
+  int parts = 1;                           // of a warp: 1, 2 or 4
   bool operator==(const Conv2dVariant&) const = default;
 };
 constexpr Conv2dVariant kConv2dVariants[] = {
-    {1, 4, 4, 64}, {1, 4, 4, 192}, {1, 1, 4, 0}, {2, 4, 2, 64}, {2, 4, 2, 192}, {2, 1, 2, 0},
-    {4, 4, 1, 64}, {4, 4, 1, 192}, {4, 1, 1, 0}, {8, 2, 1, 64}, {8, 2, 1, 192}, {8, 1, 1, 0},
+    {1, 4, 4, 64}, {1, 4, 4, 192}, {1, 1, 4, 0, 1, 2}, {2, 4, 2, 64}, {2, 4, 2, 192}, {2, 1, 2, 0, 1, 2},
+    {4, 4, 1, 64}, {4, 4, 1, 192}, {4, 1, 1, 0, 1, 4}, {8, 2, 1, 64}, {8, 2, 1, 192}, {8, 1, 1, 0, 1, 2},
     {1, 1, 4, 0, 4}, {1, 2, 4, 128, 2}, {2, 1, 2, 0, 4}, {2, 2, 2, 128, 2},
     {4, 1, 1, 0, 4}, {4, 2, 1, 128, 2}, {8, 1, 1, 0, 2},
     {1, 1, 2, 0, 7}, {2, 1, 1, 0, 7},  // 14 x 14, and a quarter of 28 x 28, with the zeros between rows
-    {1, 1, 4, 0, 2}, {2, 1, 2, 0, 2}, {4, 1, 1, 0, 2},  // 7 x 7, and 14 x 14 in four strips
+    {1, 1, 4, 0, 2}, {2, 1, 2, 0, 2}, {4, 1, 1, 0, 2, 2},  // 7 x 7, and 14 x 14 in four strips
 };
 constexpr int kConv2dRectangles = 12;  // that come first
 constexpr int kConv2dWarps = 8;

@@ -17,8 +17,8 @@ cudaError_t launch_variant(const Conv2dParams& params, dim3 grid, int warps, cud
   const size_t staged = 2 * params.block_channels * v.lane_groups * plane * 16 + params.plane * sizeof(int);
   const size_t results = size_t(warps) * v.groups * v.vector * v.lane_groups * 4 * 32 * v.run * sizeof(float);
   const size_t bytes = std::max(staged, results);
-  return SPARSEKD_LAUNCH((conv2d_kernel<v.vector, v.lane_groups, v.groups, v.plane, v.run>), grid, dim3(32 * warps),
-                         bytes, stream, params);
+  return SPARSEKD_LAUNCH((conv2d_kernel<v.vector, v.lane_groups, v.groups, v.plane, v.run, v.parts>), grid,
+                         dim3(32 * warps), bytes, stream, params);
 }
 
 template <int... kIndex>

@@ -150,9 +150,10 @@ double tensor_macs(const TensorDevice& device) {
 // the operands and takes from the copies, or what the tensor cores multiply, whichever is more. No term falls with the
 // number of columns, so that a sparser pattern never costs more. benchmarks/predict.py makes its times of it.
 //
-// So exact no model is that a few percent were worth the waste of sectors that all others share: a tile counts as that
-// much slower if it stores more than it should.
-constexpr double kMostSectors = 1.15, kWaste = 1.06;
+// So exact no model is that ten percent were worth the waste of sectors that all others share: a tile counts as that
+// much slower if it stores more than it should. (Of ResNet's layers with V = 8 to 64 and 1 to 32 images, for 1 or 108
+// multiprocessors, 16% take such a tile nevertheless.)
+constexpr double kMostSectors = 1.15, kWaste = 1.10;
 double cycles_of(const TensorProblem& problem, const TensorDevice& device, Results results, const Cut& cut,
                  const Tiling& tiling, const Tile& tile) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
