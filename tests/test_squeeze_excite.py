@@ -102,6 +102,7 @@ class Block(nn.Module):
             nn.Sigmoid(),
         )
         self.pool, self.last, self.way = nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), way
+        self.one = nn.Conv2d(2, 1, 1)
 
     def forward(self, x):
         x = self.act(self.conv(x))
@@ -112,18 +113,22 @@ class Block(nn.Module):
         if self.way == "hard":
             scale = self.expand(F.hardswish(self.reduce(F.adaptive_avg_pool2d(x, 1))))
             return self.last(torch.mul(x, F.hardsigmoid(scale)))
+        if self.way == "one gate for all":
+            return self.last(x * self.gate(self.one(self.inner(self.reduce(self.pool(x))))))
         scale = self.gate(self.expand(self.inner(self.reduce(self.pool(x)))))
         if self.way == "changed before":
-            scale = self.gate(self.expand(self.inner(self.reduce(self.pool(x)))))
-            x += 1
+            x.add_(1)
             return self.last(x * scale)
         if self.way == "of another":
             return self.last(scale * (x + 1))
         return self.last(scale * x) + scale.sum()  # "used twice"
 
 
+WAYS = ["torchvision", "timm", "hard", "changed before", "of another", "used twice", "one gate for all"]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("way", ["torchvision", "timm", "hard", "changed before", "of another", "used twice"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_it_is_found_where_it_is(way, layout):
     x, model = torch.randn(2, 4, 9, 9).to(memory_format=layout), Block(way).eval().requires_grad_(False)

@@ -33,7 +33,7 @@ from torch.nn.utils import parametrize
 from ..measure.machine import clock
 from ..measure.timing import compare
 from . import ops
-from .arena import reuse_memory, reuses
+from .arena import hooked_by_others, reuse_memory, reuses
 from .convert import Choices, choices, convert, keep_choices, to_dense
 from .few_channels import packed_whole
 from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d, SparseModule
@@ -126,6 +126,8 @@ def _traced(module: nn.Module, name: str, run: Callable[[], object], untraced: d
     try:
         if not calls:  # a list of modules, perhaps
             raise RuntimeError("it is not called")
+        if hooked_by_others(module):
+            raise RuntimeError("its hooks would be lost")
         # Layers are the original's own, but folded ones are new and put in the piece alone.
         piece = fx.GraphModule(module, _Tracer().trace(module), type(module).__name__)
         _erase_identities(piece)

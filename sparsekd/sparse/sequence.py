@@ -84,7 +84,9 @@ class Programs:
 
     def fit(self, args: tuple) -> bool:
         """Whether remembered calls may be taken at all."""
-        if _get_current_function_mode() is not None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if _get_current_function_mode() is not None or torch._C._len_torch_dispatch_stack():
+            return False  # a mode is to see every operator
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
         tensors = all(type(arg) is Tensor and arg.dtype == torch.float32 and arg.device.type == "cpu" for arg in args)
         return tensors and not any(self.hooks)
