@@ -243,7 +243,17 @@ def test_results_are_their_callers_own():
 
 
 @pytest.mark.parametrize(
-    "spoil", [lambda x: x.double(), lambda x: x[:1], lambda x: x[..., :-1], lambda x: x.to_sparse(), lambda x: x[0]]
+    "spoil",
+    [
+        lambda x: x.double(),
+        lambda x: x[:1],
+        lambda x: x[..., :-1],
+        lambda x: x.to_sparse(),
+        lambda x: x[0],
+        lambda x: x.to_mkldnn(),
+        torch._neg_view,  # of numbers that lie in memory with the other sign
+        lambda x: torch._efficientzerotensor(x.shape),  # that has no memory
+    ],
 )
 def test_another_input_is_not_taken(spoil):
     net = two_layers()
@@ -269,6 +279,33 @@ def test_values_that_do_not_fit_are_not_taken():
         assert run(sequence, net.values[0]) is None
         conv.values.data = kept
     assert torch.equal(run(sequence, net.values[0])[0], net.values[2])
+
+
+@pytest.mark.parametrize("size", [(5, 5), (16, 16)])
+def test_gates_of_an_image_are_of_its_own_numbers(size):
+    """Those of others, however large, are in the same vectors."""
+    net = Net(torch.randn(8, 4, *size) * torch.logspace(-25, 25, 8).view(-1, 1, 1, 1))
+    gates = SqueezeExcite(nn.Conv2d(5, 2, 1), nn.Conv2d(2, 5, 1), "silu", "sigmoid").requires_grad_(False)
+    net.add(gates, net.add(fused(4, 5, (1, 1), activation="none"), 0))
+    assert check(net) == {1, 2}
+
+
+def test_gates_that_do_not_fit_are_not_taken():
+    net = two_layers()
+    gates = SqueezeExcite(nn.Conv2d(5, 2, 1), nn.Conv2d(2, 5, 1), "relu", "sigmoid").requires_grad_(False)
+    net.add(gates, 2)
+    sequence = net.sequence([3])
+    assert sequence.in_strips() == [1, 2, 3]
+    kept = {name: parameter.data for name, parameter in gates.named_parameters()}
+    for channels in (4, 6):
+        other = SqueezeExcite(nn.Conv2d(channels, 2, 1), nn.Conv2d(2, channels, 1), "relu", "sigmoid")
+        for name, parameter in gates.named_parameters():
+            parameter.data = getattr(other, name).data
+        with pytest.raises(ValueError, match="Expected reduce of shape"):
+            run(sequence, net.values[0]) or gates(net.values[2])
+    for name, parameter in gates.named_parameters():
+        parameter.data = kept[name]
+    assert torch.equal(run(sequence, net.values[0])[0], net.values[3])
 
 
 def test_gradients_are_not_asked_of_it():

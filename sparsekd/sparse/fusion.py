@@ -36,7 +36,8 @@ from . import ops
 from .arena import hooked_by_others, reuse_memory, reuses
 from .convert import Choices, choices, convert, keep_choices, to_dense
 from .few_channels import packed_whole
-from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d, SparseModule
+from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d, SparseModule, SqueezeExcite
+from .modules.plans import Watched
 from .recorded import check_calls, check_near, record_calls
 from .sequence import in_strips, leave_strips, run_in_sequence
 from .shortcuts import replace_shortcuts
@@ -111,8 +112,8 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         kept = module._forward_hooks or module._forward_pre_hooks or parametrize.is_parametrized(module)
-        scripted = isinstance(module, (torch.jit.ScriptModule, SparseModule))
-        return bool(kept) or scripted or super().is_leaf_module(module, qualified_name)
+        whole = isinstance(module, (torch.jit.ScriptModule, SparseModule, Watched))  # what was fused before, too
+        return bool(kept) or whole or super().is_leaf_module(module, qualified_name)
 
 
 def _traced(module: nn.Module, name: str, run: Callable[[], object], untraced: dict[str, str]) -> nn.Module:
@@ -129,7 +130,9 @@ def _traced(module: nn.Module, name: str, run: Callable[[], object], untraced: d
         if hooked_by_others(module):
             raise RuntimeError("its hooks would be lost")
         # Layers are the original's own, but folded ones are new and put in the piece alone.
-        piece = fx.GraphModule(module, _Tracer().trace(module), type(module).__name__)
+        known = isinstance(module, fx.GraphModule)  # one that was optimised before, perhaps
+        graph = copy.deepcopy(module.graph) if known else _Tracer().trace(module)
+        piece = fx.GraphModule(module, graph, type(module).__name__)
         _erase_identities(piece)
         _fold_batch_norms(piece)
         check_calls(piece, calls)
@@ -332,6 +335,8 @@ def _fused(model: nn.Module, channels_last: bool, turn: bool, lanes: bool = Fals
         if lanes:
             _keep_lanes(piece)
     for module in model.modules():
+        if type(module) is SqueezeExcite:
+            module.plain = False
         if type(module) is nn.Conv2d:
             module.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     renamed = Choices(seconds=made.seconds)

@@ -25,7 +25,7 @@ from .modules.plans import changes
 SETTINGS = {
     MaxPool2d: ("kernel_size", "stride", "padding"),
     Shortcut: ("stride", "new_channels"),
-    SqueezeExcite: ("activation", "gate"),
+    SqueezeExcite: ("activation", "gate", "plain"),
 }
 MOST_PROGRAMS = 4  # of a network, for as many sizes of its inputs
 
@@ -206,7 +206,7 @@ class _Step:
         if node.kwargs or not nodes or len(node.args) not in (1, 2):
             return None
         if kind in SETTINGS:
-            return _Step(node, module) if len(node.args) == 1 else None
+            return _Step(node, module) if len(node.args) == 1 and not getattr(module, "plain", False) else None
         conv = module._modules.get("conv") if kind is FusedConv2d else module
         if type(conv) is not SparseConv2d or conv.channels_last or (conv is module and len(node.args) != 1):
             return None
