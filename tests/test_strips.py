@@ -195,6 +195,14 @@ def test_one_pixel_spoils_no_more_than_it_reaches(value, pixel):
     assert net.values[-1][0].isfinite().all()
 
 
+@pytest.mark.parametrize(("activation", "kept"), [("none", {1, 3}), ("silu", {1, 3}), ("relu", {1, 2, 3})])
+def test_pools_of_negative_numbers_see_no_zeros_around_them(activation, kept):
+    net, first = Net(torch.randn(2, 4, 16, 16)), fused(4, 4, (3, 3), activation=activation)
+    first.conv.bias -= 5
+    net.add(fused(4, 5, (3, 3)), net.add(MaxPool2d((3, 3), (2, 2), (1, 1)), net.add(first, 0)))
+    assert check(net) == kept
+
+
 def test_rows_that_pad_and_groups():
     for vector, groups in ((4, 1), (8, 1), (2, 2), (4, 2)):
         net = Net(torch.randn(3, 2 * groups, 14, 14))
@@ -297,12 +305,12 @@ def test_gates_that_do_not_fit_are_not_taken():
     sequence = net.sequence([3])
     assert sequence.in_strips() == [1, 2, 3]
     kept = {name: parameter.data for name, parameter in gates.named_parameters()}
-    for channels in (4, 6):
-        other = SqueezeExcite(nn.Conv2d(channels, 2, 1), nn.Conv2d(2, channels, 1), "relu", "sigmoid")
+    for channels, hidden, dtype in ((4, 2, None), (6, 2, None), (5, 3, None), (5, 2, torch.float64)):
+        other = nn.Conv2d(channels, hidden, 1), nn.Conv2d(2, channels, 1, dtype=dtype)
+        other = SqueezeExcite(*other, "relu", "sigmoid")
         for name, parameter in gates.named_parameters():
             parameter.data = getattr(other, name).data
-        with pytest.raises(ValueError, match="Expected reduce of shape"):
-            run(sequence, net.values[0]) or gates(net.values[2])
+        assert run(sequence, net.values[0]) is None
     for name, parameter in gates.named_parameters():
         parameter.data = kept[name]
     assert torch.equal(run(sequence, net.values[0])[0], net.values[3])
