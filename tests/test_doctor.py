@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from conftest import python_under_isa
 
 from sparsekd.measure import doctor
 from sparsekd.measure.doctor import Finding
@@ -106,6 +107,13 @@ def test_environment_and_threads():
     assert "got 'sse9'" in finding.advice and "got 'yes'" in finding.advice and "got 'no'" in finding.advice
     assert "no SPARSEKD_ variable" in doctor.environment({})[0].value
     assert advice_of(doctor.threads(8, 2)) and not advice_of(doctor.threads(2, 2))
+
+
+def test_wrong_variables_do_not_keep_it_from_telling():
+    code = "import sparsekd\nfrom sparsekd.measure import doctor\nfor found in doctor.report(): print(*found)"
+    run = python_under_isa("nonsense", code, SPARSEKD_GENERATE="no")
+    for said in ("Expected SPARSEKD_CPU_ISA to be", "Expected SPARSEKD_GENERATE to be", "generated code unknown"):
+        assert said in run.stdout, run.stderr
 
 
 def test_generated_code_and_why_there_is_none():
