@@ -38,7 +38,7 @@ from .convert import Choices, choices, convert, keep_choices, to_dense
 from .few_channels import packed_whole
 from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d, SparseModule, SqueezeExcite
 from .modules.plans import Watched
-from .recorded import check_calls, check_near, record_calls
+from .recorded import check_calls, check_near, cloned, record_calls
 from .sequence import in_strips, leave_strips, run_in_sequence
 from .shortcuts import replace_shortcuts
 from .squeeze_excite import replace_squeeze_excitations
@@ -364,9 +364,9 @@ def _fastest(converted: nn.Module, example_inputs: object) -> nn.Module:
         if isinstance(piece, fx.GraphModule):
             run_in_sequence(piece)
     with torch.no_grad():
-        expected = call(converted, example_inputs)
+        expected = call(converted, cloned(example_inputs))
         for network in networks.values():
-            check_near(expected, call(network, example_inputs))
+            check_near(expected, call(network, cloned(example_inputs)))
         engines = {name: partial(call, network, example_inputs) for name, network in networks.items()}
         timings = compare(engines, rounds=9, min_time=0.005, warmup=2, clock=clock())
         network = networks[min(timings, key=lambda name: timings[name].min)]

@@ -14,10 +14,10 @@ def record_calls(module: nn.Module, run: Callable[[], object]) -> list[tuple[tup
     given, calls = [], []
 
     def before(_, args, kwargs):
-        given.append(_cloned((args, kwargs)))
+        given.append(cloned((args, kwargs)))
 
     def after(_, args, kwargs, output):
-        calls.append((*given.pop(), _cloned(output)))
+        calls.append((*given.pop(), cloned(output)))
 
     handles = [
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -32,7 +32,8 @@ def record_calls(module: nn.Module, run: Callable[[], object]) -> list[tuple[tup
     return calls
 
 
-def _cloned(value: object) -> object:
+def cloned(value: object) -> object:
+    """The same with tensors of its own, for who changes its input in place."""
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
 
 
