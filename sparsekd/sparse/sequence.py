@@ -86,7 +86,7 @@ class Programs:
         """Whether remembered calls may be taken at all."""
         if _get_current_function_mode() is not None or torch._C._len_torch_dispatch_stack():
             return False  # a mode is to see every operator
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch._C._get_tracing_state() is not None:
             return False
         tensors = all(type(arg) is Tensor and arg.dtype == torch.float32 and arg.device.type == "cpu" for arg in args)
         return tensors and not any(self.hooks)
