@@ -354,7 +354,10 @@ def _places(model: nn.Module) -> list[dict]:
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """A copy of the model with plain modules (zeros where pruned) in the place of sparse ones, stored as before."""
+    """A copy of the model with plain modules (zeros where pruned) in the place of sparse ones, stored as before.
+
+    What :func:`optimize_for_inference` fused stays so, by torch's own operators.
+    """
     target = copied(model)
     ours = [module for module in target.modules() if isinstance(module, (SparseModule, MaxPool2d))]
     swaps = {module: carry_hooks(module, module.to_dense()) for module in ours}

@@ -39,7 +39,7 @@ from .few_channels import packed_whole
 from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d, SparseModule, SqueezeExcite
 from .modules.plans import Watched
 from .recorded import check_calls, check_near, cloned, record_calls
-from .sequence import in_strips, leave_strips, run_in_sequence
+from .sequence import in_strips, leave_strips, run_in_sequence, runs_in_sequence
 from .shortcuts import replace_shortcuts
 from .squeeze_excite import replace_squeeze_excitations
 from .surgery import call, copied
@@ -130,8 +130,8 @@ def _traced(module: nn.Module, name: str, run: Callable[[], object], untraced: d
         if hooked_by_others(module):
             raise RuntimeError("its hooks would be lost")
         # Layers are the original's own, but folded ones are new and put in the piece alone.
-        known = isinstance(module, fx.GraphModule)  # one that was optimised before, perhaps
-        graph = copy.deepcopy(module.graph) if known else _Tracer().trace(module)
+        # The forward of one that was optimised before can't be traced.
+        graph = copy.deepcopy(module.graph) if runs_in_sequence(module) else _Tracer().trace(module)
         piece = fx.GraphModule(module, graph, type(module).__name__)
         _erase_identities(piece)
         _fold_batch_norms(piece)

@@ -50,6 +50,10 @@ def _install(network: fx.GraphModule) -> None:
     kind.forward = forward
 
 
+def runs_in_sequence(module: nn.Module) -> bool:
+    return hasattr(type(module), "programs")
+
+
 def in_strips(model: nn.Module) -> bool:
     """Whether activations stay in strips between layers of any of the traced networks in a model."""
     return any(programs.in_strips for programs in _programs(model))
@@ -62,7 +66,7 @@ def leave_strips(model: nn.Module) -> None:
 
 
 def _programs(model: nn.Module) -> list[Programs]:
-    return [type(piece).programs for piece in model.modules() if hasattr(type(piece), "programs")]
+    return [type(piece).programs for piece in model.modules() if runs_in_sequence(piece)]
 
 
 class Unfit(Exception):
