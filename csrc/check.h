@@ -7,9 +7,10 @@
 
 namespace sparsekd {
 
-// Whether a tensor is strided floats of this size on the CPU.
+// Whether a tensor is strided floats of this size on the CPU, as they lie in its memory.
 inline bool is_cpu_floats(const at::Tensor& t, at::IntArrayRef size) {
-  return t.is_cpu() && t.layout() == at::kStrided && t.scalar_type() == at::kFloat && t.sizes() == size;
+  return t.is_cpu() && t.layout() == at::kStrided && t.scalar_type() == at::kFloat && t.sizes() == size &&
+         !t.is_neg() && !t._is_zerotensor();
 }
 
 inline void check_dim(const at::Tensor& t, const char* name, int64_t dim) {

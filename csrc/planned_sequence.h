@@ -43,6 +43,9 @@ class PlannedSequence : public torch::CustomClassHolder {
 
   int64_t max_pool2d(int64_t input, Numbers kernel_size, Numbers stride, Numbers padding) {
     Step step = next({input, -1});
+    checked_pair(kernel_size, "kernel_size", 1);
+    checked_pair(stride, "stride", 1);
+    checked_pair(padding, "padding", 0);
     step.geometry = {std::move(kernel_size), std::move(stride), std::move(padding)};
     return add(std::move(step));
   }
@@ -50,6 +53,8 @@ class PlannedSequence : public torch::CustomClassHolder {
   // Every stride-th pixel, with so many channels of zeros before and after those of the input.
   int64_t shortcut(int64_t input, Numbers stride, Numbers channels) {
     Step step = next({input, -1});
+    checked_pair(stride, "stride", 1);
+    checked_pair(channels, "channels", 0);
     step.geometry = {std::move(stride), std::move(channels), {}};
     step.shortcut = true;
     return add(std::move(step));

@@ -225,5 +225,5 @@ def vector_of(pattern: str) -> int:
         return 1
     number = pattern[1:] if pattern[:1] == "v" else pattern.removesuffix("x1") if pattern.endswith("x1") else ""
     if not (number.isascii() and number.isdecimal()) or int(number) < 1:
-        raise ValueError(f'Expected pattern to be "unstructured" or "Vx1" such as "4x1", got {pattern!r}')
+        raise ValueError(f'Expected pattern to be "unstructured" or such as "4x1" or "v4", got {pattern!r}')
     return int(number)

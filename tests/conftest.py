@@ -123,12 +123,20 @@ ISA_FLAGS = {
 }
 
 
-def python_under_isa(isa, code):
-    """A new interpreter with SPARSEKD_CPU_ISA set, which is read once per process."""
+def python_under_isa(isa, code, **variables):
+    """A new interpreter with SPARSEKD_CPU_ISA and other variables set, which are read once per process."""
     package = Path(sparsekd.__file__).parent.parent  # the one that is tested here
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), str(package), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "SPARSEKD_CPU_ISA": isa, "PYTHONPATH": path}
+    environment = {**os.environ, "SPARSEKD_CPU_ISA": isa, "PYTHONPATH": path, **variables}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def printed_under_isa(isa, code, **variables):
+    """What code, in which tests can be imported, prints under an instruction set that this processor has."""
+    check = f"from sparsekd.sparse import ops\nassert ops.cpu_isa() == {isa!r}\n"
+    run = python_under_isa(isa, check + code, **variables)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 @functools.cache
@@ -136,8 +144,7 @@ def checks_under_isa(isa):
     """{op: "ok" or what failed} of each op's small sample; one interpreter for all ops."""
     code = """
 import json
-from sparsekd.sparse import ops
-found = {"isa": ops.cpu_isa()}
+found = {}
 for name in ("conv2d", "conv2d_fused", "linear", "kd_loss", "kd_loss_divergences"):
     try:
         __import__("test_" + name).check_sample()
@@ -146,18 +153,19 @@ for name in ("conv2d", "conv2d_fused", "linear", "kd_loss", "kd_loss_divergences
         found[name] = str(error)
 print(json.dumps(found))
 """
-    run = python_under_isa(isa, code)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return json.loads(printed_under_isa(isa, code).splitlines()[-1])
 
 
 @pytest.fixture(params=list(ISA_FLAGS))
-def isa_checks(request):
-    """What the samples gave under each instruction set that this processor has."""
-    isa = request.param
-    missing = ISA_FLAGS[isa] - cpu_flags()
+def isa(request):
+    """Each instruction set that this processor has."""
+    missing = ISA_FLAGS[request.param] - cpu_flags()
     if missing:
-        pytest.skip(f"this processor has no {', '.join(sorted(missing))}, which {isa} needs")
-    found = checks_under_isa(isa)
-    assert found["isa"] == isa
-    return found
+        pytest.skip(f"this processor has no {', '.join(sorted(missing))}, which {request.param} needs")
+    return request.param
+
+
+@pytest.fixture
+def isa_checks(isa):
+    """What the samples gave under each instruction set that this processor has."""
+    return checks_under_isa(isa)

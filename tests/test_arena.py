@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+import sparsekd
 from sparsekd.sparse.arena import reuse_memory, reuses
 
 MIB = 2**18  # float32 elements
@@ -162,3 +163,17 @@ def test_in_place_resizing_and_compiling(net):
     assert str(with_hooks.graph) == str(exported.graph)
     compiled = torch.compile(reused, backend="eager", fullgraph=True)
     assert torch.equal(compiled(torch.ones(MIB)), torch.ones(MIB))
+
+
+def test_a_users_hooks_of_the_root_are_called():
+    """A trace loses them, which is no matter for an arena's own."""
+    model, seen = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), nn.ReLU()).eval(), []
+    x = torch.randn(1, 3, 9, 9)
+    reuse_memory(model)
+    assert isinstance(sparsekd.optimize_for_inference(model, x), fx.GraphModule)
+    model.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(UserWarning, match="the model: its hooks would be lost"):
+        fast = sparsekd.optimize_for_inference(model, x)
+    seen.clear()
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    assert seen == [1, 1] and isinstance(fast[0], fx.GraphModule)

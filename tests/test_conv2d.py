@@ -265,6 +265,21 @@ def test_sizes_of_several_tiles_and_blocks(vector, dtype, size, channels, filter
     )
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_more_images_than_lie_side_by_side(stride):
+    """A weight gradient takes pixels of 1 x 1 kernels as one line, of so many images at a time; some are left."""
+    for batch, vector in ((21, 1), (45, 4)):
+        check_case(Case(batch=batch, kernel=(1, 1), stride=(stride, stride), size=(7 * stride,) * 2, vector=vector))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_pixels_in_whole_vectors(stride, layout):
+    """Those of 1 x 1 kernels a weight gradient reads where they lie, if they are an image's own and side by side."""
+    size = (16 * stride, 16 * stride)
+    check_case(Case(channels_per_group=5, kernel=(1, 1), stride=(stride, stride), size=size, layout=layout))
+
+
 @pytest.mark.parametrize("vector", [1, 4, 16])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_layers_of_a_real_network(vector, stride):

@@ -108,6 +108,18 @@ def test_environment_and_threads():
     assert advice_of(doctor.threads(8, 2)) and not advice_of(doctor.threads(2, 2))
 
 
+def test_wrong_variables_do_not_keep_it_from_telling(monkeypatch):
+    def refuse():
+        raise ValueError("Expected another value")  # as the extension does, asked under such variables
+
+    monkeypatch.setattr(doctor, "loaded_isa", refuse)
+    monkeypatch.setattr(doctor, "generates_code", refuse)
+    findings = doctor.report({"SPARSEKD_CPU_ISA": "sse9", "SPARSEKD_GENERATE": "no"})
+    assert Finding("generated code", "unknown") in findings
+    for name in ("SPARSEKD_CPU_ISA", "SPARSEKD_GENERATE"):
+        assert f"Expected {name} to be" in advice_of(findings)
+
+
 def test_generated_code_and_why_there_is_none():
     assert not doctor.generated_code(True, "avx512").advice
     assert "AVX-512" in doctor.generated_code(False, "avx2").value

@@ -85,3 +85,16 @@ def test_export_of_a_model_that_chooses_by_shape():
         assert sparsekd.choices_by_shape(fast)
     loaded = torch.export.export(fast, (x,)).module()
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_torch_jit_trace_is_told_of_those_who_can():
+    model = sparsekd.convert(
+        nn.Sequential(nn.Conv2d(4, 4, 3)).eval(), torch.randn(1, 4, 9, 9), mapping={"*": {"kernel": "sparse"}}
+    )
+    for x in (torch.randn(1, 4, 9, 9), torch.randn(2, 4, 9, 9)):
+        for _ in range(3):
+            model(x)
+        with pytest.raises(RuntimeError, match="Expected torch.export or torch.compile to trace a sparse convolution"):
+            torch.jit.trace(model, x)

@@ -283,6 +283,9 @@ def test_a_child_whose_input_and_result_are_changed_in_place_is_fused(x):
             return y if y.sum() > 0 else -y
 
     assert epilogues(fused(pruned(Changing()), x)) == {"conv": ("relu", False)}
+    own = Changing().eval().block  # whose example is not the same at the next forward
+    result = sparsekd.optimize_for_inference(own, x.clone(), mapping=FORCED)
+    assert_near(result(x.clone()), own(x.clone()))
 
 
 def test_a_trace_that_took_a_wrong_turn_is_thrown_away(x):

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from conftest import ISA_FLAGS, assert_near, cpu_flags, python_under_isa
+from conftest import ISA_FLAGS, assert_near, cpu_flags, printed_under_isa, python_under_isa
 from test_strips import Net, check, fused, random_net  # noqa: F401  (for other interpreters)
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
@@ -19,10 +19,8 @@ needs_avx512 = pytest.mark.skipif(not ISA_FLAGS["avx512"] <= cpu_flags(), reason
 
 
 def always(code, wish="always"):
-    """A new interpreter that makes code wherever it can, as the wish is read once per process."""
-    run = python_under_isa("avx512", f"import os; os.environ['SPARSEKD_GENERATE'] = {wish!r}\n" + code)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.split()
+    """What a new interpreter prints that makes code wherever it can."""
+    return printed_under_isa("avx512", code, SPARSEKD_GENERATE=wish).split()
 
 
 def random_layer(seed):
@@ -132,11 +130,8 @@ def test_networks_in_strips():
 def test_no_code_where_it_is_not_wanted():
     code = "import test_generated as t\nprint(*[t.check_layer(seed) for seed in range(4)])"
     assert always(code, "never") == ["0"] * 4
-    run = python_under_isa(
-        "avx512",
-        "import os; os.environ['SPARSEKD_GENERATE'] = 'no'\nimport sparsekd\n"
-        "print(__import__('torch').ops.sparsekd.generates_code())",
-    )
+    code = "import sparsekd, torch\ntorch.ops.sparsekd.generates_code()"
+    run = python_under_isa("avx512", code, SPARSEKD_GENERATE="no")
     assert "Expected SPARSEKD_GENERATE to be auto, always or never, got no" in run.stderr
 
 

@@ -27,16 +27,27 @@ def test_every_width_and_phase(width, stride):
     [
         ((torch.zeros(4, 4), 2, 2), ValueError, "Expected input with 3 or 4 dimensions, got shape"),
         ((torch.zeros(1, 4, 4).half(), 2, 2), TypeError, "Expected input of dtype Float or Double, got Half"),
-        ((torch.zeros(1, 4, 4), 0, 1), ValueError, "Expected kernel_size and stride of at least 1, got"),
-        ((torch.zeros(1, 4, 4), 2, 0), ValueError, "Expected kernel_size and stride of at least 1, got"),
+        ((torch.zeros(1, 4, 4), 0, 1), ValueError, "Expected two values of at least 1 and below 2.31 for kernel_size"),
+        ((torch.zeros(1, 4, 4), 2, 0), ValueError, "Expected two values of at least 1 and below 2.31 for stride, got"),
+        ((torch.zeros(1, 4, 4), 2**32, 2, 2**31), ValueError, "below 2.31 for kernel_size"),
         ((torch.zeros(1, 4, 4), 3, 1, 2), ValueError, "Expected padding from 0 to half of kernel_size"),
-        ((torch.zeros(1, 4, 4), 3, 1, -1), ValueError, "Expected padding from 0 to half of kernel_size"),
+        ((torch.zeros(1, 4, 4), 3, 1, -1), ValueError, "Expected two values of at least 0 and below 2.31 for padding"),
         ((torch.zeros(1, 2, 4), 3, 1), ValueError, "Expected an input of at least the kernel"),
     ],
 )
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         ops.max_pool2d(*arguments)
+
+
+@pytest.mark.parametrize("lengths", [(1, 2, 2), (2, 3, 2), (2, 2, 0)])
+def test_lists_of_another_length_are_not_read(lengths):
+    """torch does not look at the lengths that a schema says."""
+    geometry = [[of] * length for of, length in zip((2, 2, 1), lengths, strict=True)]
+    with pytest.raises(ValueError, match="Expected two values of at least"):
+        torch.ops.sparsekd.max_pool2d(torch.zeros(1, 4, 4), *geometry)
+    with pytest.raises(ValueError, match="Expected two values of at least"):
+        torch.classes.sparsekd.PlannedSequence(1).max_pool2d(0, *geometry)
 
 
 def test_is_for_inference():

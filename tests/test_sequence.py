@@ -10,6 +10,7 @@ from conftest import assert_near
 from torch import nn
 from torch.func import functional_call
 from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekd
 from sparsekd.sparse import fusion, sequence
@@ -17,6 +18,7 @@ from sparsekd.sparse.modules import FusedConv2d, MaxPool2d, SparseConv2d
 from sparsekd.sparse.sequence import Programs
 
 SIZE = (2, 3, 12, 11)
+LINES = ("lines", "strips")  # the fused network, and its activations in strips
 
 
 class Network(nn.Module):
@@ -237,6 +239,26 @@ def test_modes_go_the_long_way(network, x):
         assert_near(network(x.double().float())[1], want[1])
         other = torch.randn(1, 3, 9, 9)
         same(met(network, other), fresh(network, other))
+
+
+def test_modes_of_dispatch_see_every_layer(monkeypatch):
+    monkeypatch.setattr(fusion, "compare", lambda names, **_: {n: Namespace(min=n not in LINES) for n in names})
+    layers = [nn.Conv2d(48, 48, 3, padding=1) for _ in range(4)]
+    for layer in layers:
+        layer.weight.data *= torch.rand_like(layer.weight) < 0.2
+    x, seen = torch.randn(1, 48, 40, 40), []
+    network = sparsekd.optimize_for_inference(nn.Sequential(*layers), x, mapping={"*": {"kernel": "sparse"}})
+    want = met(network, x)
+    assert sequence.in_strips(network)
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Seen():
+        assert_near(network(x), want)
+    assert seen.count(torch.ops.sparsekd.conv2d_planned.default) == len(layers)
 
 
 def test_copies_have_their_own_weights(network, x, own_ways):

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../geometry.h"
 #include "kernels.h"
 #include "scratch.h"
 
@@ -33,11 +34,12 @@ at::Tensor max_pool2d_cpu(const at::Tensor& input, at::IntArrayRef kernel_size, 
                     input.sizes());
   TORCH_CHECK_TYPE(input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble,
                    "Expected input of dtype Float or Double, got ", input.scalar_type());
+  checked_pair(kernel_size, "kernel_size", 1);
+  checked_pair(stride, "stride", 1);
+  checked_pair(padding, "padding", 0);
   MaxPool2d pool;
   for (size_t d = 0; d < 2; ++d) {
-    TORCH_CHECK_VALUE(kernel_size[d] >= 1 && stride[d] >= 1, "Expected kernel_size and stride of at least 1, got ",
-                      kernel_size, " and ", stride);
-    TORCH_CHECK_VALUE(padding[d] >= 0 && padding[d] <= kernel_size[d] / 2,
+    TORCH_CHECK_VALUE(padding[d] <= kernel_size[d] / 2,
                       "Expected padding from 0 to half of kernel_size ", kernel_size, ", got ", padding);
     pool.input[d] = input.size(input.dim() - 2 + static_cast<int64_t>(d));
     pool.kernel[d] = kernel_size[d];

@@ -100,11 +100,8 @@ const Sums& functions() {
   return chosen;
 }
 
-// A number whose last place is that of which `pixels` numbers up to `most` can be added without rounding; 0, at which
-// nothing is rounded, where most is no number.
+// A number whose last place is that of which `pixels` numbers up to `most` can be added without rounding.
 double unit_of(int32_t most, int64_t pixels) {
-  constexpr int32_t kInfinity = 0x7f800000;
-  if (most >= kInfinity) return 0;
   const int64_t exponent = (most >> 23) - 126;  // most < 2^exponent
   const int64_t bits = std::max(64 - __builtin_clzll(static_cast<uint64_t>(pixels)), 3);  // pixels < 2^bits
   const int64_t power = (1023 + exponent + bits - 1) << 52, half = int64_t{1} << 51;

@@ -113,17 +113,21 @@ class PoolStrips : public UnitStep {
 class ExciteStrips : public UnitStep {
  public:
   ExciteStrips(const StripLayer& layer, const StripLayout& input, const StripLayout& output)
-      : excitation_(layer.excitation), input_(input), output_(output), borders_(output.grid) {
+      : excitation_(layer.excitation),
+        channels_(layer.shape.out_channels),
+        input_(input),
+        output_(output),
+        borders_(output.grid) {
     const Grid& grid = output.grid;
     moves_ = borders_.moves(output.image, output.plane(), {-output.halo[0], -output.halo[1]}, false);
     cleans_ = input.flat() && output.image != grid.covered();
     for (int i = 0; i < kSumLanes; ++i) image_[i] = static_cast<int>(i % grid.lanes / (grid.down * grid.across));
   }
 
-  bool fits() const override { return excitation_->fits(); }
+  bool fits() const override { return excitation_->fits() && excitation_->channels() == channels_; }
 
   void run(const UnitCall& call) const override {
-    const int64_t channels = excitation_->channels(), images = output_.grid.images;
+    const int64_t channels = channels_, images = output_.grid.images;
     std::vector<float> means(images * channels), gates(images * channels);
     over_channels(channels, input_.pitch(), [&](int64_t from, int64_t end) {
       for (int64_t c = from; c < end; ++c) {
@@ -192,6 +196,7 @@ class ExciteStrips : public UnitStep {
   }
 
   const std::shared_ptr<const Excitation> excitation_;
+  const int64_t channels_;
   const StripLayout input_, output_;
   Borders<float> borders_;
   std::vector<LaneMove> moves_;

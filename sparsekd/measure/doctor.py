@@ -82,13 +82,21 @@ def packages(version: Callable[[str], str | None] = _version) -> list[Finding]:
 # ---- our own library ----
 
 
+def _asked(ask: Callable[[], object]) -> object:
+    """What the extension answers; "unknown" where a variable that it reads is wrong, which `environment` tells."""
+    try:
+        return ask()
+    except ValueError:
+        return "unknown"
+
+
 def extension(file: Path | None, isa: str | None) -> list[Finding]:
     processor = torch.backends.cpu.get_cpu_capability()
     if isa is not None:
         return [
             Finding("extension", f"loaded from {file}" if file else "loaded"),
             Finding("CPU kernels", f"{isa} (torch itself uses {processor} here)"),
-            generated_code(generates_code(), isa),
+            generated_code(_asked(generates_code), isa),
         ]
     if file is not None:
         advice = (
@@ -101,8 +109,10 @@ def extension(file: Path | None, isa: str | None) -> list[Finding]:
     ]
 
 
-def generated_code(made: bool | None, isa: str) -> Finding:
+def generated_code(made: bool | str | None, isa: str) -> Finding:
     """Code for final patterns, which needs AVX-512 and memory that may be executed."""
+    if made == "unknown":
+        return Finding("generated code", made)
     if made:
         return Finding("generated code", "made for frozen layers where it is faster")
     if isa != "avx512":
@@ -270,7 +280,7 @@ def report(environ: Mapping[str, str] | None = None) -> list[Finding]:
     return [
         *versions(),
         *packages(),
-        *extension(extension_file(), loaded_isa()),
+        *extension(extension_file(), _asked(loaded_isa)),
         *environment(environ),
         *threads(torch.get_num_threads(), cores),
         *tuned_figures(environ),

@@ -48,6 +48,12 @@ def reuse_memory(model: nn.Module) -> Arena:
     return arena
 
 
+def hooked_by_others(module: nn.Module) -> bool:
+    """Whether a module has forward hooks besides those of an arena."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return not all(isinstance(getattr(hook, "__self__", None), Arena) for hook in hooks)
+
+
 def _hooked(model: nn.Module) -> Arena:
     arena = Arena()
     model.register_forward_pre_hook(arena.enter)

@@ -22,7 +22,7 @@ from ..measure.machine import clock, identity
 from ..measure.progress import track
 from ..measure.timing import compare
 from .dispatch import KINDS, MIN_SPARSITY, Choice, best_grouping, choose, evaluating, from_dense, kind_of, sparsity_of
-from .modules import DTYPES, SparseModule
+from .modules import DTYPES, MaxPool2d, SparseModule, SqueezeExcite
 from .shapes import Shapes
 from .surgery import bare, call, carry_hooks, copied, put_in_place, record_inputs, unhooked
 
@@ -354,11 +354,17 @@ def _places(model: nn.Module) -> list[dict]:
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """A copy of the model with plain modules (zeros where pruned) in the place of sparse ones, stored as before."""
+    """A copy of the model with plain modules (zeros where pruned) in the place of sparse ones, stored as before.
+
+    What :func:`optimize_for_inference` fused stays so, by torch's own operators.
+    """
     target = copied(model)
-    sparse = [module for module in target.modules() if isinstance(module, SparseModule)]
-    swaps = {module: carry_hooks(module, module.to_dense()) for module in sparse}
+    ours = [module for module in target.modules() if isinstance(module, (SparseModule, MaxPool2d))]
+    swaps = {module: carry_hooks(module, module.to_dense()) for module in ours}
     target = put_in_place(target, swaps)
+    for module in target.modules():
+        if isinstance(module, SqueezeExcite):
+            module.plain = True
     made = choices(target)
     for name in made.turned:
         target.get_submodule(name).to(memory_format=torch.contiguous_format)

@@ -33,12 +33,13 @@ from torch.nn.utils import parametrize
 from ..measure.machine import clock
 from ..measure.timing import compare
 from . import ops
-from .arena import reuse_memory, reuses
+from .arena import hooked_by_others, reuse_memory, reuses
 from .convert import Choices, choices, convert, keep_choices, to_dense
 from .few_channels import packed_whole
-from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d, SparseModule
-from .recorded import check_calls, check_near, record_calls
-from .sequence import in_strips, leave_strips, run_in_sequence
+from .modules import FusedConv2d, MaxPool2d, Shortcut, SparseConv2d, SparseModule, SqueezeExcite
+from .modules.plans import Watched
+from .recorded import check_calls, check_near, cloned, record_calls
+from .sequence import in_strips, leave_strips, run_in_sequence, runs_in_sequence
 from .shortcuts import replace_shortcuts
 from .squeeze_excite import replace_squeeze_excitations
 from .surgery import call, copied
@@ -111,8 +112,8 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         kept = module._forward_hooks or module._forward_pre_hooks or parametrize.is_parametrized(module)
-        scripted = isinstance(module, (torch.jit.ScriptModule, SparseModule))
-        return bool(kept) or scripted or super().is_leaf_module(module, qualified_name)
+        whole = isinstance(module, (torch.jit.ScriptModule, SparseModule, Watched))  # what was fused before, too
+        return bool(kept) or whole or super().is_leaf_module(module, qualified_name)
 
 
 def _traced(module: nn.Module, name: str, run: Callable[[], object], untraced: dict[str, str]) -> nn.Module:
@@ -126,8 +127,12 @@ def _traced(module: nn.Module, name: str, run: Callable[[], object], untraced: d
     try:
         if not calls:  # a list of modules, perhaps
             raise RuntimeError("it is not called")
+        if hooked_by_others(module):
+            raise RuntimeError("its hooks would be lost")
         # Layers are the original's own, but folded ones are new and put in the piece alone.
-        piece = fx.GraphModule(module, _Tracer().trace(module), type(module).__name__)
+        # The forward of one that was optimised before can't be traced.
+        graph = copy.deepcopy(module.graph) if runs_in_sequence(module) else _Tracer().trace(module)
+        piece = fx.GraphModule(module, graph, type(module).__name__)
         _erase_identities(piece)
         _fold_batch_norms(piece)
         check_calls(piece, calls)
@@ -330,6 +335,8 @@ def _fused(model: nn.Module, channels_last: bool, turn: bool, lanes: bool = Fals
         if lanes:
             _keep_lanes(piece)
     for module in model.modules():
+        if type(module) is SqueezeExcite:
+            module.plain = False
         if type(module) is nn.Conv2d:
             module.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     renamed = Choices(seconds=made.seconds)
@@ -357,9 +364,9 @@ def _fastest(converted: nn.Module, example_inputs: object) -> nn.Module:
         if isinstance(piece, fx.GraphModule):
             run_in_sequence(piece)
     with torch.no_grad():
-        expected = call(converted, example_inputs)
+        expected = call(converted, cloned(example_inputs))
         for network in networks.values():
-            check_near(expected, call(network, example_inputs))
+            check_near(expected, call(network, cloned(example_inputs)))
         engines = {name: partial(call, network, example_inputs) for name, network in networks.items()}
         timings = compare(engines, rounds=9, min_time=0.005, warmup=2, clock=clock())
         network = networks[min(timings, key=lambda name: timings[name].min)]

@@ -14,10 +14,10 @@ def record_calls(module: nn.Module, run: Callable[[], object]) -> list[tuple[tup
     given, calls = [], []
 
     def before(_, args, kwargs):
-        given.append(_cloned((args, kwargs)))
+        given.append(cloned((args, kwargs)))
 
     def after(_, args, kwargs, output):
-        calls.append((*given.pop(), _cloned(output)))
+        calls.append((*given.pop(), cloned(output)))
 
     handles = [
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -32,7 +32,8 @@ def record_calls(module: nn.Module, run: Callable[[], object]) -> list[tuple[tup
     return calls
 
 
-def _cloned(value: object) -> object:
+def cloned(value: object) -> object:
+    """The same with tensors of its own, for who changes its input in place."""
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
 
 
@@ -43,14 +44,20 @@ def check_calls(piece: nn.Module, calls: list[tuple[tuple, dict, object]]) -> No
 
 
 def check_near(expected: object, got: object) -> None:
-    """Raises unless results are the same up to rounding."""
+    """Raises unless results are the same up to rounding, and infinite or no numbers in the same places."""
     for one, other in zip(_tensors(expected), _tensors(got), strict=True):
         if one.shape != other.shape:
             raise RuntimeError(f"Expected a result of shape {tuple(one.shape)}, got {tuple(other.shape)}")
         if one.is_floating_point() and one.numel():
-            scale, error = float(one.abs().max()), float((one - other).abs().max())
-            # Rounding differs from layer to layer; a wrong graph would be off by the size of the result.
-            if not error <= 1e-3 * scale + 1e-6 and not torch.equal(one, other):
+            finite = one.isfinite()
+            same = finite | (one == other) | (one.isnan() & other.isnan())
+            if not same.all():
+                raise RuntimeError("Expected infinite results and NaN where the original has them, got others")
+            scale, error = float(one.where(finite, 0).abs().max()), float((one - other).where(finite, 0).abs().max())
+            # Rounding differs from layer to layer, of a half type by its last bits; a wrong graph would be off by the
+            # size of the result.
+            rounding = max(1e-3, 8 * torch.finfo(one.dtype).eps)
+            if not error <= rounding * scale + 1e-6:
                 raise RuntimeError(f"Expected the results of the original, got {error:.3g} off (largest {scale:.3g})")
 
 

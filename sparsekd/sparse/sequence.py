@@ -43,6 +43,10 @@ def _install(network: fx.GraphModule) -> None:
     kind.forward = forward
 
 
+def runs_in_sequence(module: nn.Module) -> bool:
+    return hasattr(type(module), "programs")
+
+
 def in_strips(model: nn.Module) -> bool:
     """Whether activations stay in strips between layers of any of the traced networks in a model."""
     return any(programs.in_strips for programs in _programs(model))
@@ -55,7 +59,7 @@ def leave_strips(model: nn.Module) -> None:
 
 
 def _programs(model: nn.Module) -> list[Programs]:
-    return [type(piece).programs for piece in model.modules() if hasattr(type(piece), "programs")]
+    return [type(piece).programs for piece in model.modules() if runs_in_sequence(piece)]
 
 
 class Unfit(Exception):
@@ -77,7 +81,9 @@ class Programs:
 
     def fit(self, args: tuple) -> bool:
         """Whether remembered calls may be taken at all."""
-        if _get_current_function_mode() is not None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if _get_current_function_mode() is not None or torch._C._len_torch_dispatch_stack():
+            return False  # a mode is to see every operator
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch._C._get_tracing_state() is not None:
             return False
         tensors = all(type(arg) is Tensor and arg.dtype == torch.float32 and arg.device.type == "cpu" for arg in args)
         return tensors and not any(self.hooks)

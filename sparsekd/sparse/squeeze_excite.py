@@ -81,7 +81,8 @@ def _chain(graph: fx.GraphModule, product: fx.Node, activation_of, count: dict[i
         if not _is_layer(graph, reduce, count):
             continue
         mean = reduce.args[0]
-        if isinstance(source, fx.Node) and _is_mean(graph, mean, source):
+        each = _module(graph, expand).out_channels == _module(graph, reduce).in_channels  # not one gate for all
+        if each and isinstance(source, fx.Node) and _is_mean(graph, mean, source):
             return source, [mean, reduce, *inner, expand, scale], activation, gate
     return None
 

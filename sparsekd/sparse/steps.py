@@ -20,7 +20,7 @@ Shapes = dict[fx.Node, torch.Size | None]  # of contiguous float32 tensors on th
 SETTINGS = {
     MaxPool2d: ("kernel_size", "stride", "padding"),
     Shortcut: ("stride", "new_channels"),
-    SqueezeExcite: ("activation", "gate"),
+    SqueezeExcite: ("activation", "gate", "plain"),
 }
 
 
@@ -63,7 +63,7 @@ def _own(node: fx.Node, module: nn.Module | None, shapes: Shapes) -> Step | None
     if any(not isinstance(arg, fx.Node) for arg in node.args) or len(node.args) not in (1, 2):
         return None
     if kind in SETTINGS:
-        return _Setting(node, module) if len(node.args) == 1 else None
+        return _Setting(node, module) if len(node.args) == 1 and not getattr(module, "plain", False) else None
     conv = module._modules.get("conv") if kind is FusedConv2d else module
     if type(conv) is not SparseConv2d or conv.channels_last or (conv is module and len(node.args) != 1):
         return None

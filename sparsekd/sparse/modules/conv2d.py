@@ -181,6 +181,8 @@ class SparseConv2d(Watched, SparseConv):
         """``activation(self(input) + residual)`` by a call that is remembered; None where there is none for it."""
         if torch.compiler.is_compiling() or (plans := self._plans) is None or type(input) is not Tensor:
             return None
+        if torch._C._get_tracing_state() is not None:  # torch.jit.trace's, which would not see the call
+            return None
         call = plans.calls.get((input.shape, activation))
         # Of these, looked up past nn.Module's own way, others may be put in: by functional_call, say.
         own = self._parameters

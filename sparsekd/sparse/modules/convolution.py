@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -97,6 +98,14 @@ class SparseConv(SparseModule):
 
     def extra_repr(self) -> str:
         return f"{self._kind.extra_repr(self)}, {self._pattern_repr()}"
+
+    @staticmethod
+    def _check_input(input: Tensor) -> None:
+        SparseModule._check_input(input)
+        if torch._C._get_tracing_state() is not None:  # it fails at operators that take symbolic sizes
+            raise RuntimeError(
+                "Expected torch.export or torch.compile to trace a sparse convolution, got torch.jit.trace"
+            )
 
     def _check_shape(self, input: Tensor) -> None:
         image = ("L", "H, W")[len(self.kernel_size) - 1]

@@ -141,6 +141,9 @@ class MaxPool2d(Watched):
             return F.max_pool2d(input, self.kernel_size, self.stride, self.padding)
         return ops.max_pool2d(input, self.kernel_size, self.stride, self.padding)
 
+    def to_dense(self) -> nn.MaxPool2d:
+        return nn.MaxPool2d(self.kernel_size, self.stride, self.padding).train(self.training)
+
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
 

@@ -23,6 +23,9 @@ class SqueezeExcite(Watched):
         reduce, expand: ``nn.Conv2d`` of one pixel, without groups, whose parameters it takes.
         activation: "none", "relu", "relu6", "silu" or "hardswish".
         gate: "sigmoid" or "hardsigmoid".
+
+    Attributes:
+        plain: all is torch's, for an exporter, say: :func:`sparsekd.to_dense` sets it.
     """
 
     PARAMETERS = ("reduce", "reduce_bias", "expand", "expand_bias")
@@ -32,13 +35,13 @@ class SqueezeExcite(Watched):
         self.reduce, self.expand = (_flat(layer.weight) for layer in (reduce, expand))  # [S, C], [C, S]
         self.register_parameter("reduce_bias", reduce.bias)
         self.register_parameter("expand_bias", expand.bias)
-        self.activation, self.gate = activation, gate
+        self.activation, self.gate, self.plain = activation, gate, False
 
     def forward(self, input: Tensor) -> Tensor:
         own = self._parameters
         arguments = *(own[name] for name in self.PARAMETERS), self.activation, self.gate
         ours = input.device.type == "cpu" and input.is_contiguous() and not torch.is_autocast_enabled("cpu")
-        if ours and input.dim() == 4 and input.dtype == own["reduce"].dtype == torch.float32:
+        if ours and not self.plain and input.dim() == 4 and input.dtype == own["reduce"].dtype == torch.float32:
             return ops.squeeze_excite(input, *arguments)
         inner = F.linear(input.mean((-2, -1)), self.reduce, self.reduce_bias)
         outer = F.linear(ACTIVATIONS[self.activation](inner), self.expand, self.expand_bias)
