@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from gpu_cases import PRECISIONS, TOLERANCE, Layer, Run, tf32, two_of_four
 from torch import nn
 
 import sparsekd
+from sparsekd.bench import folded, masked
+from sparsekd.model_names import model_of
 from sparsekd.sparse import formats_24, ops, reference
 
 SECONDS = 110  # after which no new convolution is begun
@@ -31,6 +35,13 @@ def bench_conv2d(run: Run) -> list[dict]:
                 with ops.only_backend(backend):
                     error = max(error, layer.check(precision))
                 engines[backend] = layer.by(backend)
+            if precision == "fp32":
+
+                def with_tf32(layer=layer, pad=pad, last=last):
+                    with tf32(True):
+                        return F.conv2d(*last, padding=pad)
+
+                engines["TF32"] = with_tf32  # a user who allows it: told beside, no engine of the same precision
             if layer.kernel == 1 and precision != "fp16":
                 csr = layer.weight.flatten(1).to_sparse_csr()
                 columns = layer.input.transpose(0, 1).flatten(1).contiguous()
@@ -125,37 +136,45 @@ def check_and_time(run: Run, name: str, eager, fused) -> dict:
 
 
 def bench_end_to_end(run: Run) -> list[dict]:
-    """CIFAR ResNet-20 four times as wide, every convolution but the first with V x 1 weights at a tenth."""
-    width, batch, size = (4, 1, 8) if run.rehearse else (64, 256, 32)
+    """Whole networks, batch-norm folded for all, every convolution but the first with V x 1 weights at a tenth."""
+    networks = [("cifar_resnet20", 1, 8)] if run.rehearse else [("cifar_resnet20x4", 256, 32), ("resnet50", 32, 224)]
+    kinds = [("fp16", 8)] if run.rehearse else [("fp32", 1), ("fp32", 4), ("tf32", 16), ("fp16", 16), ("fp16", 32)]
     rows = []
-    for precision, vector in [("fp16", 8)] if run.rehearse else [("fp32", 4), ("tf32", 16), ("fp16", 16), ("fp16", 32)]:
-        torch.manual_seed(0)
-        from sparsekd.reference_models import cifar_resnet20
-
-        dense = cifar_resnet20(width).eval()
-        sparse = cifar_resnet20(width).eval()
-        sparse.load_state_dict(dense.state_dict())
-        for owner in list(sparse.modules()):
-            for name, conv in list(owner.named_children()):
-                if isinstance(conv, nn.Conv2d) and conv.in_channels > 3:
-                    keep = torch.rand(-(-conv.out_channels // vector), 1, *conv.weight.shape[1:]) < 0.1
-                    mask = keep.expand(-1, vector, -1, -1, -1).flatten(0, 1)[: conv.out_channels]
-                    setattr(owner, name, sparsekd.SparseConv2d.from_dense(conv, mask, vector))
-        dtype = PRECISIONS[precision]
-        dense, sparse = dense.to(run.device, dtype), sparse.to(run.device, dtype)
-        x = torch.randn(batch, 3, size, size).to(run.device, dtype)
-        last, x_last = dense.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-        with tf32(precision == "tf32"), torch.no_grad():
-            want = sparsekd.to_dense(sparse)(x)
-            error = float((sparse(x) - want).float().abs().max() / want.float().abs().max())
-            if not error <= 2e-2:
-                raise SystemExit(f"Expected the sparse network within 2e-2 of the dense one, got {error}")
-            engines = {"dense channels_last": lambda m=last, x=x_last: m(x), "sparsekd": lambda m=sparse, x=x: m(x)}
-            ms = run.time(engines)
-        speed = ms["dense channels_last"] / ms["sparsekd"]
-        rows.append(dict(case=f"ResNet-20 x4 {precision} V={vector}", ms=ms, speedup=speed, error=error))
-        print(rows[-1]["case"], f"{speed:.2f}x", flush=True)
+    for name, batch, size in networks:
+        for precision, vector in kinds:
+            rows.append(bench_network(run, name, torch.randn(batch, 3, size, size), precision, vector))
     return rows
+
+
+def bench_network(run: Run, name: str, x: torch.Tensor, precision: str, vector: int) -> dict:
+    torch.manual_seed(0)
+    dense = folded(masked(model_of(name, 10), 0.9, vector), x[:1])
+    sparse = copy.deepcopy(dense)
+    for owner in list(sparse.modules()):
+        for child, conv in list(owner.named_children()):
+            if isinstance(conv, nn.Conv2d) and conv.in_channels > 3:
+                setattr(owner, child, sparsekd.SparseConv2d.from_dense(conv, conv.weight != 0, vector))
+    dtype = PRECISIONS[precision]
+    dense, sparse, x = dense.to(run.device, dtype), sparse.to(run.device, dtype), x.to(run.device, dtype)
+    x_last = x.to(memory_format=torch.channels_last)
+    with tf32(precision == "tf32"), torch.no_grad():
+        want = dense(x)
+        last, optimized = copy.deepcopy(dense).to(memory_format=torch.channels_last), copy.deepcopy(sparse)
+        optimized = sparsekd.optimize_for_inference(optimized, x)
+        engines = {
+            "dense": lambda: dense(x),
+            "dense channels_last": lambda: last(x_last),
+            "convert": lambda: sparse(x),
+            "sparsekd": lambda: optimized(x),
+        }
+        errors = {n: float((e() - want).abs().max() / want.abs().max()) for n, e in engines.items()}
+        if not max(errors.values()) <= 2e-2:
+            raise SystemExit(f"Expected networks within 2e-2 of the dense one, got {errors}")
+        ms, ms_calls = run.time(engines), run.time_calls(engines)
+    speed = min(ms["dense"], ms["dense channels_last"]) / min(ms["sparsekd"], ms["convert"])
+    case = f"{name} {precision} V={vector}"
+    print(case, f"{speed:.2f}x", flush=True)
+    return dict(case=case, ms=ms, ms_calls=ms_calls, speedup=speed, errors=errors)
 
 
 def bench(run: Run) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ TINY_LAYERS, TINY_KINDS, TINY_DENSITIES = (
     (0.25,),
 )
 BACKENDS = ("triton", "cuda")
+GRAPH_CALLS = 10  # in a captured graph: replaying one takes a few microseconds
 
 
 class Run:
@@ -52,6 +53,7 @@ class Run:
     def kernels(self):
         """On the CPU, the Triton kernels through the interpreter."""
         if not self.rehearse:
+            torch.backends.cudnn.benchmark = True  # cuDNN's best algorithm, not the one that it guesses
             yield
             return
         sys.path.insert(0, str(HERE.parent / "tests"))
@@ -63,8 +65,17 @@ class Run:
             yield
 
     def time(self, engines: dict) -> dict[str, float]:
-        """Milliseconds, the least of the rounds."""
-        rounds = dict(rounds=1, warmup=0, min_time=1e-9) if self.rehearse else dict(rounds=7, min_time=0.002)
+        """Milliseconds, the least of the rounds. Of the device alone: calls are captured as graphs, and those replayed."""
+        if self.rehearse:
+            timings = compare(engines, device=self.device, rounds=1, warmup=0, min_time=1e-9)
+            return {n: t.min * 1e3 for n, t in timings.items()}
+        graphs = {n: graph_of(engine) for n, engine in engines.items()}
+        timings = compare({n: g.replay for n, g in graphs.items()}, device=self.device, rounds=7, min_time=0.002)
+        return {n: t.min * 1e3 / GRAPH_CALLS for n, t in timings.items()}
+
+    def time_calls(self, engines: dict) -> dict[str, float]:
+        """Milliseconds from call to call, what Python takes for each included."""
+        rounds = dict(rounds=1, warmup=0, min_time=1e-9) if self.rehearse else dict(rounds=5, min_time=0.005)
         return {n: t.min * 1e3 for n, t in compare(engines, device=self.device, **rounds).items()}
 
     def within(self, seconds: float, cases: Iterable) -> Iterator:
@@ -88,6 +99,21 @@ class Run:
             left_out=self.left_out,
         )
         (self.folder / name).write_text(json.dumps(about | {"results": found}, indent=1) + "\n")
+
+
+def graph_of(engine: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """GRAPH_CALLS calls one after another, captured; on a stream of their own, where they first run three times."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            engine()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(GRAPH_CALLS):
+            engine()
+    return graph
 
 
 @contextlib.contextmanager
