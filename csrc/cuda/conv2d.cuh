@@ -59,8 +59,13 @@ __device__ __forceinline__ void add_sums_of_other(float* sums) {
   }
 }
 
+// Blocks of threads that are to live on a multiprocessor at once, by the sums that a lane keeps: as many as registers
+// allow, since a warp alone waits most of the time.
+constexpr int conv2d_resident(int sums) { return sums > 32 ? 2 : 3; }
+
 template <int kV, int kG, int kGroups, int kPlane, int kRun, int kParts>
-__global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv2dParams p) {
+__global__ __launch_bounds__(32 * kConv2dWarps, conv2d_resident(kV * kG * kGroups * kRun * kParts * 4)) void
+conv2d_kernel(const Conv2dParams p) {
   constexpr int kOwn = kRun * kParts, kApart = 32 / kParts;  // places of a lane in the loop
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int plane = kPlane ? kPlane : p.plane;  // in shared memory
@@ -72,12 +77,12 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
   const int y = lane / p.tile_w, x = lane % p.tile_w;  // of the lane's position within the tile
 
   float sums[kGroups][kV][kG * kOwn * 4];
-  int slice[kGroups], next[kGroups];
+  auto slice_of = [&](int k) {
+    const int rank = (row_block * warps + warp) * kGroups + k;
+    return rank < p.slices_per_group ? p.order[group * p.slices_per_group + rank] : -1;
+  };
 #pragma unroll
   for (int k = 0; k < kGroups; ++k) {
-    const int rank = (row_block * warps + warp) * kGroups + k;
-    slice[k] = rank < p.slices_per_group ? p.order[group * p.slices_per_group + rank] : -1;
-    next[k] = slice[k] < 0 ? 0 : p.starts[int64_t(slice[k]) * (p.blocks + 1)];
 #pragma unroll
     for (int v = 0; v < kV; ++v) {
 #pragma unroll
@@ -85,17 +90,37 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
     }
   }
 
-  float4* buffers = shared_memory<float4>();  // [2][block_channels][kG][plane]
+  auto* memory = shared_memory<unsigned char>();
+  auto* buffers = reinterpret_cast<float4*>(memory);  // [2][block_channels][kG][plane]
   const int buffer_size = p.block_channels * kG * plane;
   const int64_t planes = int64_t(p.lanes.channels) * kG;
   const float4* source = reinterpret_cast<const float4*>(p.input) +
                          (unit * planes + int64_t(group) * p.channels_per_group * kG) * p.lanes.plane;
   // Where each vector of a staged plane comes from. In registers it would leave too few for the loop.
-  int* places = reinterpret_cast<int*>(buffers + 2 * buffer_size);  // [plane]
+  int* places = reinterpret_cast<int*>(memory + p.shared.places);  // [plane]
   for (int i = threadIdx.x; i < p.plane; i += blockDim.x) {
     places[i] = kRun > 1 ? source_in_run(p, i, first) : source_in_rectangle(p, i, y0, x0);
   }
-  __syncthreads();  // places
+  // Where each block's entries of the warp's slices begin.
+  int* starts = reinterpret_cast<int*>(memory + p.shared.starts) + warp * kGroups * (p.blocks + 1);
+  auto start_at = [&](int slice, int block) {
+    return slice < 0 ? 0 : min(p.starts[int64_t(slice) * (p.blocks + 1) + block], p.n_records);
+  };
+  if (p.shared.has_starts) {
+#pragma unroll 1
+    for (int k = 0; k < kGroups; ++k) {
+      const int slice = slice_of(k);
+      for (int i = lane; i <= p.blocks; i += 32) starts[k * (p.blocks + 1) + i] = start_at(slice, i);
+    }
+  }
+  auto start_of = [&](int k, int block) {
+    return p.shared.has_starts ? starts[k * (p.blocks + 1) + block] : start_at(slice_of(k), block);
+  };
+  __syncthreads();  // places and starts
+  // Of each slice the first entries of a block.
+  auto staged_records = [&](int k, int block) {
+    return memory + p.shared.records + ((block % 2 * warps + warp) * kGroups + k) * kStagedRecords<kV> * kRecordBytes<kV>;
+  };
   auto stage = [&](int block) {
     const int first_plane = block * p.block_channels * kG;
     const int count = min(p.block_channels * kG, p.channels_per_group * kG - first_plane);
@@ -105,6 +130,20 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
       float4* to = buffers + (block % 2) * buffer_size + warp * plane + position;
       for (int i = warp; i < count; i += warps, from += int64_t(warps) * p.lanes.plane, to += warps * plane) {
         copy_async16(to, from, at >= 0);
+      }
+    }
+#pragma unroll 1
+    for (int k = 0; k < kGroups; ++k) {
+      const int begin = start_of(k, block), count = min(start_of(k, block + 1) - begin, kStagedRecords<kV>);
+      const unsigned char* from = p.records + int64_t(begin) * kRecordBytes<kV>;
+      unsigned char* to = staged_records(k, block);
+      constexpr int kPiece = kV == 1 ? 8 : 16;
+      for (int at = lane * kPiece; at < count * kRecordBytes<kV>; at += 32 * kPiece) {
+        if constexpr (kV == 1) {
+          copy_async8(to + at, from + at);
+        } else {
+          copy_async16(to + at, from + at, true);
+        }
       }
     }
   };
@@ -126,10 +165,8 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
     const auto* tile_data = reinterpret_cast<const unsigned char*>(buffers + (block % 2) * buffer_size + own);
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
-      if (slice[k] < 0) continue;
-      const int i = next[k], end = min(p.starts[int64_t(slice[k]) * (p.blocks + 1) + block + 1], p.n_records);
-      next[k] = end;
-      if (i >= end) continue;
+      const int begin = start_of(k, block), end = start_of(k, block + 1);
+      if (begin >= end) continue;
       auto multiply = [&](const Record<kV>& record, auto places) {
         const auto* at = reinterpret_cast<const float4*>(tile_data + record.distance);
 #pragma unroll
@@ -148,13 +185,16 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
           }
         }
       };
-      // Each part of the warp takes a record of its own. The last ones apart: a load under a condition would cost moves
+      // Each part of the warp takes an entry of its own. The last ones apart: a load under a condition would cost moves
       // of what it might leave as it is.
       constexpr std::integral_constant<int, kParts> all;
+      constexpr std::integral_constant<int, 1> one;
       constexpr int kStep = kParts * kRecordBytes<kV>;
-      int rounds = (end - i) / kParts;
+      const int staged = min(end - begin, kStagedRecords<kV>);
+      const unsigned char* records = staged_records(k, block);
+      int rounds = staged / kParts;
       if (kParts == 1 || rounds > 0) {
-        const unsigned char* from = p.records + int64_t(i + part) * kRecordBytes<kV>;
+        const unsigned char* from = records + part * kRecordBytes<kV>;
         Record<kV> ahead = load_record<kV>(from);
         if constexpr (kParts == 1) {
 #pragma unroll 2
@@ -183,9 +223,13 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
       // Of what is left, all parts take the same at their own places.
       if constexpr (kParts > 1) {
 #pragma unroll 1
-        for (int rest = end - (end - i) % kParts; rest < end; ++rest) {
-          multiply(load_record<kV>(p.records + int64_t(rest) * kRecordBytes<kV>), std::integral_constant<int, 1>());
+        for (int rest = staged - staged % kParts; rest < staged; ++rest) {
+          multiply(load_record<kV>(records + rest * kRecordBytes<kV>), one);
         }
+      }
+#pragma unroll 1
+      for (int rest = begin + staged; rest < end; ++rest) {  // than are staged
+        multiply(load_record<kV>(p.records + int64_t(rest) * kRecordBytes<kV>), one);
       }
     }
     __syncthreads();  // before the buffer is filled again
@@ -202,6 +246,9 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void conv2d_kernel(const Conv
     }
   }
 
+  int slice[kGroups];
+#pragma unroll
+  for (int k = 0; k < kGroups; ++k) slice[k] = slice_of(k);
   // Sums go through shared memory, so that one rolled loop can finish them: the buffers are free.
   constexpr int kRows = kGroups * kV, kLanes = kG * 4, kPositions = 32 * kRun;
   float* results = shared_memory<float>() + warp * kRows * kLanes * kPositions;  // [kRows][kLanes][kPositions]

@@ -58,12 +58,19 @@ struct RecordsParams {
   int32_t* where;   // [n_vectors] record of each entry in the first slice, or null
 };
 
+// A block's shared memory: two buffers of activations, two of records, then numbers. In bytes.
+struct Conv2dShared {
+  int records, starts, places, bytes;
+  bool has_starts;
+};
+
 struct Conv2dParams {
   Lanes lanes;
   TapAxis axes[2];
   const float* input;  // in lanes
   const unsigned char* records;
   const int32_t *starts, *order, *row_indices;
+  Conv2dShared shared;  // the launcher's
   int slices, slices_per_group, vector, rows_per_group, out_channels, channels_per_group, block_channels, blocks;
   int n_records;
   // Rectangles of 32 positions, whose staged plane is [phase y][tile_rows][phase x][tile_columns]; or `tiles_w` runs, a
@@ -95,17 +102,34 @@ struct Conv2dVariant {
 };
 constexpr Conv2dVariant kConv2dVariants[] = {
     {1, 4, 4, 64}, {1, 4, 4, 192}, {1, 1, 4, 0, 1, 2}, {2, 4, 2, 64}, {2, 4, 2, 192}, {2, 1, 2, 0, 1, 2},
+    {1, 2, 4, 64}, {1, 2, 4, 192}, {1, 4, 2, 64}, {4, 2, 1, 64}, {4, 2, 1, 192}, {4, 1, 1, 0, 1, 1}, {4, 1, 1, 0, 1, 2},
+    {1, 1, 4, 0, 1, 1}, {1, 2, 2, 64},
     {4, 4, 1, 64}, {4, 4, 1, 192}, {4, 1, 1, 0, 1, 4}, {8, 2, 1, 64}, {8, 2, 1, 192}, {8, 1, 1, 0, 1, 2},
     {1, 1, 4, 0, 4}, {1, 2, 4, 128, 2}, {2, 1, 2, 0, 4}, {2, 2, 2, 128, 2},
     {4, 1, 1, 0, 4}, {4, 2, 1, 128, 2}, {8, 1, 1, 0, 2},
     {1, 1, 2, 0, 7}, {2, 1, 1, 0, 7},  // 14 x 14, and a quarter of 28 x 28, with the zeros between rows
-    {1, 1, 4, 0, 2}, {2, 1, 2, 0, 2}, {4, 1, 1, 0, 2, 2},  // 7 x 7, and 14 x 14 in four strips
+    {1, 1, 4, 0, 2}, {2, 1, 2, 0, 2}, {4, 1, 1, 0, 2, 2}, {4, 1, 1, 0, 2}, {1, 2, 2, 128, 2},  // 7 x 7, and 14 x 14 in four strips
 };
-constexpr int kConv2dRectangles = 12;  // that come first
+constexpr int kConv2dRectangles = 21;  // that come first
 constexpr int kConv2dWarps = 8;
 constexpr int record_bytes(int vector) { return vector == 1 ? 8 : vector == 2 ? 16 : 16 + 4 * vector; }
 template <int kV>
 constexpr int kRecordBytes = record_bytes(kV);
+// Of a slice's entries in a block of channels, what is copied to shared memory along with the channels.
+constexpr int staged_records(int vector) { return vector == 8 ? 16 : 32; }
+template <int kV>
+constexpr int kStagedRecords = staged_records(kV);
+constexpr int kMostStarts = 129;  // of a slice, that shared memory is spent on
+
+constexpr Conv2dShared conv2d_shared(int buffer_vectors, int slices, int vector, int plane, int blocks) {
+  Conv2dShared shared{};
+  shared.records = 2 * buffer_vectors * 16;
+  shared.starts = shared.records + 2 * slices * staged_records(vector) * record_bytes(vector);
+  shared.has_starts = blocks + 1 <= kMostStarts;
+  shared.places = shared.starts + (shared.has_starts ? slices * (blocks + 1) * 4 : 0);
+  shared.bytes = shared.places + plane * 4;
+  return shared;
+}
 
 }  // namespace sparsekd::cuda
 

@@ -34,11 +34,44 @@ struct RowEnd {
   }
 };
 
-__device__ __forceinline__ void store_result(const Conv2dParams& p, int64_t at, float result,
-                                             bool there = true) {
-  if (p.residual && there) result += load_value(p.residual, p.dtype, at);
-  store_value(p.output, p.dtype, at, activate(result, p.activation), there);
-}
+// Stores one result after another. What most calls ask for, fp32 and an activation that cuts, is looked up once.
+struct ResultStore {
+  const Conv2dParams& p;
+  bool plain;
+  float least, most;
+
+  __device__ __forceinline__ explicit ResultStore(const Conv2dParams& params) : p(params) {
+    plain = p.dtype == DType::float32 && (p.activation == Activation::none || p.activation == Activation::relu ||
+                                          p.activation == Activation::relu6);
+    least = p.activation == Activation::none ? -INFINITY : 0.0f;
+    most = p.activation == Activation::relu6 ? 6.0f : INFINITY;
+  }
+  __device__ __forceinline__ void operator()(int64_t at, float result, bool there = true) const {
+    if (!plain) {
+      if (p.residual && there) result += load_value(p.residual, p.dtype, at);
+      store_value(p.output, p.dtype, at, activate(result, p.activation), there);
+      return;
+    }
+    if (p.residual && there) result += static_cast<const float*>(p.residual)[at];
+    result = result < least ? least : result > most ? most : result;  // NaN stays
+    store_vector(static_cast<float*>(p.output) + at, result, there);
+  }
+};
+
+// The images and strips that lie in a unit's lanes, one after another.
+struct Slot {
+  int64_t image;
+  int strip;
+
+  __device__ __forceinline__ Slot(const Conv2dParams& p, int64_t first)
+      : image(first / p.lanes.strips), strip(static_cast<int>(first - image * p.lanes.strips)) {}
+  __device__ __forceinline__ void next(const Conv2dParams& p) {
+    if (++strip == p.lanes.strips) {
+      strip = 0;
+      ++image;
+    }
+  }
+};
 
 // Results [kRows][kLanes][32], where a lane of the warp takes those of its own position in the strip.
 template <int kRows, int kLanes>
@@ -47,20 +80,21 @@ __device__ __forceinline__ void store_rectangle(const Conv2dParams& p, const flo
   results += threadIdx.x % 32;
   const bool in_plane = row_in_strip < p.lanes.strip_rows && column < p.axes[1].positions;
   const int64_t at_x = (int64_t(column) * p.axes[1].out_step + p.axes[1].out_begin) * p.out_w;
+  const ResultStore store(p);
+  Slot slot(p, unit * kLanes);
 #pragma unroll 1
-  for (int i = 0; i < kLanes; ++i) {
-    const int64_t slot = unit * kLanes + i;
-    const int64_t image = slot / p.lanes.strips;
-    const int64_t row = (slot - image * p.lanes.strips) * p.lanes.strip_rows + row_in_strip;
-    const bool inside = in_plane && image < p.lanes.batch && row < p.axes[0].positions;
-    const int64_t at = image * p.out_n + (row * p.axes[0].out_step + p.axes[0].out_begin) * p.out_h + at_x;
+  for (int i = 0; i < kLanes; ++i, slot.next(p)) {
+    const int row = slot.strip * p.lanes.strip_rows + row_in_strip;
+    const bool inside = in_plane && slot.image < p.lanes.batch && row < p.axes[0].positions;
+    const int64_t at =
+        slot.image * p.out_n + (int64_t(row) * p.axes[0].out_step + p.axes[0].out_begin) * p.out_h + at_x;
 #pragma unroll 1
     for (int r = 0; r < kRows; ++r) {
       const int channel = __shfl_sync(0xffffffffu, row_end.channel, r);
       const float scale = __shfl_sync(0xffffffffu, row_end.scale, r);
       const float shift = __shfl_sync(0xffffffffu, row_end.shift, r);
       if (!inside || channel < 0) continue;
-      store_result(p, at + channel * p.out_c, results[(r * kLanes + i) * 32] * scale + shift);
+      store(at + channel * p.out_c, results[(r * kLanes + i) * 32] * scale + shift);
     }
   }
 }
@@ -106,11 +140,12 @@ __device__ __forceinline__ void store_pieces(const Conv2dParams& p, const float*
   const int lane = threadIdx.x % 32, sector = p.dtype == DType::float32 ? 8 : 16;
   const int strip_rows = p.interleaved ? 2 * p.lanes.strip_rows : p.lanes.strip_rows;
   const bool merged = strip_results(p) > 0;
+  const ResultStore store(p);
+  Slot slot(p, unit * kLanes);
 #pragma unroll 1
-  for (int i = 0; i < kLanes; ++i) {
-    const int64_t slot = unit * kLanes + i;
-    const int64_t image = slot / p.lanes.strips;
-    const int strip = static_cast<int>(slot - image * p.lanes.strips);
+  for (int i = 0; i < kLanes; ++i, slot.next(p)) {
+    const int64_t image = slot.image;
+    const int strip = slot.strip;
     if (image >= p.lanes.batch || (merged && strip > 0 && i > 0)) continue;  // stored with the one before
     const int together = merged ? min(p.lanes.strips - strip, kLanes - i) : 1;
     const int left = p.out_size[0] - strip * strip_rows;
@@ -127,9 +162,9 @@ __device__ __forceinline__ void store_pieces(const Conv2dParams& p, const float*
 #pragma unroll 1
       for (int piece = 0; piece < pieces.count; ++piece, at += p.out_h) {
         const float* of_piece = from + interleaved_row(piece, pieces.pitch) * pieces.pitch;
-        for (int begin = -static_cast<int>(at % sector); begin < pieces.size; begin += 32) {
+        for (int begin = -static_cast<int>(at & (sector - 1)); begin < pieces.size; begin += 32) {
           const int place = begin + lane, near = min(max(place, 0), pieces.size - 1);
-          store_result(p, at + place, of_piece[near] * scale + shift, place == near);
+          store(at + place, of_piece[near] * scale + shift, place == near);
         }
       }
     }

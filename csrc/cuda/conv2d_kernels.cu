@@ -13,12 +13,13 @@ constexpr int kVariants = sizeof(kConv2dVariants) / sizeof(kConv2dVariants[0]);
 template <int kIndex>
 cudaError_t launch_variant(const Conv2dParams& params, dim3 grid, int warps, cudaStream_t stream) {
   constexpr Conv2dVariant v = kConv2dVariants[kIndex];
-  const size_t plane = v.plane ? v.plane : params.plane;
-  const size_t staged = 2 * params.block_channels * v.lane_groups * plane * 16 + params.plane * sizeof(int);
+  const int plane = v.plane ? v.plane : params.plane;
+  Conv2dParams p = params;
+  p.shared = conv2d_shared(p.block_channels * v.lane_groups * plane, warps * v.groups, v.vector, p.plane, p.blocks);
   const size_t results = size_t(warps) * v.groups * v.vector * v.lane_groups * 4 * 32 * v.run * sizeof(float);
-  const size_t bytes = std::max(staged, results);
+  const size_t bytes = std::max(size_t(p.shared.bytes), results);
   return SPARSEKD_LAUNCH((conv2d_kernel<v.vector, v.lane_groups, v.groups, v.plane, v.run, v.parts>), grid,
-                         dim3(32 * warps), bytes, stream, params);
+                         dim3(32 * warps), bytes, stream, p);
 }
 
 template <int... kIndex>

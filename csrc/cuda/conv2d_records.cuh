@@ -92,8 +92,11 @@ __global__ __launch_bounds__(32 * kRecordsWarps, kV == 8 ? 10 : 12) void records
     __syncwarp();
     if (!entry.used) continue;
     unsigned char* record = p.records + (first + place) * kRecordBytes<kV>;
-    if constexpr (kV == 2) {
-      store_vector(reinterpret_cast<int2*>(record), int2{entry.distance, 0});  // read as one vector
+    // What lies between a distance and its values is copied with them.
+    if constexpr (kV > 2) {
+      store_vector(reinterpret_cast<uint4*>(record), uint4{static_cast<unsigned>(entry.distance), 0, 0, 0});
+    } else if constexpr (kV == 2) {
+      store_vector(reinterpret_cast<int2*>(record), int2{entry.distance, 0});
     } else {
       store_vector(reinterpret_cast<int*>(record), entry.distance);
     }

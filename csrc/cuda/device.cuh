@@ -70,6 +70,14 @@ __device__ __forceinline__ void copy_async16(void* to, const void* from, bool va
   *static_cast<float4*>(to) = valid ? *static_cast<const float4*>(from) : float4{};
 #endif
 }
+__device__ __forceinline__ void copy_async8(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;\n" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+#else
+  *static_cast<float2*>(to) = *static_cast<const float2*>(from);
+#endif
+}
 __device__ __forceinline__ void copy_async_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;\n" ::: "memory");

@@ -245,7 +245,7 @@ void stand_by(const void* near, unsigned bytes, const void* pc) {
 
 void copy_async(void* to, const void* from, unsigned bytes, bool valid, const void* pc) {
   auto count_at = [&](bool shared, const void* address) {
-    count({pc, shared, shared, 16}, self()->warp, self()->lane, address);
+    count({pc, shared, shared, bytes ? bytes : 16}, self()->warp, self()->lane, address);
   };
   if (bytes == 0) {
     count_at(false, nullptr);
