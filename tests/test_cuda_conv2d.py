@@ -154,6 +154,26 @@ def test_fused_against_the_oracle(seed):
     assert_near(got, want, case.dtype, str(case))
 
 
+@pytest.mark.parametrize("seed", sampled(range(900, 960), 12))
+def test_planes_in_one_piece(seed):
+    """1 x 1 convolutions, whose lanes are neighbours in a plane and not images."""
+    r = random.Random(seed)
+    size = r.choice([(2, 2), (4, 1), (1, 12), (14, 14), (8, 7), (28, 28), (6, 23)])
+    case = dataclasses.replace(
+        draw(seed), kernel=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), size=size, channels_last=False
+    )
+    case = dataclasses.replace(case, dtype=torch.float32, filters=r.choice([1, 5, 16, 40, 70]))
+    input, values, crow, col, rows, geometry, generator = operands(case)
+    shift = torch.randn(geometry[0], generator=generator)
+    residual = torch.randn(case.batch, geometry[0], *size, generator=generator) if seed % 2 else None
+    activation = r.choice(["none", "relu", "relu6", "silu"])
+    arguments = (shift, residual, activation)
+    got = emulated.in_two_orders("conv2d_fused", input, values, crow, col, rows, None, *arguments, *geometry)
+    wide = [None if t is None else t.double() for t in (input, values, shift, residual)]
+    want = reference.conv2d_fused_reference(*wide[:2], crow, col, rows, None, *wide[2:], activation, *geometry)
+    assert_near(got, want, case.dtype, str(case))
+
+
 @pytest.mark.parametrize("seed", sampled(range(200, 280), 20))
 def test_input_grad_against_the_oracle(seed):
     check_input_grad(draw(seed), seed)

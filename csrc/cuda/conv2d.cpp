@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -20,16 +21,55 @@
 namespace sparsekd::cuda {
 namespace {
 
-constexpr int64_t kStageBytes = 32 << 10;      // of each of two buffers, so that two blocks share an SM
-constexpr int64_t kMostStageBytes = 48 << 10;  // for kernels with so wide a reach that one channel needs more
-// In cycles of an SM. A read of shared memory by a warp; a vector of 16 bytes that is copied there, with its
-// instructions; a sector that is stored. Copies and stores wait while other warps multiply.
-constexpr double kReadCost = 4, kStagedCost = 0.16, kStoredCost = 0.5;
+constexpr int64_t kStageBytes[] = {8 << 10, 16 << 10, 32 << 10, 48 << 10};  // of each of two buffers
+constexpr int64_t kMostStageBytes = 48 << 10;
+// Of the weight gradient, in cycles of an SM. A read of shared memory by a warp; a vector of 16 bytes that is copied
+// there, with its instructions.
+constexpr double kReadCost = 4, kStagedCost = 0.16;
+// Of the convolution, fitted to 12334 launches that were timed on an H200 (layers of ResNet-50 at a tenth of the weights,
+// V of 1 and 4, batches of 1, 8 and 32; every tile and variant; the root mean square error is 21%). Instructions of a warp
+// that an entry takes beside its reads and multiply-adds, a slice's entries in one block of channels, a staged vector of
+// each lane, 32 results, and the rest.
+constexpr double kEntryCost = 6, kPieceCost = 160, kVectorCost = 2.5, kResultsCost = 34, kFlatResultsCost = 6,
+                 kWarpCost = 1200;
+constexpr double kIssue = 4.7;  // cycles from one instruction of a warp to its next one, where no other warp wants to
+constexpr double kBarrier = 134, kUnstaged = 61;  // cycles of a block of channels; of an entry that was not staged
+constexpr double kUneven = 0.36;  // so much longer takes the slowest of a block's warps, by the entries' deviation
+constexpr double kL2Bytes = 22;   // a cycle
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Even, so that rows begin at a 32-byte sector; but a single column lies in one piece.
 int64_t lane_columns(int64_t columns) { return columns == 1 ? 1 : round_up(columns, 2); }
+
+// 1 x 1, of stride 1 and no padding: where input, output and residual are fp32 planes in one piece, of a multiple of
+// four elements, four neighbours can be what four images else are. Nothing then is copied to lanes, and results leave by
+// vectors.
+bool can_be_flat(const Problem& problem, const at::Tensor& input, const at::Tensor& output, const Finish& finish) {
+  const int64_t elements = int64_t(problem.axes[0].size) * problem.axes[1].size;
+  bool flat = !problem.interleaved && elements % 4 == 0 && finish.activation != Activation::silu &&
+              finish.activation != Activation::hardswish;
+  for (const TapAxis& axis : problem.axes) {
+    flat = flat && axis.kernel == 1 && axis.stride == 1 && axis.origin == 0 && axis.most == 0 && axis.add == 0 &&
+           axis.positions == axis.size && axis.out_step == 1 && axis.out_begin == 0;
+  }
+  for (const at::Tensor& t : {input, output, finish.residual}) {
+    if (!t.defined()) continue;
+    flat = flat && t.scalar_type() == at::kFloat && t.is_contiguous() && t.numel() / t.size(0) / t.size(1) == elements &&
+           reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  }
+  return flat;
+}
+
+Problem flattened(const Problem& problem) {
+  Problem flat = problem;
+  flat.flat = true;
+  flat.batch = 4 * problem.batch;
+  const int vectors = problem.axes[0].size * problem.axes[1].size / 4;
+  flat.axes[0].size = flat.axes[0].positions = 1;
+  flat.axes[1].size = flat.axes[1].positions = vectors;
+  return flat;
+}
 
 // The zeros that each row of the staged columns begins and ends with, at whatever phase, of which one may serve both it
 // and a neighbour.
@@ -49,30 +89,72 @@ int64_t output_size(const Problem& problem, int d) {
   return problem.interleaved ? problem.output_size[d] : problem.axes[d].positions;
 }
 
+// What a launch consists of.
+struct Launch {
+  int64_t blocks, warps;         // of threads; of each
+  double entries;                // of a slice
+  int64_t channels, tile_plane;  // of a group; what is staged of each
+};
+
+// How long it takes, in cycles.
+double cycles_of(const TensorDevice& device, const Choice& choice, const Launch& launch, bool flat) {
+  const Conv2dVariant& v = choice.variant;
+  const double pieces = static_cast<double>(ceil_div(launch.channels, choice.block_channels));
+  const double in_piece = std::max(launch.entries / pieces, 1e-3), warps = static_cast<double>(launch.warps);
+  const double reads = v.lane_groups * v.run, record_reads = v.vector <= 2 ? 1 : 1 + v.vector / 4;
+  const double loop = v.groups * launch.entries * (record_reads + reads * (1 + 4 * v.vector) + kEntryCost / v.parts);
+  const double staged = static_cast<double>(launch.channels * v.lane_groups);
+  const double results = v.vector * v.groups * v.lane_groups * 4 * v.run;
+  const double instructions = loop + v.groups * pieces * kPieceCost + kWarpCost +
+                              staged * static_cast<double>(ceil_div(launch.tile_plane, 32)) / warps * kVectorCost +
+                              results * (flat ? kFlatResultsCost / 4 : kResultsCost);
+  const int64_t plane = v.plane ? v.plane : launch.tile_plane;
+  const int64_t shared = conv2d_shared(int(choice.block_channels * v.lane_groups * plane), int(launch.warps * v.groups),
+                                       v.vector, int(launch.tile_plane), int(pieces)).bytes;
+  const int sums = v.vector * v.lane_groups * v.groups * v.run * v.parts;
+  const int64_t per_warp = conv2d_resident(sums, v.vector, v.parts) * kConv2dWarps / launch.warps;
+  const int64_t resident = std::clamp<int64_t>(device.shared_bytes / (shared + 1024), 1, std::max<int64_t>(per_warp, 1));
+  const double unstaged = std::max(in_piece + 2 * std::sqrt(in_piece) - staged_records(v.vector), 0.0);
+  auto wave = [&](int64_t blocks) {  // so many on a multiprocessor
+    const double alone = kIssue * (instructions + loop * kUneven / std::sqrt(in_piece));
+    return std::max(instructions * static_cast<double>(blocks) * warps / 4, alone) +
+           pieces * (kBarrier + v.groups * unstaged * kUnstaged * v.parts);
+  };
+  const int64_t at_once = resident * device.multiprocessors, left = launch.blocks % at_once;
+  const double whole = static_cast<double>(launch.blocks / at_once) * wave(resident);
+  const double cycles = whole + (left ? wave(ceil_div(left, device.multiprocessors)) : 0);
+  const double bytes = staged * static_cast<double>(launch.tile_plane) * 16;
+  const double shared_reads = warps * (v.groups * launch.entries * (reads * 4 + record_reads / v.parts) + results * 2);
+  const double of_each = static_cast<double>(launch.blocks) / device.multiprocessors;
+  return std::max({cycles, of_each * (shared_reads + bytes / 128), of_each * bytes / kL2Bytes});
+}
+
 // Positions in rectangles of 32 or in runs, images or strips in lanes: the way that takes least of reads of shared
 // memory (see the head of conv2d.cuh), copies and stores.
-std::optional<Choice> choose_tile(const Problem& problem, int64_t n_vectors, const std::optional<Stores>& stores) {
+std::optional<Choice> choose_tile(const TensorDevice& device, const Problem& problem, int64_t n_vectors,
+                                  const std::optional<Stores>& stores) {
   const int64_t vector = problem.vector >= 8 ? 8 : problem.vector >= 3 ? 4 : problem.vector;
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
   const int phases[2] = {phases_of(ay), phases_of(ax)};
   const int64_t columns = ax.positions + ax.most / ax.stride, limit = std::numeric_limits<int32_t>::max();
-  const double row_columns = static_cast<double>(std::max<int64_t>(n_vectors / problem.row_groups, 1));
-  const double outputs = static_cast<double>(problem.batch * ay.positions * ax.positions);
+  const double entries = static_cast<double>(n_vectors) / static_cast<double>(problem.row_groups);
   std::vector<Choice> choices;
   for (const Conv2dVariant& variant : kConv2dVariants) {
+    if (!stores && &variant - kConv2dVariants >= kConv2dRectangles) break;
     if (variant.vector != vector || (variant.run > 1 && !(stores && stores->joined))) continue;
-    if (problem.interleaved && variant.groups != 4) continue;
+    if ((problem.interleaved && variant.groups != 4) || (problem.flat && variant.lane_groups != 1)) continue;
+    const int64_t row_vectors = problem.flat ? columns : lane_columns(columns);
     const int64_t slots = 4 * variant.lane_groups;
     const int64_t wanted = std::clamp<int64_t>(ceil_div(slots, std::max<int64_t>(problem.batch, 1)), 1, ay.positions);
     const int64_t strip_rows = ceil_div(ay.positions, wanted), strips = ceil_div(ay.positions, strip_rows);
     const int64_t units = ceil_div(problem.batch * strips, slots);
     const int64_t rows = strip_rows + ay.most / ay.stride;
-    const int64_t lanes_plane = phases[0] * rows * phases[1] * lane_columns(columns);
+    const int64_t lanes_plane = phases[0] * rows * phases[1] * row_vectors;
     if (lanes_plane > limit / 2) continue;
     Choice choice{};
     choice.variant = variant;
     choice.lanes = {int(problem.batch), int(problem.in_channels), variant.lane_groups, int(strips), int(strip_rows),
-                    int(units), {phases[0], phases[1]}, int(rows), int(lane_columns(columns)), int(lanes_plane)};
+                    int(units), {phases[0], phases[1]}, int(rows), int(row_vectors), int(lanes_plane)};
     // Of results that lie one behind the other where `joined`: so many a tile, in which a strip's may be whole; else
     // in rows of as many.
     auto sectors = [&](int64_t results, int64_t tiles, bool joined) {
@@ -85,17 +167,35 @@ std::optional<Choice> choose_tile(const Problem& problem, int64_t n_vectors, con
       if (variant.plane && plane > variant.plane) return;
       const int64_t bytes = (variant.plane ? variant.plane : plane) * variant.lane_groups * 16;
       if (bytes > kMostStageBytes) return;
-      // Of a slice of rows, all that is computed.
-      const double warps = static_cast<double>(units * tiles);
-      const double reads = variant.lane_groups * variant.run + 0.5 / variant.parts;
-      const double read = warps * row_columns * reads * kReadCost;
-      const double copied = warps * static_cast<double>(problem.channels_per_group() * plane * variant.lane_groups) *
-                            kStagedCost / (kConv2dWarps * variant.groups);
-      choice.cost = read + copied + outputs * static_cast<double>(vector) * stored * kStoredCost;
       choice.sectors = stored;
       choice.plane = int(plane);
-      choice.block_channels = std::clamp<int64_t>(kStageBytes / bytes, 1, problem.channels_per_group());
-      choices.push_back(choice);
+      const int64_t channels = problem.channels_per_group();
+      if (!stores) {
+        const double tile_units = static_cast<double>(units * tiles);
+        choice.block_channels = std::clamp<int64_t>((32 << 10) / bytes, 1, channels);
+        choice.cost = tile_units * (std::max(entries, 1.0) * (variant.lane_groups + 0.5 / variant.parts) * kReadCost +
+                                    static_cast<double>(channels * plane * variant.lane_groups) * kStagedCost /
+                                        (kConv2dWarps * variant.groups));
+        choices.push_back(choice);
+        return;
+      }
+      const int64_t slices = problem.row_groups / problem.groups *
+                             (problem.interleaved ? 4 : ceil_div(problem.vector, variant.vector));
+      for (const int64_t most_warps : {kConv2dWarps, kConv2dWarps / 2}) {
+        choice.warps = std::clamp<int64_t>(ceil_div(slices, int64_t{variant.groups}), 1, most_warps);
+        int64_t before = 0;
+        for (const int64_t stage : kStageBytes) {
+          choice.block_channels = std::clamp<int64_t>(stage / bytes, 1, channels);
+          if (choice.block_channels == before) continue;
+          before = choice.block_channels;
+          const int64_t row_blocks = ceil_div(slices, choice.warps * variant.groups);
+          choice.cost = cycles_of(device, choice, {units * tiles * problem.groups * row_blocks, choice.warps,
+                                                   problem.interleaved ? entries / 4 : entries, channels, plane},
+                                  problem.flat);
+          choices.push_back(choice);
+        }
+        if (choice.warps < most_warps) break;
+      }
     };
     if (variant.run > 1) {
       const int64_t pitch = columns - shared_zeros(ax, phases[1], columns), run = 32 * variant.run;
@@ -143,20 +243,24 @@ std::optional<Choice> choose_tile(const Problem& problem, int64_t n_vectors, con
 
 }  // namespace
 
-std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const at::Tensor& output) {
+std::optional<Choice> choose(const TensorDevice& device, const Problem& problem, int64_t n_vectors,
+                             const at::Tensor& output) {
   std::optional<Stores> stores;
-  if (output.defined()) {
+  if (problem.flat) {
+    stores = {4 * output.element_size(), problem.axes[1].positions, true};
+  } else if (output.defined()) {
     const auto& [y, x] = problem.axes;
     const int64_t height = output_size(problem, 0), width = output_size(problem, 1);
     bool joined = (width == 1 || output.stride(3) == 1) && (height == 1 || output.stride(2) == width);
     joined = joined && (problem.interleaved || (y.out_step == 1 && x.out_step == 1));
     stores = {output.element_size(), width, joined};
   }
-  return choose_tile(problem, n_vectors, stores);
+  return choose_tile(device, problem, n_vectors, stores);
 }
 
-Choice checked_choice(const Problem& problem, int64_t n_vectors, const at::Tensor& output) {
-  const std::optional<Choice> chosen = choose(problem, n_vectors, output);
+Choice checked_choice(const TensorDevice& device, const Problem& problem, int64_t n_vectors,
+                      const at::Tensor& output) {
+  const std::optional<Choice> chosen = choose(device, problem, n_vectors, output);
   TORCH_CHECK_NOT_IMPLEMENTED(chosen,
                               "Expected a kernel whose reach, dilation * (size - 1), fits a tile in shared memory for "
                               "conv2d on cuda, got ", problem.axes[0].most, " by ", problem.axes[1].most);
@@ -232,25 +336,26 @@ Records make_records(Call& call, const Problem& problem, const Pattern& pattern,
 
 namespace {
 
-void run_to_planes(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input,
+void run_to_planes(Call& call, const Problem& given, const Pattern& pattern, const at::Tensor& input,
                    const Finish& finish, const at::Tensor& output) {
-  if (problem.vector >= 8 && input.element_size() == 2 && !pattern.place.defined() &&
+  if (given.vector >= 8 && input.element_size() == 2 && !pattern.place.defined() &&
       run_on_tensor_cores(call,
-                          {problem.batch, problem.in_channels, problem.out_channels, problem.groups, problem.vector,
-                           problem.row_groups, pattern.col.size(0), {problem.axes[0], problem.axes[1]}},
+                          {given.batch, given.in_channels, given.out_channels, given.groups, given.vector,
+                           given.row_groups, pattern.col.size(0), {given.axes[0], given.axes[1]}},
                           pattern.crow, pattern.col,
                           {input, pattern.values, {}, pattern.rows, finish.scale, finish.shift, finish.residual, output,
                            finish.activation})) {
     return;
   }
-  const Choice c = checked_choice(problem, pattern.col.size(0), output);
+  const Problem problem = can_be_flat(given, input, output, finish) ? flattened(given) : given;
+  const Choice c = checked_choice(tensor_device(call, input), problem, pattern.col.size(0), output);
   const int64_t slices = problem.interleaved ? 4 : ceil_div(problem.vector, c.variant.vector);
   const int64_t slices_per_group = problem.row_groups * slices / problem.groups;
   const int64_t limit = std::numeric_limits<int32_t>::max();
-  const at::Tensor lanes = to_lanes(call, c.lanes, problem.axes, input, "lanes");
+  const at::Tensor lanes = problem.flat ? input : to_lanes(call, c.lanes, problem.axes, input, "lanes");
   const Records records = make_records(call, problem, pattern, c, int(slices), c.variant.vector);
 
-  const int64_t warps = std::clamp<int64_t>(ceil_div(slices_per_group, c.variant.groups), 1, kConv2dWarps);
+  const int64_t warps = c.warps;
   Conv2dParams p{};
   describe(p, problem, pattern, c, records, lanes, slices);
   p.slices_per_group = int(slices_per_group);
@@ -270,6 +375,7 @@ void run_to_planes(Call& call, const Problem& problem, const Pattern& pattern, c
   p.out_w = output.stride(3);
   for (int d = 0; d < 2; ++d) p.out_size[d] = int(output_size(problem, d));
   p.joined = c.joined;
+  p.flat = problem.flat;
   p.interleaved = problem.interleaved;
   const int64_t grid_x = int64_t(c.lanes.units) * p.tiles_h * p.tiles_w, grid_y = problem.groups * p.row_blocks;
   TORCH_CHECK_VALUE(grid_x <= limit && grid_y <= 65535, "Expected fewer than 65536 blocks of output channels, got ",

@@ -59,12 +59,8 @@ __device__ __forceinline__ void add_sums_of_other(float* sums) {
   }
 }
 
-// Blocks of threads that are to live on a multiprocessor at once, by the sums that a lane keeps: as many as registers
-// allow, since a warp alone waits most of the time.
-constexpr int conv2d_resident(int sums) { return sums > 32 ? 2 : 3; }
-
 template <int kV, int kG, int kGroups, int kPlane, int kRun, int kParts>
-__global__ __launch_bounds__(32 * kConv2dWarps, conv2d_resident(kV * kG * kGroups * kRun * kParts * 4)) void
+__global__ __launch_bounds__(32 * kConv2dWarps, conv2d_resident(kV * kG * kGroups * kRun * kParts, kV, kParts)) void
 conv2d_kernel(const Conv2dParams p) {
   constexpr int kOwn = kRun * kParts, kApart = 32 / kParts;  // places of a lane in the loop
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -292,6 +288,31 @@ conv2d_kernel(const Conv2dParams p) {
         store_span<kLanes>(p, results, 1, 0, lane_pitch, row_end, unit, span);
       } else if constexpr (kRun == 1) {
         store_interleaved<kLanes>(p, results, lane_pitch, row_end, unit, y0, x0);
+      }
+      return;
+    }
+  }
+  if constexpr (kG == 1) {
+    if (p.flat) {
+      const ResultStore store(p);
+#pragma unroll
+      for (int k = 0; k < kGroups; ++k) {
+        const RowEnd row_end(p, slice[k], group, lane % kV, kV);
+#pragma unroll
+        for (int v = 0; v < kV; ++v) {
+          const int channel = __shfl_sync(0xffffffffu, row_end.channel, v);
+          const float scale = __shfl_sync(0xffffffffu, row_end.scale, v);
+          const float shift = __shfl_sync(0xffffffffu, row_end.shift, v);
+          if (channel < 0) continue;
+#pragma unroll
+          for (int j = 0; j < kRun; ++j) {
+            if (!inside(j)) continue;
+            const float* sum = &sums[k][v][j * 4];
+            store_flat(store, p, unit * p.out_n + channel * p.out_c + int64_t(column_of(j)) * 4,
+                       float4{sum[0] * scale + shift, sum[1] * scale + shift, sum[2] * scale + shift,
+                              sum[3] * scale + shift});
+          }
+        }
       }
       return;
     }

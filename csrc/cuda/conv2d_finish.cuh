@@ -53,10 +53,25 @@ struct ResultStore {
       return;
     }
     if (p.residual && there) result += static_cast<const float*>(p.residual)[at];
-    result = result < least ? least : result > most ? most : result;  // NaN stays
-    store_vector(static_cast<float*>(p.output) + at, result, there);
+    store_vector(static_cast<float*>(p.output) + at, cut(result), there);
+  }
+  __device__ __forceinline__ float cut(float result) const {  // NaN stays
+    return result < least ? least : result > most ? most : result;
   }
 };
+
+// Results of one row of flat planes, four neighbours a vector.
+__device__ __forceinline__ void store_flat(const ResultStore& store, const Conv2dParams& p, int64_t at, float4 result) {
+  if (p.residual) {
+    const float4 more = load_vector(reinterpret_cast<const float4*>(static_cast<const float*>(p.residual) + at));
+    result.x += more.x;
+    result.y += more.y;
+    result.z += more.z;
+    result.w += more.w;
+  }
+  result = {store.cut(result.x), store.cut(result.y), store.cut(result.z), store.cut(result.w)};
+  store_vector(reinterpret_cast<float4*>(static_cast<float*>(p.output) + at), result);
+}
 
 // The images and strips that lie in a unit's lanes, one after another.
 struct Slot {

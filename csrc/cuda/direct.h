@@ -10,6 +10,7 @@
 
 #include "../geometry.h"
 #include "conv2d.h"
+#include "conv2d_tensor_host.h"
 #include "host.h"
 
 namespace sparsekd::cuda {
@@ -43,6 +44,9 @@ struct Problem {
   // Each position has the results of 2 x 2 phases, of which the output has so many; see Conv2dParams.
   bool interleaved = false;
   int64_t output_size[2] = {};
+  // Of a 1 x 1 convolution of planes that lie in one piece: a lane is not an image but one of four neighbours, so that
+  // the images lie in lanes as they are. See flattened().
+  bool flat = false;
   int64_t channels_per_group() const { return in_channels / groups; }
 };
 
@@ -54,7 +58,7 @@ struct Choice {
   int step, run_length;
   bool joined = false;
   int row_pitch, phase_pitch[2], plane;
-  int64_t block_channels;
+  int64_t block_channels, warps;  // warps: of a block
   double cost, sectors;  // of a result that is stored
 };
 
@@ -87,8 +91,10 @@ struct Records {
 
 // For results that are stored to `output`, if defined; else of rectangles. None where no tile of any kernel has the
 // reach.
-std::optional<Choice> choose(const Problem& problem, int64_t n_vectors, const at::Tensor& output = {});
-Choice checked_choice(const Problem& problem, int64_t n_vectors, const at::Tensor& output = {});
+std::optional<Choice> choose(const TensorDevice& device, const Problem& problem, int64_t n_vectors,
+                             const at::Tensor& output = {});
+Choice checked_choice(const TensorDevice& device, const Problem& problem, int64_t n_vectors,
+                      const at::Tensor& output = {});
 
 // How the output lies in the same lanes, strips and units, without a halo.
 Lanes lanes_of_output(const Choice& choice, const Problem& problem);

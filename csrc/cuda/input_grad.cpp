@@ -102,8 +102,8 @@ at::Tensor conv2d_input_grad_cuda(const at::Tensor& grad_output, const at::Tenso
   bool interleaved = all && shape.stride[0] == 2 && shape.stride[1] == 2 && phases.size() == 4 &&
                      (grad_input.is_contiguous() || is_channels_last(grad_input));
   for (int d = 0; interleaved && d < 2; ++d) input_grad_axis(shape, d, 0, 2, together.axes[d]);
-  interleaved = interleaved && choose(together, pattern.col.size(0), grad_input);
   Call call(grad_output);
+  interleaved = interleaved && choose(tensor_device(call, grad_output), together, pattern.col.size(0), grad_input);
   call.reads(grad_output, "grad_output");
   read_pattern(call, pattern);
   // A stride may step over elements, which then have no gradient.

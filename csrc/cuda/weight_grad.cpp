@@ -18,7 +18,7 @@ constexpr int64_t kPartialBytes = int64_t{64} << 20;  // for the sums of the blo
 
 void run_weight_grad(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input,
                      const at::Tensor& grad_output, const at::Tensor& grad_values) {
-  const Choice c = checked_choice(problem, pattern.col.size(0));
+  const Choice c = checked_choice(tensor_device(call, input), problem, pattern.col.size(0));
   const int64_t slices = ceil_div(problem.vector, c.variant.vector), n_vectors = pattern.col.size(0);
   const int64_t row_groups_per_group = problem.row_groups / problem.groups;
   const int64_t slices_per_group = row_groups_per_group * slices, limit = std::numeric_limits<int32_t>::max();
