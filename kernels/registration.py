@@ -16,6 +16,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -76,6 +77,17 @@ OPS: dict[str, Op] = {
     "linear_weight_grad": Op("linear", lambda args: args[5], False),
     "kd_loss_forward": Op("kd_loss", None),
     "linear_kd_loss": Op("linear_kd_loss", None),
+}
+
+ANNOTATIONS = {  # of a schema's types
+    "Tensor": torch.Tensor,
+    "Optional[Tensor]": torch.Tensor | None,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "List[int]": list[int],
+    "List[bool]": list[bool],
 }
 
 # (op, the backend that CHOICES names, the one that served): calls, since the process began
@@ -154,10 +166,22 @@ def _check_built(name: str, call: Call, wanted: Choice, serving: str) -> None:
 def triton_op(name: str) -> torch._ops.OpOverload:
     """``sparsekd::triton_<name>`` for one of :data:`OPS`, registered on the first call."""
     launcher = getattr(importlib.import_module(f".{OPS[name].file}", __package__), name)
-    schema = str(getattr(torch.ops.sparsekd, name).default._schema)
-    schema = schema[schema.index("(") :]
-    torch.library.triton_op(f"sparsekd::triton_{name}", launcher, mutates_args=(), schema=schema)
+
+    @functools.wraps(launcher)  # where torch looks for the kernels
+    def launch(*args):
+        return launcher(*args)
+
+    launch.__signature__ = _signature(getattr(torch.ops.sparsekd, name).default)
+    torch.library.triton_op(f"sparsekd::triton_{name}", launch, mutates_args=())
     return getattr(torch.ops.sparsekd, f"triton_{name}").default
+
+
+def _signature(op: torch._ops.OpOverload) -> inspect.Signature:
+    """An op's schema as a signature: before torch 2.12 ``triton_op`` infers a schema even where it is given one."""
+    schema, positional = op._schema, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(a.name, positional, annotation=ANNOTATIONS[str(a.type)]) for a in schema.arguments]
+    returns = tuple(ANNOTATIONS[str(r.type)] for r in schema.returns)
+    return inspect.Signature(parameters, return_annotation=returns[0] if len(returns) == 1 else tuple[returns])
 
 
 def register(key: str = "CUDA") -> Library:

@@ -9,6 +9,7 @@ from sparsekd.kernels import checks, registration
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsekd.sparse import ops
+from sparsekd.sparse.ops import registered
 
 F16, F32, F64 = torch.float16, torch.float32, torch.float64
 
@@ -93,6 +94,15 @@ def test_tf32_is_what_torch_itself_would_use():
         conv.fp32_precision, matmul.fp32_precision = before
 
 
+@pytest.mark.parametrize("name", registration.OPS)
+def test_each_op_is_a_triton_op(name):
+    """Under each torch, of which some infer its schema from the launcher, be one given or not."""
+    ours, op = registration.triton_op(name)._schema, getattr(torch.ops.sparsekd, name).default._schema
+    for of_ours, of_op in ((ours.arguments, op.arguments), (ours.returns, op.returns)):
+        assert [str(a.type) for a in of_ours] == [str(a.type) for a in of_op]
+    assert [a.name for a in ours.arguments] == [a.name for a in op.arguments]
+
+
 def test_each_op_on_cuda_goes_through_the_table():
     for name in registration.OPS:
         kernels = torch._C._dispatch_dump(f"sparsekd::{name}")
@@ -144,7 +154,7 @@ def test_what_is_served_where_a_backend_is_missing(monkeypatch, has_triton, buil
 
 
 def test_a_device_without_a_kernel_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: False)
+    monkeypatch.setattr(registered, "ON_CUDA", frozenset())
     with FakeTensorMode(), pytest.raises(NotImplementedError, match="got cuda:0: no kernel is built for this device"):
         x, w = torch.empty(2, 3, device="cuda"), torch.empty(4, 3, device="cuda")
         ops.linear_kd_loss(x, w, x, w, alpha=1.0)
