@@ -154,12 +154,32 @@ def _check_built(name: str, call: Call, wanted: Choice, serving: str) -> None:
         f"Expected the {wanted.backend} backend of {name} for {str(call.dtype).removeprefix('torch.')}{of_v} "
         f"({wanted.because}), got none built"
     )
+    fall_back((name, wanted.backend, serving), said)
+
+
+def fall_back(kind: tuple[str, str, str], said: str) -> None:
+    """Of a call that is served by other means than it should be: counts it and says so once; an error within strict."""
     if _strict:
         raise RuntimeError(said)
-    kind = (name, wanted.backend, serving)
     fallbacks[kind] += 1
     if fallbacks[kind] == 1:
-        warnings.warn(f"{said}: the {serving} backend serves it", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{said}: the {kind[2]} backend serves it", RuntimeWarning, stacklevel=3)
+
+
+@contextlib.contextmanager
+def replacing() -> Iterator[None]:
+    """Within it a kernel of ours may take the place of another of ours without torch's warning.
+
+    torch warns of one operator in a process: with ``set_warn_always`` ours is not that one.
+    """
+    before = torch.is_warn_always_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel.*operator: sparsekd::")
+        torch.set_warn_always(True)
+        try:
+            yield
+        finally:
+            torch.set_warn_always(before)
 
 
 @functools.cache
@@ -184,6 +204,7 @@ def _signature(op: torch._ops.OpOverload) -> inspect.Signature:
     return inspect.Signature(parameters, return_annotation=returns[0] if len(returns) == 1 else tuple[returns])
 
 
+@replacing()
 def register(key: str = "CUDA") -> Library:
     """Puts the backends behind ``sparsekd::<op>`` on a dispatch key, for as long as the library that it returns lives.
 
@@ -202,14 +223,14 @@ def register(key: str = "CUDA") -> Library:
             library.impl(name, _chosen(name, native, has_triton), key, with_keyset=True)
     if key == "CUDA":  # of this op the CPU's half is there too, as it needs no kernel of its own
         library.impl("linear_kd_loss", _linear_kd_loss_chunked, "CPU", with_keyset=True)
-    if has_triton and (key != "CUDA" or not _is_registered("transpose_pattern", key)):
+    if has_triton and (key != "CUDA" or not is_registered("transpose_pattern", key)):
         library.impl("transpose_pattern", _transpose_pattern, key)
     return library
 
 
 def native_kernel(name: str) -> Any:
     """The CUDA C++ kernel of an op, looked up before anything is put in front of it; None where none is built."""
-    if not _is_registered(name, "CUDA"):
+    if not is_registered(name, "CUDA"):
         return None
     if not hasattr(torch.library, "get_kernel"):  # before torch 2.9
         warnings.warn(
@@ -222,7 +243,7 @@ def native_kernel(name: str) -> Any:
     return torch.library.get_kernel(f"sparsekd::{name}", "CUDA").call_boxed
 
 
-def _is_registered(name: str, key: str) -> bool:
+def is_registered(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekd::{name}", key)
 
 

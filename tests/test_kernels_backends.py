@@ -1,5 +1,6 @@
 """Who serves an op on CUDA: the table in kernels/registration.py, and what is said where a backend is not built."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -124,6 +125,26 @@ def test_linear_kd_loss_without_triton_is_counted(counted):
         run(None, *arguments)
 
 
+def test_our_kernels_replace_ours_in_silence():
+    """And torch, which warns of one such in a process, still warns of others'."""
+    for context, said in ((registration.replacing(), 0), (warned_always(), 1)):
+        library = torch.library.Library("sparsekd", "IMPL")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with context:
+                library.impl("max_pool2d", lambda *args: None, "CPU")
+        library._destroy()
+        assert len(caught) == said
+    assert not torch.is_warn_always_enabled()
+
+
+@contextlib.contextmanager
+def warned_always():
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
 class Noted:
     """In the place of torch.library.Library: which ops got a kernel on which key."""
 
@@ -147,7 +168,7 @@ def test_what_is_served_where_a_backend_is_missing(monkeypatch, has_triton, buil
     monkeypatch.setattr(registration, "Library", Noted)
     monkeypatch.setattr(registration.importlib.util, "find_spec", lambda name: has_triton or None)
     monkeypatch.setattr(registration, "native_kernel", lambda name: native if name in built else None)
-    monkeypatch.setattr(registration, "_is_registered", lambda name, key: name in built)
+    monkeypatch.setattr(registration, "is_registered", lambda name, key: name in built)
     found = registration.register().found
     assert {name for name, key in found if key == "CUDA"} == served
     assert {name for name, key in found if key == "CPU"} == {"linear_kd_loss"}

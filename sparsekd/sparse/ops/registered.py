@@ -14,8 +14,9 @@ except ImportError as error:
     ) from error
 
 from ...kernels import registration
+from . import dense
 
-_backends_on_cuda = registration.register()  # kept, as they are gone with it
+_backends_on_cuda = registration.register(), dense.register()  # kept, as they are gone with it
 # Ops that CUDA has a kernel of; looked up once, as a compiler that traces a call can't ask the dispatcher.
 ON_CUDA = frozenset(
     name.removeprefix("sparsekd::")
