@@ -16,6 +16,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -76,6 +77,17 @@ OPS: dict[str, Op] = {
     "linear_weight_grad": Op("linear", lambda args: args[5], False),
     "kd_loss_forward": Op("kd_loss", None),
     "linear_kd_loss": Op("linear_kd_loss", None),
+}
+
+ANNOTATIONS = {  # of a schema's types
+    "Tensor": torch.Tensor,
+    "Optional[Tensor]": torch.Tensor | None,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "List[int]": list[int],
+    "List[bool]": list[bool],
 }
 
 # (op, the backend that CHOICES names, the one that served): calls, since the process began
@@ -142,24 +154,57 @@ def _check_built(name: str, call: Call, wanted: Choice, serving: str) -> None:
         f"Expected the {wanted.backend} backend of {name} for {str(call.dtype).removeprefix('torch.')}{of_v} "
         f"({wanted.because}), got none built"
     )
+    fall_back((name, wanted.backend, serving), said)
+
+
+def fall_back(kind: tuple[str, str, str], said: str) -> None:
+    """Of a call that is served by other means than it should be: counts it and says so once; an error within strict."""
     if _strict:
         raise RuntimeError(said)
-    kind = (name, wanted.backend, serving)
     fallbacks[kind] += 1
     if fallbacks[kind] == 1:
-        warnings.warn(f"{said}: the {serving} backend serves it", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{said}: the {kind[2]} backend serves it", RuntimeWarning, stacklevel=3)
+
+
+@contextlib.contextmanager
+def replacing() -> Iterator[None]:
+    """Within it a kernel of ours may take the place of another of ours without torch's warning.
+
+    torch warns of one operator in a process: with ``set_warn_always`` ours is not that one.
+    """
+    before = torch.is_warn_always_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel.*operator: sparsekd::")
+        torch.set_warn_always(True)
+        try:
+            yield
+        finally:
+            torch.set_warn_always(before)
 
 
 @functools.cache
 def triton_op(name: str) -> torch._ops.OpOverload:
     """``sparsekd::triton_<name>`` for one of :data:`OPS`, registered on the first call."""
     launcher = getattr(importlib.import_module(f".{OPS[name].file}", __package__), name)
-    schema = str(getattr(torch.ops.sparsekd, name).default._schema)
-    schema = schema[schema.index("(") :]
-    torch.library.triton_op(f"sparsekd::triton_{name}", launcher, mutates_args=(), schema=schema)
+
+    @functools.wraps(launcher)  # where torch looks for the kernels
+    def launch(*args):
+        return launcher(*args)
+
+    launch.__signature__ = _signature(getattr(torch.ops.sparsekd, name).default)
+    torch.library.triton_op(f"sparsekd::triton_{name}", launch, mutates_args=())
     return getattr(torch.ops.sparsekd, f"triton_{name}").default
 
 
+def _signature(op: torch._ops.OpOverload) -> inspect.Signature:
+    """An op's schema as a signature: before torch 2.12 ``triton_op`` infers a schema even where it is given one."""
+    schema, positional = op._schema, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(a.name, positional, annotation=ANNOTATIONS[str(a.type)]) for a in schema.arguments]
+    returns = tuple(ANNOTATIONS[str(r.type)] for r in schema.returns)
+    return inspect.Signature(parameters, return_annotation=returns[0] if len(returns) == 1 else tuple[returns])
+
+
+@replacing()
 def register(key: str = "CUDA") -> Library:
     """Puts the backends behind ``sparsekd::<op>`` on a dispatch key, for as long as the library that it returns lives.
 
@@ -178,14 +223,14 @@ def register(key: str = "CUDA") -> Library:
             library.impl(name, _chosen(name, native, has_triton), key, with_keyset=True)
     if key == "CUDA":  # of this op the CPU's half is there too, as it needs no kernel of its own
         library.impl("linear_kd_loss", _linear_kd_loss_chunked, "CPU", with_keyset=True)
-    if has_triton and (key != "CUDA" or not _is_registered("transpose_pattern", key)):
+    if has_triton and (key != "CUDA" or not is_registered("transpose_pattern", key)):
         library.impl("transpose_pattern", _transpose_pattern, key)
     return library
 
 
 def native_kernel(name: str) -> Any:
     """The CUDA C++ kernel of an op, looked up before anything is put in front of it; None where none is built."""
-    if not _is_registered(name, "CUDA"):
+    if not is_registered(name, "CUDA"):
         return None
     if not hasattr(torch.library, "get_kernel"):  # before torch 2.9
         warnings.warn(
@@ -198,7 +243,7 @@ def native_kernel(name: str) -> Any:
     return torch.library.get_kernel(f"sparsekd::{name}", "CUDA").call_boxed
 
 
-def _is_registered(name: str, key: str) -> bool:
+def is_registered(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekd::{name}", key)
 
 

@@ -1,5 +1,6 @@
 """save and load: really smaller, strict, and never half a file."""
 
+import copy
 import json
 import random
 import warnings
@@ -90,6 +91,20 @@ def test_a_pruned_model_that_is_not_converted_is_packed_too(tmp_path, x):
     loaded = sparsekd.load(model(1).eval(), tmp_path / "m.safetensors")
     assert type(loaded[4]) is nn.Linear and torch.equal(loaded(x), plain(x))
     assert "4.weight#bitmask" in load_file(tmp_path / "m.safetensors")
+
+
+def test_layers_of_one_shape_are_not_taken_for_tied(tmp_path):
+    """Of a weight that isn't contiguous on the CPU a copy is packed, and the next copy may lie in its place."""
+    plain = nn.Sequential(*(nn.Conv2d(32, 32, 3) for _ in range(6))).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for layer in plain:
+            layer.weight[torch.rand_like(layer.weight) < 0.9] = 0
+    sparsekd.save(plain, tmp_path / "m.safetensors")
+    other = copy.deepcopy(plain)
+    for layer in other:
+        layer.reset_parameters()
+    loaded = sparsekd.load(other, tmp_path / "m.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), plain.parameters(), strict=True))
 
 
 def test_tied_weights_are_stored_once(tmp_path):

@@ -1,7 +1,9 @@
 """conv2d with 2:4 weights, its packed form and its gradients, against nn.functional.conv2d on the masked weight."""
 
+import functools
 import math
 import random
+import warnings
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from conftest import assert_near, check_gradients, check_op
 
 from sparsekd.sparse import formats_24, ops, reference
+from sparsekd.sparse.ops import dense
 
 OPS = torch.ops.sparsekd
 
@@ -224,3 +227,52 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         got = ops.conv2d_24(input, values, metadata, kernel_size=3)
     assert got.dtype == torch.bfloat16 and math.isfinite(float(got.sum()))
+
+
+# --- what CUDA's kernel does not take --------------------------------------------------------------------------------
+
+
+def taken(keys, *args):
+    return "the kernel"
+
+
+@pytest.fixture
+def served():
+    """What stands before the kernels on CUDA, called on the CPU."""
+    ops.fallbacks.clear()
+    yield lambda name, native: functools.partial(dense.served(name, native), None)
+    ops.fallbacks.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dense_where_the_kernel_takes_no_such_dtype(served, dtype):
+    shape, geometry = (8, 32, 3, 3), ((3, 3), (2, 1), (1, 1), (1, 1), 1)
+    _, weight = packed(shape, dtype=dtype)
+    x = torch.randn(2, 32, 7, 6, dtype=dtype).to(memory_format=torch.channels_last)
+    bias, residual = torch.randn(8, dtype=dtype), torch.randn(2, 8, 4, 6, dtype=dtype)
+    fused = (x, *weight, bias, bias, residual, "silu", 8, *geometry)
+    run = served("conv2d_24_fused", taken)
+    with pytest.warns(RuntimeWarning, match="Expected float16 or bfloat16, .* the dense backend serves it"):
+        got = run(*fused)
+    assert_near(got, OPS.conv2d_24_fused(*fused))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error")
+        assert torch.equal(run(*fused), got)
+    assert ops.fallbacks == {("conv2d_24_fused", "cuda", "dense"): 2}
+    plain = (x, *weight, bias, 8, *geometry)
+    with pytest.warns(RuntimeWarning, match="for conv2d_24 on cpu, got float"):
+        assert_near(served("conv2d_24", taken)(*plain), OPS.conv2d_24(*plain))
+    with ops.strict_backends(), pytest.raises(RuntimeError, match="Expected float16 or bfloat16"):
+        run(*fused)
+    with pytest.raises(TypeError, match="Expected residual of dtype"):
+        run(*fused[:5], residual.half(), *fused[6:])
+
+
+def test_half_is_the_kernels_where_it_is_built(served):
+    _, weight = packed((8, 32, 1, 1), dtype=torch.float16)
+    plain = (torch.randn(2, 32, 3, 3).half(), *weight, None, 8, (1, 1), (1, 1), (0, 0), (1, 1), 1)
+    assert served("conv2d_24", taken)(*plain) == "the kernel"
+    assert not ops.fallbacks
+    with pytest.warns(RuntimeWarning, match="Expected a build with CUDA C"):
+        assert_near(served("conv2d_24", None)(*plain), OPS.conv2d_24(*plain))

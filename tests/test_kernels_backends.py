@@ -1,5 +1,6 @@
 """Who serves an op on CUDA: the table in kernels/registration.py, and what is said where a backend is not built."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from sparsekd.kernels import checks, registration
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsekd.sparse import ops
+from sparsekd.sparse.ops import registered
 
 F16, F32, F64 = torch.float16, torch.float32, torch.float64
 
@@ -93,6 +95,15 @@ def test_tf32_is_what_torch_itself_would_use():
         conv.fp32_precision, matmul.fp32_precision = before
 
 
+@pytest.mark.parametrize("name", registration.OPS)
+def test_each_op_is_a_triton_op(name):
+    """Under each torch, of which some infer its schema from the launcher, be one given or not."""
+    ours, op = registration.triton_op(name)._schema, getattr(torch.ops.sparsekd, name).default._schema
+    for of_ours, of_op in ((ours.arguments, op.arguments), (ours.returns, op.returns)):
+        assert [str(a.type) for a in of_ours] == [str(a.type) for a in of_op]
+    assert [a.name for a in ours.arguments] == [a.name for a in op.arguments]
+
+
 def test_each_op_on_cuda_goes_through_the_table():
     for name in registration.OPS:
         kernels = torch._C._dispatch_dump(f"sparsekd::{name}")
@@ -112,6 +123,26 @@ def test_linear_kd_loss_without_triton_is_counted(counted):
     assert ops.fallbacks == {("linear_kd_loss", "triton", "cuda"): 1}
     with ops.strict_backends(), pytest.raises(RuntimeError, match="Expected the triton backend of linear_kd_loss"):
         run(None, *arguments)
+
+
+def test_our_kernels_replace_ours_in_silence():
+    """And torch, which warns of one such in a process, still warns of others'."""
+    for context, said in ((registration.replacing(), 0), (warned_always(), 1)):
+        library = torch.library.Library("sparsekd", "IMPL")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with context:
+                library.impl("max_pool2d", lambda *args: None, "CPU")
+        library._destroy()
+        assert len(caught) == said
+    assert not torch.is_warn_always_enabled()
+
+
+@contextlib.contextmanager
+def warned_always():
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
 
 
 class Noted:
@@ -137,14 +168,14 @@ def test_what_is_served_where_a_backend_is_missing(monkeypatch, has_triton, buil
     monkeypatch.setattr(registration, "Library", Noted)
     monkeypatch.setattr(registration.importlib.util, "find_spec", lambda name: has_triton or None)
     monkeypatch.setattr(registration, "native_kernel", lambda name: native if name in built else None)
-    monkeypatch.setattr(registration, "_is_registered", lambda name, key: name in built)
+    monkeypatch.setattr(registration, "is_registered", lambda name, key: name in built)
     found = registration.register().found
     assert {name for name, key in found if key == "CUDA"} == served
     assert {name for name, key in found if key == "CPU"} == {"linear_kd_loss"}
 
 
 def test_a_device_without_a_kernel_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: False)
+    monkeypatch.setattr(registered, "ON_CUDA", frozenset())
     with FakeTensorMode(), pytest.raises(NotImplementedError, match="got cuda:0: no kernel is built for this device"):
         x, w = torch.empty(2, 3, device="cuda"), torch.empty(4, 3, device="cuda")
         ops.linear_kd_loss(x, w, x, w, alpha=1.0)

@@ -11,6 +11,8 @@ from sparsekd.kernels import conv2d, kd_loss, linear, linear_kd_loss, plans, reg
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsekd.sparse import ops
+
 ATEN = torch.ops.aten
 WAITS = {ATEN._local_scalar_dense.default, ATEN.nonzero.default, ATEN.masked_select.default, ATEN.unique_dim.default}
 
@@ -107,3 +109,19 @@ def test_a_compiler_sees_the_kernels_inside():
         assert compiled(input, values, *pattern).shape == (2, 32, 9, 8)
     assert targets.count("triton_kernel_wrapper_functional") == 2  # to lanes, and the convolution
     assert "aten.relu.default" in targets
+
+
+def test_dynamo_traces_a_call_on_cuda_whole():
+    """All that stands before the operators there, choice of plans and checks of the device included."""
+
+    def function(input, values, crow, col, hidden, target):
+        vector = 1 if ops.takes_plans(input.device, torch.float32, 16) else values.shape[1]
+        y = ops.conv2d(input * 2, values, crow, col, out_channels=32, kernel_size=3, padding=1).relu() * vector
+        z = ops.linear(hidden, values, crow, col, out_features=32)
+        return y.sum() + ops.kd_loss(z, z, target) + ops.linear_kd_loss(z, z, z, z, target)
+
+    with FakeTensorMode():
+        input, _, values, (crow, col, _), _ = tensors(dtype=torch.float32)
+        hidden, target = torch.empty(5, 64, device="cuda"), torch.empty(5, dtype=torch.int64, device="cuda")
+        compiled = torch.compile(function, fullgraph=True, backend="eager")
+        assert compiled(input, values, crow, col, hidden, target).device.type == "cuda"

@@ -147,7 +147,6 @@ def test_opcheck_of_the_triton_op(name):
 
 def check_triton_op(name, arguments):
     op = registration.triton_op(name)
-    assert str(op._schema).replace("triton_", "") == str(getattr(OPS, name).default._schema)
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

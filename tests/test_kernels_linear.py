@@ -98,7 +98,6 @@ def test_opcheck(name, sample):
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck_of_the_triton_op(name):
     op = registration.triton_op(name)
-    assert str(op._schema).replace("triton_", "") == str(getattr(OPS, name).default._schema)
     arguments = same.op_arguments(SAMPLES["permuted"])[name]
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 

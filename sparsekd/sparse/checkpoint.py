@@ -84,11 +84,11 @@ def save(model: nn.Module, path: str | os.PathLike, dtype: torch.dtype | None = 
         prefix, _, last = key.rpartition(".")
         if _only_channels_last(tensor):
             channels_last.append(key)
+        # Of the model's own tensor: where a copy lies that is packed and gone, the next may lie.
+        identity = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         tensor = tensor.detach().cpu().contiguous()
         module = sparse.get(prefix) if last == "weight" else None
-        if module is None and tensor.numel():
-            # Tied tensors are stored once.
-            identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+        if module is None and tensor.numel():  # tied tensors are stored once
             if identity in owner:
                 aliases[key] = owner[identity]
                 continue

@@ -56,9 +56,9 @@ class SparseConv2d(Watched, SparseConv):
                 channels need not be a multiple of V.
             permute: True groups equal output channels that are not neighbours; or the permutation to use.
             pattern: None, or "2:4", for sparse tensor cores (see :func:`sparsekd.sparse.ops.conv2d_24`): two of each
-                four input channels are kept, of which a group has a multiple of 16. On CUDA it computes in float16 and
-                bfloat16 alone, best in channels_last; on the CPU it takes as long as the dense layer. Where the
-                weight's zeros are taken and a four has more than two, zeros are kept as well. ``vector`` is then 1.
+                four input channels are kept, of which a group has a multiple of 16. It is for float16 and bfloat16 on
+                CUDA, best in channels_last; elsewhere it takes as long as the dense layer. Where the weight's zeros
+                are taken and a four has more than two, zeros are kept as well. ``vector`` is then 1.
 
         Raises:
             TypeError: not torch's module, one with another forward, a complex weight, or a mask that is not bool.

@@ -26,8 +26,9 @@ def conv2d_24(
     """Convolution with weights of which two of each four input channels are kept (``formats_24.py``).
 
     On CUDA (compute capability 8.0 or later, float16 and bfloat16, sums in float32) on sparse tensor cores;
-    channels_last is taken as it is, other memory formats are copied there and back. On the CPU it is torch's dense
-    convolution of the unpacked weight, which is not faster than dense. Differentiable in input, values and bias; the
+    channels_last is taken as it is, other memory formats are copied there and back. On the CPU, and in float32 and
+    float64 on CUDA (counted in ``fallbacks``, ``dense.py``), it is torch's dense convolution of the unpacked weight,
+    which is not faster than dense. Differentiable in input, values and bias; the
     backward is dense: the input gradient with the unpacked weight, the weight gradient gathered at what is kept.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .arguments import pair
-from .registered import OPS
+from .registered import ON_CUDA, OPS
 from .rules import check_same_device, like, output_size, register_for_inference
 
 LANES = 8  # images side by side in a vector of 16 bytes
@@ -78,7 +78,7 @@ def takes_plans(device: torch.device, dtype: torch.dtype, vector: int) -> bool:
     """Whether there are kernels that gain by plans."""
     if not for_tensor_cores(device):
         return dtype == torch.float32
-    built = torch._C._dispatch_has_kernel_for_dispatch_key("sparsekd::conv2d_planned", device.type.upper())
+    built = device.type == "cuda" and "conv2d_planned" in ON_CUDA
     return built and vector >= 8 and dtype in (torch.float16, torch.bfloat16)
 
 

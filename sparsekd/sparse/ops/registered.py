@@ -14,8 +14,15 @@ except ImportError as error:
     ) from error
 
 from ...kernels import registration
+from . import dense
 
-_backends_on_cuda = registration.register()  # kept, as they are gone with it
+_backends_on_cuda = registration.register(), dense.register()  # kept, as they are gone with it
+# Ops that CUDA has a kernel of; looked up once, as a compiler that traces a call can't ask the dispatcher.
+ON_CUDA = frozenset(
+    name.removeprefix("sparsekd::")
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+    if name.startswith("sparsekd::")
+)
 fallbacks, strict_backends = registration.fallbacks, registration.strict
 only_backend, tuning_tiles = registration.only, registration.tuning
 
@@ -39,5 +46,5 @@ def check_device(input: Tensor, op: str) -> None:
     kind = input.device.type
     if kind in ("cpu", "meta"):
         return
-    if kind != "cuda" or not torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekd::{op}", "CUDA"):
+    if kind != "cuda" or op not in ON_CUDA:
         raise NotImplementedError(f"Expected input on cpu, got {input.device}: no kernel is built for this device")
