@@ -282,11 +282,16 @@ at::Tensor to_lanes(Call& call, const Lanes& lanes, const TapAxis (&axes)[2], co
   const at::Tensor source = planar(call, images);
   const at::Tensor to = at::empty({int64_t(lanes.units) * lanes.channels * lanes.lane_groups, lanes.plane, 4},
                                   source.options().dtype(at::kFloat));
-  TORCH_CHECK_VALUE(to.numel() / 4 / 256 < std::numeric_limits<int32_t>::max(),
-                    "Expected fewer than 2^39 activations, got ", to.numel());
+  const int64_t threads = ceil_div(int64_t(lanes.channels), kLanesChannels) * lanes.lane_groups * lanes.plane;
+  const int64_t slots = int64_t(lanes.units) * lanes.lane_groups * 4, limit = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(threads <= limit && slots <= limit,
+                    "Expected fewer than 2^31 vectors of 4 channels in lanes and strips of images, got ", threads,
+                    " and ", slots);
   call.writes(to, name);
   ToLanesParams p{lanes, {axes[0], axes[1]}, source.const_data_ptr(), source.stride(0), source.stride(1),
-                  source.stride(2), source.stride(3), dtype_of(source), to.mutable_data_ptr<float>()};
+                  source.stride(2), source.stride(3), dtype_of(source), to.mutable_data_ptr<float>(),
+                  static_cast<uint32_t>(threads), Divisor(lanes.columns), Divisor(lanes.phases[1]),
+                  Divisor(lanes.rows), Divisor(lanes.plane), Divisor(lanes.lane_groups), Divisor(lanes.strips)};
   call.launched(sparsekd_to_lanes(&p, call.stream()));
   return to;
 }

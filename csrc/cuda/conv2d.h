@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../activation.h"
+#include "divisor.h"
 #include "dtype.h"
 
 namespace sparsekd::cuda {
@@ -39,7 +40,10 @@ struct ToLanesParams {
   int64_t stride_n, stride_c, stride_h, stride_w;  // elements
   DType dtype;
   float* to;
+  uint32_t threads;  // of a unit: [ceil(channels / kLanesChannels)][kG][plane]
+  Divisor columns, phases_w, rows, plane, lane_groups, strips;
 };
+constexpr int kLanesChannels = 4;  // that one thread copies, so that where a position lies is worked out once for them
 
 // Sorts each packed row's entries by block of channels and stretches columns into distances within a staged tile.
 struct RecordsParams {

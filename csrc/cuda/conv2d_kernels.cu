@@ -31,7 +31,7 @@ cudaError_t launch_conv2d(const Conv2dParams& params, const Conv2dVariant& varia
   return result;
 }
 
-constexpr int kThreads = 256;
+constexpr int kLanesThreads = 128;
 
 }  // namespace
 }  // namespace sparsekd::cuda
@@ -39,14 +39,12 @@ constexpr int kThreads = 256;
 using namespace sparsekd::cuda;
 
 int sparsekd_to_lanes(const ToLanesParams* params, void* stream) {
-  const Lanes& lanes = params->lanes;
-  const int64_t vectors = int64_t(lanes.units) * lanes.channels * lanes.lane_groups * lanes.plane;
-  const dim3 grid(static_cast<unsigned>((vectors + kThreads - 1) / kThreads));
+  const dim3 grid((params->threads + kLanesThreads - 1) / kLanesThreads, std::min(params->lanes.units, 65535));
   auto* on = static_cast<cudaStream_t>(stream);
   switch (params->dtype) {
-    case DType::float16: return SPARSEKD_LAUNCH(to_lanes_kernel<Half>, grid, dim3(kThreads), 0, on, *params);
-    case DType::bfloat16: return SPARSEKD_LAUNCH(to_lanes_kernel<BFloat16>, grid, dim3(kThreads), 0, on, *params);
-    default: return SPARSEKD_LAUNCH(to_lanes_kernel<float>, grid, dim3(kThreads), 0, on, *params);
+    case DType::float16: return SPARSEKD_LAUNCH(to_lanes_kernel<Half>, grid, dim3(kLanesThreads), 0, on, *params);
+    case DType::bfloat16: return SPARSEKD_LAUNCH(to_lanes_kernel<BFloat16>, grid, dim3(kLanesThreads), 0, on, *params);
+    default: return SPARSEKD_LAUNCH(to_lanes_kernel<float>, grid, dim3(kLanesThreads), 0, on, *params);
   }
 }
 
