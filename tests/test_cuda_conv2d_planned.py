@@ -155,7 +155,8 @@ def test_results_of_few_images_are_stored_by_whole_sectors():
     actual, ideal = emulated.costs("conv2d_tensor_kernel")["global", "write", 16]
     assert actual <= 1.15 * ideal
     actual, _ = emulated.costs("from_lanes16_kernel")["global", "write", 2]
-    assert actual <= 1.15 * got.numel() * 2 / 32  # planes of 28 x 28 begin where a sector does
+    # Every second strip of 14 rows begins in the middle of a sector.
+    assert actual <= 1.5 * got.numel() * 2 / 32
 
 
 # ---- who uses them ----

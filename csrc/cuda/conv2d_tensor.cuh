@@ -82,6 +82,13 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
   for (int i = threadIdx.x; i < (one ? 1 : 2) * p.zeros; i += blockDim.x) {
     store_vector(buffers + i / p.zeros * p.buffer + i % p.zeros, uint4{0, 0, 0, 0});
   }
+  // What the block's rows need at the end of each tile, behind the buffers: found once, as one load waits for another.
+  auto* ends = reinterpret_cast<TensorRowEnd*>(buffers + (one ? 1 : 2) * p.buffer);
+  for (int i = threadIdx.x; i < p.row_warps * kGroups * kRows; i += blockDim.x) {
+    const int rank = row_block * p.row_warps * kGroups + i / kRows;
+    store_vector(ends + i, row_end_of(p, group, rank, i % kRows, kRows));
+  }
+  ends += row_warp * kGroups * kRows;
   Stager stager(p, buffers);
 #pragma unroll 1
   for (int i = 0; i < (one ? 1 : 2); ++i) stager.next();
@@ -182,7 +189,8 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
       stager.next();
       if (!one) buffer ^= 1;
     }
-    Finisher<T, kRows, kGroups, kPositions>{p, first_rank, group}.run(place_of(p, tile), place0, sums);
+    using Finish = Finisher<T, kRows, kGroups, kPositions>;
+    Finish{p, ends, p.slices_per_group - first_rank}.run(place_of(p, tile), place0, sums);
   }
   copy_async_wait<0>();
 }

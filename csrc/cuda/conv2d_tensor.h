@@ -13,7 +13,7 @@ struct TensorVariant {
 };
 // Each has 64 sums a lane, so that a lane has at most 128 registers and each quarter of a multiprocessor four warps or
 // more: an instruction of one warp issues every five to six cycles, whatever is multiplied.
-constexpr TensorVariant kTensorVariants[] = {{8, 2, 16}, {16, 1, 16}, {32, 1, 8}};
+constexpr TensorVariant kTensorVariants[] = {{8, 1, 32}, {16, 1, 16}, {32, 1, 8}};
 constexpr int kTensorWarps = 16;
 constexpr int kNeighbours = 4;  // of a warp's positions so many lie side by side in a row: what one ldmatrix may read
 constexpr int kLanes = 8;  // images or strips side by side: 16 bytes
@@ -117,13 +117,19 @@ struct TensorConv2dParams {
 // Where a column points that only fills up an octet, there are zeros at each place of the tile: one for each residue of
 // an address, and as many as lie between a tile's first and last place.
 constexpr int64_t zero_vectors(int64_t last_place) { return (8 + last_place + 7) / 8 * 8; }
-// While a block of planes is read, the next is copied: two buffers, or one for all planes.
+// What a row of results needs at the end, 16 bytes.
+struct alignas(16) TensorRowEnd {
+  int channel;  // of the output, or -1
+  float scale, shift;
+  int unused;
+};
+// While a block of planes is read, the next is copied: two buffers, or one for all planes. Then come the ends of rows.
 struct Buffers {
   int64_t vectors, bytes;  // from one to the next; of all
 };
-constexpr Buffers buffers_of(int64_t block_planes, int64_t blocks, int64_t pitch, int64_t zeros) {
+constexpr Buffers buffers_of(int64_t block_planes, int64_t blocks, int64_t pitch, int64_t zeros, int64_t rows) {
   const int64_t vectors = zeros + block_planes * pitch;
-  return {vectors, (blocks == 1 ? 1 : 2) * vectors * 16};
+  return {vectors, ((blocks == 1 ? 1 : 2) * vectors + rows) * 16};
 }
 
 }  // namespace sparsekd::cuda

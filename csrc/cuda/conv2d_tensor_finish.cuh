@@ -20,26 +20,22 @@ __device__ __forceinline__ int slice_of(const TensorConv2dParams& p, int rank) {
   return min(max(p.plan.order[rank], 0), p.all_slices - 1);
 }
 
-// What a row of results needs.
-struct TensorRowEnd {
-  int channel = -1;  // of the output, or none
-  float scale = 1.0f, shift = 0.0f;
-
-  // The slice of a rank, the row in it of `slice_rows`.
-  __device__ __forceinline__ TensorRowEnd(const TensorConv2dParams& p, int group, int rank, int row_in_slice,
-                                          int slice_rows) {
-    if (rank >= p.slices_per_group) return;
-    const int local = slice_of(p, group * p.slices_per_group + rank) - group * p.slices_per_group;
-    const int in_vector = local % p.slices * slice_rows + row_in_slice;
-    const int row = local / p.slices * p.vector + in_vector;
-    if (local < 0 || in_vector >= p.vector || row >= p.rows_per_group) return;
-    channel = group * p.rows_per_group + row;
-    if (p.row_indices) channel = p.row_indices[channel];
-    if (channel >= p.out_channels) channel = -1;
-    if (channel >= 0 && p.scale) scale = load_value(p.scale, p.dtype, channel);
-    if (channel >= 0 && p.shift) shift = load_value(p.shift, p.dtype, channel);
-  }
-};
+// What a row of results needs: of the slice of a rank, the row in it of `slice_rows`.
+__device__ __forceinline__ TensorRowEnd row_end_of(const TensorConv2dParams& p, int group, int rank, int row_in_slice,
+                                                   int slice_rows) {
+  TensorRowEnd end{-1, 1.0f, 0.0f, 0};
+  if (rank >= p.slices_per_group) return end;
+  const int local = slice_of(p, group * p.slices_per_group + rank) - group * p.slices_per_group;
+  const int in_vector = local % p.slices * slice_rows + row_in_slice;
+  const int row = local / p.slices * p.vector + in_vector;
+  if (local < 0 || in_vector >= p.vector || row >= p.rows_per_group) return end;
+  end.channel = group * p.rows_per_group + row;
+  if (p.row_indices) end.channel = p.row_indices[end.channel];
+  if (end.channel >= p.out_channels) end.channel = -1;
+  if (end.channel >= 0 && p.scale) end.scale = load_value(p.scale, p.dtype, end.channel);
+  if (end.channel >= 0 && p.shift) end.shift = load_value(p.shift, p.dtype, end.channel);
+  return end;
+}
 
 // Of a 4 x 4 matrix of words each of four lanes holds a row; then each holds a column.
 __device__ __forceinline__ void turn_over(uint32_t (&words)[4]) {
@@ -71,7 +67,8 @@ template <class T, int kRows, int kGroups, int kPositions>
 struct Finisher {
   static constexpr int kMatrices = kRows == 8 ? 1 : kRows / 16, kPlaces = kRows == 8 ? kPositions / 2 : kPositions;
   const TensorConv2dParams& p;
-  int first_rank, group;
+  const TensorRowEnd* ends;  // of the warp's rows
+  int slices;                // that there are
 
   // Of each `kRun` positions, the vector of the output where the `own`-th lies; -1: none. Rows of the output are `row`
   // positions apart, `of_vector` of which are a vector.
@@ -169,10 +166,10 @@ struct Finisher {
     }
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
-      if (first_rank + k >= p.slices_per_group) continue;
+      if (k >= slices) continue;
 #pragma unroll
       for (int half = 0; half < kRows / 8; ++half) {
-        const TensorRowEnd end(p, group, first_rank + k, half * 8 + g, kRows);
+        const TensorRowEnd end = load_vector(ends + k * kRows + half * 8 + g);
         float scale[2] = {end.scale, end.scale}, shift[2] = {end.shift, end.shift};
         if constexpr (kRows == 8) {
 #pragma unroll

@@ -83,7 +83,8 @@ Tile tile_of(const TensorProblem& problem, const Tiling& tiling) {
   tile.row_blocks = ceil_div(tile.slices_per_group, tile.block_slices);
   tile.n_octets = tile.slices * (problem.n_vectors / 8 + problem.row_groups * tile.blocks);
   tile.block_fours = int(ceil_div(int64_t(tiling.block_planes), int64_t(4)));
-  tile.buffers = buffers_of(tiling.block_planes, tile.blocks, tile.pitch, tile.zeros);
+  tile.buffers = buffers_of(tiling.block_planes, tile.blocks, tile.pitch, tile.zeros,
+                            tile.block_slices * tiling.variant.rows);
   return tile;
 }
 
@@ -225,7 +226,7 @@ void look_at(const TensorProblem& problem, const TensorDevice& device, Results r
   int64_t last = 0;
   for (const int64_t parts : {0, 1, 2, 4}) {
     int64_t most = one.planes;
-    if (parts > 0) most = std::min(most, (device.shared_bytes / 2 / parts - 1024 - one.zeros * 16) / (int64_t(one.pitch) * 16));
+    if (parts > 0) most = std::min(most, ((device.shared_bytes / 2 / parts - 1024) / 16 - one.zeros - one.block_slices * tiling.variant.rows) / int64_t(one.pitch));
     if (most < 1) continue;
     const int64_t blocks = ceil_div(one.planes, std::min<int64_t>(most, kMostBlockPlanes));
     if (blocks == last) continue;
