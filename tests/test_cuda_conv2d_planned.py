@@ -119,7 +119,7 @@ def test_errors():
 def test_tiles_of_whole_rows_fit_any_size(width, row_places, to_lanes):
     """Made for 14 columns: of others a tile takes what it can. Of 24 places a row, tiles begin at three of them."""
     values, crow, col, _, geometry = layer(16)
-    tiling = (16, 1, 32, 2, 4, 14, row_places, 16)  # 4 * 32 places
+    tiling = (16, 1, 16, 2, 8, 14, row_places, 16)  # 8 * 16 places
     plan = emulated.in_two_orders("conv2d_plan", crow, col, tiling, 16, (8, 16, 14, 14), *geometry)
     input = torch.randn(8, 16, 11, width, dtype=torch.float16)
     finish = (None, None, None, None, "none", to_lanes)
@@ -151,12 +151,12 @@ def test_results_of_few_images_are_stored_by_whole_sectors():
         got = emulated.emulator().ops.conv2d_planned(
             input, values, plan, tiling, None, None, None, None, "none", False, *geometry
         )
-    actual, _ = emulated.costs("conv2d_tensor_kernel")["global", "write", 2]
-    assert actual <= 1.15 * got.numel() * 2 / 32  # planes of 28 x 28 begin where a sector does
-    for size in (8, 16):  # results on their way to the lanes that store them
-        for kind in ("read", "write"):
-            actual, ideal = emulated.costs("conv2d_tensor_kernel").get(("shared", kind, size), (1, 1))
-            assert actual <= (1.4 if (kind, size) == ("read", 16) else 1.05) * ideal
+    # In strips, two of each image: they go through lanes, from which the images are taken.
+    actual, ideal = emulated.costs("conv2d_tensor_kernel")["global", "write", 16]
+    assert actual <= 1.15 * ideal
+    actual, _ = emulated.costs("from_lanes16_kernel")["global", "write", 2]
+    # Every second strip of 14 rows begins in the middle of a sector.
+    assert actual <= 1.5 * got.numel() * 2 / 32
 
 
 # ---- who uses them ----

@@ -36,21 +36,6 @@ __device__ __forceinline__ Place place_of(const Conv2d24Params& p, int64_t pixel
   return {y, x, static_cast<int>((first * p.groups + group) * (p.channels / 8))};
 }
 
-// One choice for all of them: a choice for each would be most of the kernel's code.
-__device__ __forceinline__ void activate_all(float (&x)[8], Activation activation) {
-  auto each = [&x](auto constant) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = activate(x[e], decltype(constant)::value);
-  };
-  switch (activation) {
-    case Activation::relu: return each(std::integral_constant<Activation, Activation::relu>{});
-    case Activation::relu6: return each(std::integral_constant<Activation, Activation::relu6>{});
-    case Activation::silu: return each(std::integral_constant<Activation, Activation::silu>{});
-    case Activation::hardswish: return each(std::integral_constant<Activation, Activation::hardswish>{});
-    default: return;
-  }
-}
-
 // The end of the convolution for `count` (at most 8) channels of every 16th pixel from `place` on.
 template <class T, int kPixels>
 __device__ __forceinline__ void store_channels(const Conv2d24Params& p, const float* results, int64_t first_pixel,

@@ -28,7 +28,7 @@ std::vector<int64_t> conv2d_tiling_cuda(const at::Tensor& col, int64_t vector, a
   Call call(col);
   std::string reason;
   // Plans are kept for layers in a row, whose activations stay in lanes if whole ones can be filled.
-  const Results results = shape.batch % kLanes == 0 ? Results::lanes : Results::joined;
+  const Results results = shape.batch % kLanes == 0 ? Results::lanes : Results::images;
   const auto chosen = choose_tiling(problem_of(shape, vector, col.size(0)), tensor_device(call, col), results, reason);
   return chosen ? chosen->tiling.numbers() : std::vector<int64_t>{};
 }

@@ -1,10 +1,10 @@
 // conv2d on tensor cores: the launches. Arguments were checked before.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/full.h>
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <limits>
 #include <utility>
 
@@ -39,6 +39,24 @@ Source source_in_lanes(const TensorProblem& problem, const at::Tensor& input) {
           {in_place(problem.axes[0]), in_place(problem.axes[1])}};
 }
 
+// In the layout of `layout`, from images.
+at::Tensor lanes_of_images(Call& call, const Lanes& layout, const TapAxis (&axes)[2], const at::Tensor& images,
+                           const char* name) {
+  const bool channels_last = images.stride(1) == 1 && images.size(1) > 1;
+  const int64_t channel_blocks = ceil_div(int64_t(layout.channels), int64_t(16));
+  const int64_t threads = layout.plane * (channels_last ? channel_blocks * 16 : int64_t(layout.channels));
+  TORCH_CHECK_VALUE(threads < kLimit / 2, "Expected fewer than 2^30 activations of a unit of eight images or strips, ",
+                    "each, got ", threads);
+  const at::Tensor lanes = at::empty({int64_t(layout.units) * layout.channels * layout.plane, kLanes}, images.options());
+  call.writes(lanes, name);
+  const ToLanes16Params p{layout, {axes[0], axes[1]}, images.const_data_ptr(), images.stride(0), images.stride(1),
+                          images.stride(2), images.stride(3), channels_last, int(threads), Divisor(layout.plane),
+                          Divisor(layout.columns), Divisor(layout.rows), Divisor(layout.phases[1]),
+                          Divisor(channel_blocks), lanes.mutable_data_ptr()};
+  call.launched(sparsekd_to_lanes16(&p, call.stream()));
+  return lanes;
+}
+
 // Images side by side or, of few, strips of them, the padding among them.
 Source source_of_images(Call& call, const TensorProblem& problem, const Tile& tile, const at::Tensor& input,
                         const Cut& cut) {
@@ -47,43 +65,38 @@ Source source_of_images(Call& call, const TensorProblem& problem, const Tile& ti
   const int64_t rows = strip_rows + ay.most / ay.stride;
   const int64_t columns = ceil_div(ax.positions + ax.most / ax.stride, int64_t(2)) * 2;
   const int64_t pitch = tile.phases[1] * columns, plane = tile.phases[0] * rows * pitch;
-  const int64_t vectors = units * problem.in_channels * plane;
-  const bool channels_last = input.stride(1) == 1 && input.size(1) > 1;
-  const int64_t channel_blocks = ceil_div(problem.in_channels, int64_t(16));
-  const int64_t threads = channels_last ? units * plane * channel_blocks * 16 : vectors;
-  TORCH_CHECK_VALUE(plane <= kLimit && threads / 256 < kLimit, "Expected fewer than 2^42 activations, got ",
-                    vectors * 8);
-  const at::Tensor lanes = at::empty({vectors, kLanes}, input.options());
-  call.writes(lanes, "lanes");
+  TORCH_CHECK_VALUE(plane < kLimit / 2, "Expected fewer than 2^30 activations of a channel, got ", plane);
   const Lanes layout{int(problem.batch), int(problem.in_channels), 1, int(strips), int(strip_rows), int(units),
                      {tile.phases[0], tile.phases[1]}, int(rows), int(columns), int(plane)};
-  ToLanes16Params p{layout, {ay, ax}, input.const_data_ptr(), input.stride(0), input.stride(1), input.stride(2),
-                    input.stride(3), channels_last, int(channel_blocks), threads, lanes.mutable_data_ptr()};
-  call.launched(sparsekd_to_lanes16(&p, call.stream()));
-  return {lanes, units, strips, strip_rows, plane, pitch,
+  return {lanes_of_images(call, layout, problem.axes, input, "lanes"), units, strips, strip_rows, plane, pitch,
           {{1, int(rows), 0, int(tile.phases[0] * rows)}, {1, int(columns), 0, int(pitch)}}};
 }
 
-// Strips that are stored together are read best if they lie one behind the other before, too. Rows are so far apart
-// then, and each four of them so much more, that what is written at once (see joined_lane_pitch) lies in different
-// banks; that can be unless a strip's results are divisible by 8.
-struct RowPitch {
-  int row, four;
-};
-RowPitch strips_row_pitch(int strip, int slice_rows, int rows_at_once) {
-  for (int pitch = kLanes * strip; pitch < kLanes * strip + 32; ++pitch) {
-    uint32_t banks = 0;  // of the first four rows
-    for (int i = 0; i < 16; ++i) {
-      const int row = slice_rows == 8 ? i / 8 * 2 : i / 4, lane = slice_rows == 8 ? i % 8 : i % 4 * 2;
-      banks |= uint32_t{1} << (row * pitch + lane * strip) % 32;
-    }
-    if (std::popcount(banks) < 16) continue;
-    if (rows_at_once == 4) return {pitch, 0};
-    for (int more = 0; more < 32; ++more) {
-      if ((banks & std::rotl(banks, (4 * pitch + more) % 32)) == 0) return {pitch, more};
-    }
-  }
-  return {kLanes * strip, 0};
+// Results in lanes, [units][channels][rows of a strip][pitch][8], on their way from or to images.
+Lanes result_lanes(const TensorProblem& problem, const Source& source) {
+  const int64_t columns = ceil_div(int64_t(problem.axes[1].positions), int64_t(2)) * 2;
+  return {int(problem.batch), int(problem.out_channels), 1, int(source.strips), int(source.strip_rows),
+          int(source.units), {1, 1}, int(source.strip_rows), int(columns), int(source.strip_rows * columns)};
+}
+
+at::Tensor residual_in_lanes(Call& call, const TensorProblem& problem, const Source& source, const at::Tensor& images) {
+  TapAxis axes[2];
+  for (int d = 0; d < 2; ++d) axes[d].size = axes[d].positions = problem.axes[d].positions;
+  return lanes_of_images(call, result_lanes(problem, source), axes, images, "residual in lanes");
+}
+
+void images_of_lanes(Call& call, const TensorProblem& problem, const Source& source, const at::Tensor& lanes,
+                     const at::Tensor& to) {
+  const Lanes layout = result_lanes(problem, source);
+  const int columns = problem.axes[1].positions;
+  TORCH_CHECK_VALUE(int64_t(layout.channels) * layout.plane < kLimit / 2,
+                    "Expected fewer than 2^30 results of a unit of eight images or strips, each, got ",
+                    int64_t(layout.channels) * layout.plane);
+  const FromLanes16Params p{lanes.const_data_ptr(), layout.units, layout.channels, layout.strips, layout.strip_rows,
+                            layout.batch, problem.axes[0].positions, columns, layout.plane, layout.columns,
+                            Divisor(int64_t(layout.strip_rows) * columns), Divisor(columns),
+                            to.stride(0), to.stride(1), to.stride(2), to.stride(3), to.mutable_data_ptr()};
+  call.launched(sparsekd_from_lanes16(&p, call.stream()));
 }
 
 }  // namespace
@@ -143,10 +156,10 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   const at::Tensor &input = operands.input, &output = operands.output;
   const bool to_lanes = output.dim() == 5;
   const TensorDevice device = tensor_device(call, input);
-  const Results results = to_lanes ? Results::lanes : output.is_contiguous() ? Results::joined : Results::images;
+  const Results results = to_lanes ? Results::lanes : Results::images;
   const Source source = input.dim() == 5 ? source_in_lanes(problem, input)
                                          : source_of_images(call, problem, tile, input,
-                                                            choose_cut(problem, device, results, tiling));
+                                                            cut_of(problem, results));
   const at::Tensor fragments = at::empty({tile.n_octets, int64_t(tiling.variant.rows) * 8}, input.options());
   call.writes(fragments, "fragments");
   const TensorPlan plan = tile.plan(operands.plan);
@@ -176,17 +189,16 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.block_planes = tiling.block_planes;
   p.block_fours = tile.block_fours;
   p.blocks = int(tile.blocks);
-  p.strips = int(source.strips);
   p.n_octets = int(tile.n_octets);
   p.row_warps = tiling.row_warps;
   p.row_blocks = int(tile.row_blocks);
   p.places = tiling.positions();
   p.tile_w = tiling.tile_w;
-  p.row_places = tiling.row_places;
+  p.row_places = Divisor(tiling.row_places);
   p.tiles_of_stretch = int(tiling.tiles_of_stretch(source.strip_rows));
-  p.stretches = int(ceil_div(problem.axes[1].positions, tiling.tile_w));
-  p.shifted = p.places % p.row_places != 0 && p.tiles_of_stretch > 1;
-  p.tile_columns = tile.tile_columns;
+  const int64_t stretches = ceil_div(problem.axes[1].positions, tiling.tile_w);
+  p.stretches = Divisor(stretches);
+    p.tile_columns = Divisor(tile.tile_columns);
   p.plane = tile.plane;
   p.pitch = tile.pitch;
   p.zeros = tile.zeros;
@@ -194,46 +206,51 @@ void run_planned(Call& call, const TensorProblem& problem, const Tiling& tiling,
   p.threads = 32 * tiling.row_warps * tiling.position_warps;
   p.shared_bytes = int(tile.buffers.bytes);
   p.most_distance = tile.zeros + tiling.block_planes * tile.pitch - 1 - tile.last_place;
-  const int strip = int(source.strip_rows) * p.tile_w;
-  p.lane_pitch = joined_lane_pitch(std::min(p.places, strip), tiling.variant.rows);
-  p.row_pitch = joined_row_pitch(p.lane_pitch, tiling.variant.rows);
-  if (p.tiles_of_stretch == 1 && p.strips > 1 && strip % 8 != 0) {
-    p.lane_pitch = strip;
-    const RowPitch pitch = strips_row_pitch(strip, tiling.variant.rows, joined_rows(tiling.variant.positions));
-    p.row_pitch = pitch.row;
-    p.four_pitch = pitch.four;
-  }
-  p.joined = results == Results::joined && tiling.tile_w == problem.axes[1].positions;
   p.scale = data_of(operands.scale);
   p.shift = data_of(operands.shift);
-  p.residual = data_of(operands.residual);
   p.activation = operands.activation;
   p.dtype = dtype_of(output);
-  p.output = output.mutable_data_ptr();
   p.batch = int(problem.batch);
   p.strip_rows = int(source.strip_rows);
   p.positions[0] = problem.axes[0].positions;
   p.positions[1] = problem.axes[1].positions;
-  p.to_lanes = to_lanes;
-  p.out_n = output.stride(0);
-  p.out_c = output.stride(1);
-  p.out_h = output.stride(2);
-  p.out_w = output.stride(3);
+  const bool direct = !to_lanes && source.strips == 1 && !operands.residual.defined() && output.is_contiguous() &&
+                      direct_to_images(problem, tiling);
+  at::Tensor results_in = output, residual = operands.residual;
+  if (!to_lanes && !direct) {
+    const Lanes layout = result_lanes(problem, source);
+    const int64_t size[] = {layout.units, layout.channels, layout.strip_rows, problem.axes[1].positions, kLanes};
+    results_in = at::empty_strided(size, lanes_strides(size), output.options());
+    if (problem.axes[1].positions % 2 != 0) {
+      call.updates(results_in, "results in lanes");  // what fills up its rows is never written
+    } else {
+      call.writes(results_in, "results in lanes");
+    }
+    if (residual.defined()) residual = residual_in_lanes(call, problem, source, residual);
+  }
+  p.to_lanes = !direct;
+  p.residual = data_of(residual);
+  p.output = results_in.mutable_data_ptr();
+  p.out_n = results_in.stride(0);
+  p.out_c = results_in.stride(1);
+  p.out_h = results_in.stride(2);
   // As many blocks of threads as live at once, each of which goes on to the next tile.
-  const int64_t tiles = source.units * p.tiles_of_stretch * p.stretches, grid_y = problem.groups * tile.row_blocks;
+  const int64_t tiles = source.units * p.tiles_of_stretch * stretches, grid_y = problem.groups * tile.row_blocks;
   TORCH_CHECK_VALUE(tiles < kLimit / 2, "Expected fewer than 2^30 tiles of positions, got ", tiles);
   p.tiles = int(tiles);
+  p.tiles_of_unit = Divisor(p.tiles_of_stretch * stretches);
   const int64_t turns = ceil_div(tiles * grid_y, device.multiprocessors * tile.resident(tiling, device));
   const int grid_x = int(ceil_div(tiles, turns));
   ++on_tensor_cores;
   call.launched(sparsekd_conv2d_tensor(&p, &tiling.variant, grid_x, int(grid_y), call.stream()));
+  if (!to_lanes && !direct) images_of_lanes(call, problem, source, results_in, output);
 }
 
 bool run_on_tensor_cores(Call& call, const TensorProblem& problem, const at::Tensor& crow, const at::Tensor& col,
                          TensorOperands operands) {
   std::string reason;
-  const Results results = operands.output.is_contiguous() ? Results::joined : Results::images;
-  const std::optional<Chosen> chosen = choose_tiling(problem, tensor_device(call, operands.input), results, reason);
+  const std::optional<Chosen> chosen =
+      choose_tiling(problem, tensor_device(call, operands.input), Results::images, reason);
   if (!chosen) return not_taken(reason);
   operands.plan = make_plan(call, problem, chosen->tiling, crow, col);
   run_planned(call, problem, chosen->tiling, operands);

@@ -21,7 +21,6 @@
 // The pattern's layout after Chen et al., "Efficient tensor core-based GPU kernels for structured sparsity", SC 2021.
 #pragma once
 #include "conv2d_tensor_finish.cuh"
-#include "conv2d_tensor_joined.cuh"
 #include "conv2d_tensor_pattern.cuh"
 #include "conv2d_tensor_stage.cuh"
 #include "mma.cuh"
@@ -57,8 +56,8 @@ struct Weights {
 
 // Where a place of a tile lies in a staged plane, in vectors.
 __device__ __forceinline__ int in_plane(const TensorConv2dParams& p, int shift, int place) {
-  const int in_rows = shift + place;
-  return in_rows / p.row_places * p.tile_columns + in_rows % p.row_places - shift;
+  const Divided row = divided(shift + place, p.row_places);
+  return row.quotient * p.tile_columns.by + row.rest - shift;
 }
 
 template <class T, int kRows, int kGroups, int kPositions>
@@ -83,7 +82,14 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
   for (int i = threadIdx.x; i < (one ? 1 : 2) * p.zeros; i += blockDim.x) {
     store_vector(buffers + i / p.zeros * p.buffer + i % p.zeros, uint4{0, 0, 0, 0});
   }
-  Stager stager(p, buffers, group);
+  // What the block's rows need at the end of each tile, behind the buffers: found once, as one load waits for another.
+  auto* ends = reinterpret_cast<TensorRowEnd*>(buffers + (one ? 1 : 2) * p.buffer);
+  for (int i = threadIdx.x; i < p.row_warps * kGroups * kRows; i += blockDim.x) {
+    const int rank = row_block * p.row_warps * kGroups + i / kRows;
+    store_vector(ends + i, row_end_of(p, group, rank, i % kRows, kRows));
+  }
+  ends += row_warp * kGroups * kRows;
+  Stager stager(p, buffers);
 #pragma unroll 1
   for (int i = 0; i < (one ? 1 : 2); ++i) stager.next();
 
@@ -180,24 +186,11 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
         }
       }
       __syncthreads();  // before the buffer is filled again
-      if (one || block + 1 < p.blocks) stager.next();
+      stager.next();
       if (!one) buffer ^= 1;
     }
-    // Results take the buffer that was read last, while the next tile's first planes come into the other, or a place of
-    // their own behind the only one.
-    uint4* room = buffers + (one ? p.buffer : (buffer ^ 1) * p.buffer + p.zeros);
     using Finish = Finisher<T, kRows, kGroups, kPositions>;
-    if (p.joined) {
-      JoinedFinisher<T, kRows, kGroups, kPositions>{p, reinterpret_cast<float*>(room), group}.run(place_of(p, tile),
-                                                                                                  sums);
-    } else {
-      Finish finisher{p, reinterpret_cast<float*>(room + warp * Finish::kVectors), first_rank, group};
-      finisher.run(place_of(p, tile), place0, sums);
-    }
-    if (!one) {
-      __syncthreads();  // before the buffer of the results is filled again
-      stager.next();
-    }
+    Finish{p, ends, p.slices_per_group - first_rank}.run(place_of(p, tile), place0, sums);
   }
   copy_async_wait<0>();
 }

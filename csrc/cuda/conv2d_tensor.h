@@ -1,6 +1,7 @@
 // What the host side of the convolution on tensor cores hands to its kernels.
 #pragma once
 #include "conv2d.h"
+#include "divisor.h"
 
 namespace sparsekd::cuda {
 
@@ -10,25 +11,36 @@ struct TensorVariant {
   int groups;     // slices of a warp
   int positions;  // of a warp
 };
-// Each has 128 sums a lane.
-constexpr TensorVariant kTensorVariants[] = {
-    {8, 2, 32}, {8, 4, 16}, {16, 1, 32}, {16, 2, 16}, {32, 1, 16}, {64, 1, 8},
-};
-constexpr int kTensorWarps = 8;
+// Each has 64 sums a lane, so that a lane has at most 128 registers and each quarter of a multiprocessor four warps or
+// more: an instruction of one warp issues every five to six cycles, whatever is multiplied.
+constexpr TensorVariant kTensorVariants[] = {{8, 1, 32}, {16, 1, 16}, {32, 1, 8}};
+constexpr int kTensorWarps = 16;
 constexpr int kNeighbours = 4;  // of a warp's positions so many lie side by side in a row: what one ldmatrix may read
 constexpr int kLanes = 8;  // images or strips side by side: 16 bytes
 constexpr int kMostBlockPlanes = 128;
-constexpr int kMostSlices = 4 * kTensorWarps;  // of a block of threads
+constexpr int kMostSlices = 2 * kTensorWarps;  // of a block of threads
 
-// Of 16-bit values, in lanes: [unit][channel][phase y][rows][phase x][columns][8]; see Lanes.
+// Of 16-bit values, in lanes: [unit][channel][phase y][rows][phase x][columns][8]; see Lanes. A thread takes one vector
+// of each unit in turn.
 struct ToLanes16Params {
   Lanes lanes;
   TapAxis axes[2];
   const void* source;
   int64_t stride_n, stride_c, stride_h, stride_w;  // elements
   bool channels_last;                              // neighbouring threads take neighbouring channels
-  int channel_blocks;                              // of 16, of which all have threads if channels_last
-  int64_t threads;                                 // one a vector
+  int threads;                                     // for a unit: one a vector or, if channels_last, a few more
+  Divisor plane, columns, rows, phases_x;
+  Divisor channel_blocks;  // of 16, of which all have threads if channels_last
+  void* to;
+};
+
+// Back to images: from [unit][channel][rows of a strip][row_pitch][8].
+struct FromLanes16Params {
+  const void* lanes;
+  int units, channels, strips, strip_rows, batch, rows, columns;  // of results
+  int plane, row_pitch;                                           // vectors
+  Divisor of_plane, of_row;                                       // results
+  int64_t out_n, out_c, out_h, out_w;                             // elements
   void* to;
 };
 
@@ -87,10 +99,8 @@ struct TensorConv2dParams {
   int row_warps, row_blocks;
   // A tile is so many places, one behind the other, of a stretch of `tile_w` columns, whose rows have `row_places` of
   // them, and `tile_columns` vectors of a staged plane.
-  int tiles, places, tile_w, row_places, tiles_of_stretch, stretches, tile_columns, plane, pitch, zeros;
-  bool shifted;  // tiles begin elsewhere than at the begin of a row, too
-  bool joined;   // results of a tile lie one behind the other in each image
-  int lane_pitch, row_pitch, four_pitch;  // of such results on their way, in floats; the last is added each four rows
+  int tiles, places, tile_w, tiles_of_stretch, plane, pitch, zeros;
+  Divisor row_places, tiles_of_unit, stretches, tile_columns;
   int buffer;              // vectors from one buffer to the next
   unsigned most_distance;  // so that what is gathered lies in the staged block
   int threads, shared_bytes;
@@ -98,39 +108,28 @@ struct TensorConv2dParams {
   Activation activation;
   DType dtype;
   void* output;
-  int batch, strips, strip_rows, positions[2];
-  bool to_lanes;                       // the output lies in lanes: [unit][channel][positions y][out_h][8]
-  int64_t out_n, out_c, out_h, out_w;  // strides of output and residual, of units rather than images in lanes
+  int batch, strip_rows, positions[2];
+  // The output lies in lanes, [unit][channel][rows of a strip][out_h][8]. Or in images, where results go directly.
+  bool to_lanes;
+  int64_t out_n, out_c, out_h;  // strides of output and residual, of units rather than images in lanes
 };
 
 // Where a column points that only fills up an octet, there are zeros at each place of the tile: one for each residue of
 // an address, and as many as lie between a tile's first and last place.
 constexpr int64_t zero_vectors(int64_t last_place) { return (8 + last_place + 7) / 8 * 8; }
-// Of one warp, at the end: 8 rows and lanes of some positions, in a pitch that spreads them over the banks; or its part
-// of the results of whole tiles, 8 rows of up to 16 positions or 4 of 32, in such a pitch.
-constexpr int kResultPositions = 16;
-constexpr int joined_rows(int positions) { return positions <= kResultPositions ? 8 : 4; }
-// At once are written, of one result, 8 rows and lanes 2 * t (V >= 16), or rows 2 * t and 8 lanes: the pitches are 4
-// modulo 8 and 1 more, or 1 modulo 8 and 4 more, for it to be 32 banks.
-constexpr int joined_lane_pitch(int results, int rows) {
-  return rows == 8 ? (results + 6) / 8 * 8 + 1 : (results + 3) / 8 * 8 + 4;
-}
-constexpr int joined_row_pitch(int lane_pitch, int rows) { return kLanes * lane_pitch + (rows == 8 ? 4 : 1); }
-constexpr int64_t result_bytes(int positions) {
-  const int64_t alone = int64_t(256) * ((positions < kResultPositions ? positions : kResultPositions) + 1);
-  const int64_t joined = (joined_rows(positions) * (kLanes * (positions + 4) + 4) * 4 + 15) / 16 * 16;
-  return alone < joined ? joined : alone;
-}
-// While a block of planes is read, the next is copied: two buffers, whose planes give way to results at the end of a
-// tile. Or one buffer for all planes, behind which results have a place of their own.
+// What a row of results needs at the end, 16 bytes.
+struct alignas(16) TensorRowEnd {
+  int channel;  // of the output, or -1
+  float scale, shift;
+  int unused;
+};
+// While a block of planes is read, the next is copied: two buffers, or one for all planes. Then come the ends of rows.
 struct Buffers {
   int64_t vectors, bytes;  // from one to the next; of all
 };
-constexpr Buffers buffers_of(int64_t block_planes, int64_t blocks, int64_t pitch, int64_t zeros, int64_t result_bytes) {
-  const int64_t planes = block_planes * pitch, results = result_bytes / 16;
-  if (blocks == 1) return {zeros + planes, (zeros + planes + results) * 16};
-  const int64_t vectors = zeros + (planes < results ? results : planes);
-  return {vectors, 2 * vectors * 16};
+constexpr Buffers buffers_of(int64_t block_planes, int64_t blocks, int64_t pitch, int64_t zeros, int64_t rows) {
+  const int64_t vectors = zeros + block_planes * pitch;
+  return {vectors, ((blocks == 1 ? 1 : 2) * vectors + rows) * 16};
 }
 
 }  // namespace sparsekd::cuda
@@ -139,6 +138,7 @@ extern "C" {
 // {major, most shared memory of a block, multiprocessors} of a device.
 int sparsekd_device_limits(int device, int* limits);
 int sparsekd_to_lanes16(const sparsekd::cuda::ToLanes16Params* params, void* stream);
+int sparsekd_from_lanes16(const sparsekd::cuda::FromLanes16Params* params, void* stream);
 int sparsekd_tensor_plan(const sparsekd::cuda::TensorPatternParams* params, int groups, void* stream);
 int sparsekd_tensor_values(const sparsekd::cuda::TensorValuesParams* params, int rows, void* stream);
 int sparsekd_conv2d_tensor(const sparsekd::cuda::TensorConv2dParams* params,

@@ -1,5 +1,13 @@
-// The end of the convolution on tensor cores (conv2d_tensor.cuh): scale, shift, residual, activation, and the way to
-// images or lanes.
+// The end of the convolution on tensor cores (conv2d_tensor.cuh): scale, shift, residual, activation, and the way from
+// registers to lanes or images, with no shared memory between. Rounded to 16 bits and with two of a unit's lanes in a
+// word, a lane of a warp has of each position row g (= lane / 4) and lanes 2 * t + {0, 1} (t = lane % 4); slices of
+// eight rows, whose sums come as lane g and rows 2 * t + {0, 1}, are transposed to that.
+//
+//   to lanes    the words of four positions, turned over among four lanes, are 16 bytes of one position in each
+//   to images   where eight places of a tile are 16 bytes in a row, the words of eight positions are those of two
+//               images; neighbours change one half each, so that both store to the same image, a whole sector
+//
+// To other images results go through lanes, from which from_lanes16_kernel takes them.
 #pragma once
 #include "conv2d_tensor_stage.cuh"
 
@@ -12,140 +20,184 @@ __device__ __forceinline__ int slice_of(const TensorConv2dParams& p, int rank) {
   return min(max(p.plan.order[rank], 0), p.all_slices - 1);
 }
 
-// What a row of results needs.
-struct TensorRowEnd {
-  int channel = -1;  // of the output, or none
-  float scale = 1.0f, shift = 0.0f;
+// What a row of results needs: of the slice of a rank, the row in it of `slice_rows`.
+__device__ __forceinline__ TensorRowEnd row_end_of(const TensorConv2dParams& p, int group, int rank, int row_in_slice,
+                                                   int slice_rows) {
+  TensorRowEnd end{-1, 1.0f, 0.0f, 0};
+  if (rank >= p.slices_per_group) return end;
+  const int local = slice_of(p, group * p.slices_per_group + rank) - group * p.slices_per_group;
+  const int in_vector = local % p.slices * slice_rows + row_in_slice;
+  const int row = local / p.slices * p.vector + in_vector;
+  if (local < 0 || in_vector >= p.vector || row >= p.rows_per_group) return end;
+  end.channel = group * p.rows_per_group + row;
+  if (p.row_indices) end.channel = p.row_indices[end.channel];
+  if (end.channel >= p.out_channels) end.channel = -1;
+  if (end.channel >= 0 && p.scale) end.scale = load_value(p.scale, p.dtype, end.channel);
+  if (end.channel >= 0 && p.shift) end.shift = load_value(p.shift, p.dtype, end.channel);
+  return end;
+}
 
-  // The slice of a rank, the row in it of `slice_rows`.
-  __device__ __forceinline__ TensorRowEnd(const TensorConv2dParams& p, int group, int rank, int row_in_slice,
-                                          int slice_rows) {
-    if (rank >= p.slices_per_group) return;
-    const int local = slice_of(p, group * p.slices_per_group + rank) - group * p.slices_per_group;
-    const int in_vector = local % p.slices * slice_rows + row_in_slice;
-    const int row = local / p.slices * p.vector + in_vector;
-    if (local < 0 || in_vector >= p.vector || row >= p.rows_per_group) return;
-    channel = group * p.rows_per_group + row;
-    if (p.row_indices) channel = p.row_indices[channel];
-    if (channel >= p.out_channels) channel = -1;
-    if (channel >= 0 && p.scale) scale = load_value(p.scale, p.dtype, channel);
-    if (channel >= 0 && p.shift) shift = load_value(p.shift, p.dtype, channel);
+// Of a 4 x 4 matrix of words each of four lanes holds a row; then each holds a column.
+__device__ __forceinline__ void turn_over(uint32_t (&words)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? words[i] : words[i + 1], 1);
+    words[i] = odd ? got : words[i];
+    words[i + 1] = odd ? words[i + 1] : got;
   }
-};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? words[i] : words[i + 2], 2);
+    words[i] = upper ? got : words[i];
+    words[i + 2] = upper ? words[i + 2] : got;
+  }
+}
 
-// Eight rows of some positions at a time go through shared memory, each warp's to itself, from where a lane takes the 8
-// lanes of a row and position. The pitch of rows is such that what is written lies in different banks.
+// Of an 8 x 8 matrix of 16-bit values a lane holds row g, columns 2 * t + {0, 1}; then it holds column g, rows 2 * t +
+// {0, 1}.
+__device__ __forceinline__ uint32_t transposed(uint32_t word) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const uint32_t low = __shfl_sync(0xffffffffu, word, 8 * t + g / 2);
+  const uint32_t high = __shfl_sync(0xffffffffu, word, 8 * t + 4 + g / 2);
+  return g % 2 ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
+}
+
 template <class T, int kRows, int kGroups, int kPositions>
 struct Finisher {
   static constexpr int kMatrices = kRows == 8 ? 1 : kRows / 16, kPlaces = kRows == 8 ? kPositions / 2 : kPositions;
-  static constexpr int kTogether = kPositions < kResultPositions ? kPositions : kResultPositions;
-  static constexpr int kPitch = kTogether * 8 + (kRows == 8 ? 4 : 8), kAtOnce = 32 / kTogether;
-  static constexpr int kVectors = kPitch * 2;  // of `results`, 16 bytes each
-  static_assert(kVectors * 16 <= result_bytes(kPositions));
   const TensorConv2dParams& p;
-  float* results;  // [8 rows][kTogether][8 lanes], of the warp
-  int first_rank, group;
-  int64_t at[kLanes];  // -1: none
+  const TensorRowEnd* ends;  // of the warp's rows
+  int slices;                // that there are
 
-  // From position `place` of the tile on.
-  __device__ __forceinline__ void turn_to(const TilePlace& tile, int place) {
-    place += tile.shift + threadIdx.x % kTogether;
-    const int column_in_tile = place % p.row_places;
-    const int row_in_strip = tile.y + place / p.row_places, column = tile.x + column_in_tile;
-    const bool in_tile = column_in_tile < p.tile_w;
+  // Of each `kRun` positions, the vector of the output where the `own`-th lies; -1: none. Rows of the output are `row`
+  // positions apart, `of_vector` of which are a vector.
+  template <int kRun>
+  __device__ __forceinline__ void find(int (&at)[kPositions / kRun], const TilePlace& tile, int place, int own, int row,
+                                       int of_vector) const {
+    const Divided first = divided(place + tile.shift + own, p.row_places);
+    int y = tile.y + first.quotient, in_row = first.rest;
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t slot = tile.unit * kLanes + i, image = p.to_lanes ? tile.unit : slot / p.strips;
-      const int64_t row = p.to_lanes ? row_in_strip : (slot - image * p.strips) * p.strip_rows + row_in_strip;
-      const bool inside = in_tile && row_in_strip < p.strip_rows && column < p.positions[1] && row < p.positions[0];
-      at[i] = inside && (p.to_lanes || image < p.batch) ? image * p.out_n + row * p.out_h + column * p.out_w : -1;
+    for (int i = 0; i < kPositions / kRun; ++i) {
+      const int x = tile.x + in_row;
+      const bool inside = in_row < p.tile_w && y < p.strip_rows && x < p.positions[1];
+      at[i] = inside ? (y * row + x) / of_vector : -1;
+      for (in_row += kRun; in_row >= p.row_places.by; in_row -= p.row_places.by) ++y;
     }
   }
 
-  // Rows `first_row` ... + 7 of a slice.
-  __device__ __forceinline__ void store(int k, int first_row) const {
-    const int lane = threadIdx.x % 32;
-    const int own = lane % kTogether, upper = own / 4 % 2;  // which half is read first, for the banks' sake
-    const TensorRowEnd end(p, group, first_rank + k, first_row + lane % 8, kRows);  // of row lane % 8
-    __syncwarp();  // results
-#pragma unroll 1
-    for (int i = 0; i < 8; i += kAtOnce) {
-      const int r = i + lane / kTogether;
-      const int channel = __shfl_sync(0xffffffffu, end.channel, r);
-      const float scale = __shfl_sync(0xffffffffu, end.scale, r), shift = __shfl_sync(0xffffffffu, end.shift, r);
-      if (channel < 0) continue;
-      const auto* from = reinterpret_cast<const float4*>(results + r * kPitch + own * 8);
-      const float4 first = load_vector(from + upper), second = load_vector(from + 1 - upper);
-      const float4 low = upper ? second : first, high = upper ? first : second;
-      float result[kLanes] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  __device__ __forceinline__ void add_residual(const TensorRowEnd& end, const TilePlace& tile,
+                                               const int (&at)[kPositions / 4], float (&x)[kPositions * 2]) const {
+    const auto* from = static_cast<const uint4*>(p.residual) +
+                       (tile.unit * p.out_n + max(end.channel, 0) * p.out_c) / kLanes;
 #pragma unroll
-      for (int j = 0; j < kLanes; ++j) result[j] = result[j] * scale + shift;
-      const int64_t of_channel = channel * p.out_c;
-      if (p.to_lanes) {
-        if (at[0] < 0) continue;
-        if (p.residual) {
-          const uint4 bits = load_vector(reinterpret_cast<const uint4*>(
-              static_cast<const uint16_t*>(p.residual) + at[0] + of_channel));
-          const uint32_t words[] = {bits.x, bits.y, bits.z, bits.w};
+    for (int i = 0; i < kPositions / 4; ++i) {
+      uint32_t words[4] = {0, 0, 0, 0};
+      if (at[i] >= 0 && end.channel >= 0) {
+        const uint4 four = load_vector(from + at[i]);
+        words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+      }
+      turn_over(words);
 #pragma unroll
-          for (int j = 0; j < kLanes; ++j) result[j] += float_of_bits<T>(words[j / 2] >> 16 * (j % 2) & 0xffff);
+      for (int q = 0; q < 4; ++q) {
+        const uint32_t word = kRows == 8 ? transposed(words[q]) : words[q];
+        x[(i * 4 + q) * 2] += float_of_bits<T>(word & 0xffff);
+        x[(i * 4 + q) * 2 + 1] += float_of_bits<T>(word >> 16);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void to_lanes(const TensorRowEnd& end, const TilePlace& tile,
+                                           const int (&at)[kPositions / 4], const uint32_t (&words)[kPositions]) const {
+    auto* to = static_cast<uint4*>(p.output) + (tile.unit * p.out_n + max(end.channel, 0) * p.out_c) / kLanes;
+#pragma unroll
+    for (int i = 0; i < kPositions / 4; ++i) {
+      uint32_t four[4] = {words[i * 4], words[i * 4 + 1], words[i * 4 + 2], words[i * 4 + 3]};
+      turn_over(four);
+      store_vector(to + at[i], uint4{four[0], four[1], four[2], four[3]}, at[i] >= 0 && end.channel >= 0);
+    }
+  }
+
+  // Of eight positions, an image's 16-bit values: the lower or upper halves of words.
+  __device__ __forceinline__ static uint4 vector_of(const uint32_t* words, int half) {
+    uint32_t both[4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const uint32_t low = words[2 * q], high = words[2 * q + 1];
+      both[q] = half ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
+    }
+    return {both[0], both[1], both[2], both[3]};
+  }
+
+  __device__ __forceinline__ void to_images(const TensorRowEnd& end, const TilePlace& tile,
+                                            const int (&at)[kPositions / 8], const uint32_t (&words)[kPositions]) const {
+    const bool odd = threadIdx.x & 1;
+    const int own = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int64_t image = tile.unit * kLanes + e + (kPositions >= 16 ? own & ~2 : own);
+      auto* to = static_cast<uint4*>(p.output) + (image * p.out_n + max(end.channel, 0) * p.out_c) / kLanes;
+      const bool there = end.channel >= 0 && image < p.batch;
+      if constexpr (kPositions < 16) {
+        store_vector(to + at[0], vector_of(words, e), there && at[0] >= 0);
+      } else {
+        const bool next_there = end.channel >= 0 && image + 2 < p.batch;
+#pragma unroll
+        for (int i = 0; i < kPositions / 8; i += 2) {
+          const uint4 low = vector_of(words + i * 8, e), high = vector_of(words + i * 8 + 8, e), give = odd ? low : high;
+          const uint4 got{__shfl_xor_sync(0xffffffffu, give.x, 1), __shfl_xor_sync(0xffffffffu, give.y, 1),
+                          __shfl_xor_sync(0xffffffffu, give.z, 1), __shfl_xor_sync(0xffffffffu, give.w, 1)};
+          const int own_at = odd ? at[i + 1] : at[i];
+          store_vector(to + own_at, odd ? got : low, there && own_at >= 0);
+          store_vector(to + own_at + 2 * p.out_n / kLanes, odd ? high : got, next_there && own_at >= 0);
         }
-        uint32_t words[kLanes / 2];
-#pragma unroll
-        for (int j = 0; j < kLanes; j += 2) {
-          words[j / 2] = bits_of<T>(activate(result[j], p.activation)) |
-                         bits_of<T>(activate(result[j + 1], p.activation)) << 16;
-        }
-        store_vector(reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.output) + at[0] + of_channel),
-                     uint4{words[0], words[1], words[2], words[3]});
-        continue;
-      }
-#pragma unroll
-      for (int j = 0; j < kLanes; ++j) {
-        if (at[j] < 0) continue;
-        if (p.residual) result[j] += to_float(static_cast<const T*>(p.residual)[at[j] + of_channel]);
-        store_vector(static_cast<T*>(p.output) + at[j] + of_channel, from_float<T>(activate(result[j], p.activation)));
       }
     }
-    __syncwarp();  // before the next results
-  }
-
-  // Eight rows of slice k, of kTogether positions from `kFirst` on.
-  template <int kStep>
-  __device__ __forceinline__ void write(const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
-    constexpr int kEights = kRows / 8, kEight = kStep % kEights, k = kStep / kEights % kGroups;
-    constexpr int kFirst = kStep / kEights / kGroups * kTogether;
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    if constexpr (kRows == 8) {  // rows 2 * t + {0, 1}, lane g, of two positions
-#pragma unroll
-      for (int i = 0; i < kTogether / 2; ++i) {
-        const float* four = sums[k][0][kFirst / 2 + i];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) results[(2 * t + e % 2) * kPitch + (2 * i + e / 2) * 8 + g] = four[e];
-      }
-    } else {  // rows g and g + 8, lanes 2 * t + {0, 1}
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const float* two = &sums[k][kEight / 2][kFirst + i][kEight % 2 * 2];
-        store_vector(reinterpret_cast<float2*>(results + g * kPitch + i * 8 + 2 * t), float2{two[0], two[1]});
-      }
-    }
-  }
-
-  template <int... kStep>
-  __device__ __forceinline__ void write_step(std::integer_sequence<int, kStep...>, int step,
-                                             const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
-    ((step == kStep ? write<kStep>(sums) : void()), ...);
   }
 
   __device__ __forceinline__ void run(const TilePlace& tile, int place,
-                                      const float (&sums)[kGroups][kMatrices][kPlaces][4]) {
-    constexpr int kOfPlaces = kGroups * (kRows / 8), kSteps = kOfPlaces * (kPositions / kTogether);
-#pragma unroll 1
-    for (int step = 0; step < kSteps; ++step) {  // one copy of what stores, for the sake of the code's size
-      if (step % kOfPlaces == 0) turn_to(tile, place + step / kOfPlaces * kTogether);
-      write_step(std::make_integer_sequence<int, kSteps>{}, step, sums);
-      store(step / (kRows / 8) % kGroups, step % (kRows / 8) * 8);
+                                      const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    int in_lanes[kPositions / 4], in_images[kPositions / 8];
+    if (p.to_lanes) {
+      find<4>(in_lanes, tile, place, t, static_cast<int>(p.out_h / kLanes), 1);
+    } else {
+      find<8>(in_images, tile, place, 0, p.positions[1], 8);
+    }
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) {
+      if (k >= slices) continue;
+#pragma unroll
+      for (int half = 0; half < kRows / 8; ++half) {
+        const TensorRowEnd end = load_vector(ends + k * kRows + half * 8 + g);
+        float scale[2] = {end.scale, end.scale}, shift[2] = {end.shift, end.shift};
+        if constexpr (kRows == 8) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {  // rows 2 * t + e
+            scale[e] = __shfl_sync(0xffffffffu, end.scale, 8 * t + 4 * e);
+            shift[e] = __shfl_sync(0xffffffffu, end.shift, 8 * t + 4 * e);
+          }
+        }
+        float x[kPositions * 2];
+#pragma unroll
+        for (int i = 0; i < kPositions * 2; ++i) {
+          const float* four = kRows == 8 ? sums[k][0][i / 4] : sums[k][half / 2][i / 2];
+          x[i] = four[kRows == 8 ? i % 4 : half % 2 * 2 + i % 2] * scale[i % 2] + shift[i % 2];
+        }
+        if (p.residual) add_residual(end, tile, in_lanes, x);
+        activate_all(x, p.activation);
+        uint32_t words[kPositions];
+#pragma unroll
+        for (int i = 0; i < kPositions; ++i) {
+          words[i] = word_of<T>(x[2 * i], x[2 * i + 1]);
+          if constexpr (kRows == 8) words[i] = transposed(words[i]);
+        }
+        if (p.to_lanes) {
+          to_lanes(end, tile, in_lanes, words);
+        } else {
+          to_images(end, tile, in_images, words);
+        }
+      }
     }
   }
 };

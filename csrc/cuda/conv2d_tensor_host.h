@@ -46,12 +46,14 @@ struct Tile {
   TensorPlan plan(const at::Tensor& ints) const;  // [order | starts | plane_at | distances | columns]
 };
 Tile tile_of(const TensorProblem& problem, const Tiling& tiling);
+// In images whose rows lie one behind the other, eight places of a tile are always 16 bytes in a row.
+bool direct_to_images(const TensorProblem& problem, const Tiling& tiling);
 
 // How activations and results of images are cut before tiles are: strips of so many rows, eight of which are a unit.
 struct Cut {
   int64_t strips, strip_rows, units;
 };
-enum class Results { lanes, images, joined };  // joined: images in which each row begins where the one before ends
+enum class Results { lanes, images };
 struct Chosen {
   Tiling tiling;
   double cycles;  // of a multiprocessor, by the model of costs that it was chosen by
@@ -59,8 +61,7 @@ struct Chosen {
 // None, with the reason, where tensor cores can't take the convolution.
 std::optional<Chosen> choose_tiling(const TensorProblem& problem, const TensorDevice& device, Results results,
                                     std::string& reason);
-// For a tiling, whichever it is.
-Cut choose_cut(const TensorProblem& problem, const TensorDevice& device, Results results, const Tiling& tiling);
+Cut cut_of(const TensorProblem& problem, Results results);
 // Numbers from outside.
 Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, const TensorDevice& device);
 
@@ -88,7 +89,7 @@ extern "C" {
 // For benchmarks/predict.py: the tiling that is chosen for {batch, input and output channels, V, non-zero vectors,
 // height and width of the output, kernel, stride} on a device {major, shared memory, multiprocessors}. How many numbers
 // it has, or 0; `cycles` are those that a multiprocessor is expected to take.
-int sparsekd_tensor_tiling(const int64_t* sizes, const int* device, int joined, int64_t* numbers, double* cycles);
+int sparsekd_tensor_tiling(const int64_t* sizes, const int* device, int images, int64_t* numbers, double* cycles);
 // Calls that ran on tensor cores, and calls with V >= 8 and 16-bit values that had to run on CUDA cores.
 void sparsekd_conv2d_calls(int64_t* on_tensor_cores, int64_t* on_cuda_cores);
 }

@@ -41,6 +41,11 @@ cudaError_t launch_values(const TensorValuesParams& params, cudaStream_t stream)
   return SPARSEKD_LAUNCH(tensor_values_kernel<kRows>, grid, dim3(kThreads), 0, stream, params);
 }
 
+constexpr int kCopyThreads = 256;
+dim3 grid_of_units(int threads, int units) {
+  return {static_cast<unsigned>((threads + kCopyThreads - 1) / kCopyThreads), static_cast<unsigned>(units < 65535 ? units : 65535)};
+}
+
 }  // namespace
 }  // namespace sparsekd::cuda
 
@@ -56,9 +61,13 @@ int sparsekd_device_limits(int device, int* limits) {
 }
 
 int sparsekd_to_lanes16(const ToLanes16Params* params, void* stream) {
-  constexpr int kThreads = 256;
-  const dim3 grid(static_cast<unsigned>((params->threads + kThreads - 1) / kThreads));
-  return SPARSEKD_LAUNCH(to_lanes16_kernel, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), *params);
+  return SPARSEKD_LAUNCH(to_lanes16_kernel, grid_of_units(params->threads, params->lanes.units), dim3(kCopyThreads), 0,
+                         static_cast<cudaStream_t>(stream), *params);
+}
+
+int sparsekd_from_lanes16(const FromLanes16Params* params, void* stream) {
+  return SPARSEKD_LAUNCH(from_lanes16_kernel, grid_of_units(params->channels * params->of_plane.by, params->units),
+                         dim3(kCopyThreads), 0, static_cast<cudaStream_t>(stream), *params);
 }
 
 int sparsekd_tensor_plan(const TensorPatternParams* params, int groups, void* stream) {

@@ -20,7 +20,7 @@ constexpr int64_t kFar = 1 << 20;  // more vectors than any shared memory holds
 // Rows of a slice are as many as those of a vector, or more; of long vectors half as many do nearly as well.
 bool suits(const TensorVariant& variant, int64_t vector) {
   const int rows = vector > 32 ? 64 : vector > 16 ? 32 : vector > 8 ? 16 : 8;
-  return variant.rows == rows || (rows == 64 && variant.rows == 32);
+  return variant.rows == std::min(rows, 32);
 }
 
 int64_t in_fours(int64_t ints) { return ceil_div(ints, int64_t(4)) * 4; }
@@ -84,8 +84,14 @@ Tile tile_of(const TensorProblem& problem, const Tiling& tiling) {
   tile.n_octets = tile.slices * (problem.n_vectors / 8 + problem.row_groups * tile.blocks);
   tile.block_fours = int(ceil_div(int64_t(tiling.block_planes), int64_t(4)));
   tile.buffers = buffers_of(tiling.block_planes, tile.blocks, tile.pitch, tile.zeros,
-                            tiling.row_warps * tiling.position_warps * result_bytes(tiling.variant.positions));
+                            tile.block_slices * tiling.variant.rows);
   return tile;
+}
+
+bool direct_to_images(const TensorProblem& problem, const Tiling& tiling) {
+  const int64_t width = problem.axes[1].positions, plane = problem.axes[0].positions * width;
+  if (tiling.variant.rows == 8 || tiling.row_places != tiling.tile_w) return false;
+  return tiling.tile_w == width ? plane % kLanes == 0 : tiling.tile_w % kLanes == 0 && width % kLanes == 0;
 }
 
 int64_t Tile::plan_ints() const {
@@ -106,8 +112,8 @@ TensorPlan Tile::plan(const at::Tensor& ints) const {
   return plan;
 }
 
-// By shared memory, of which each block takes 1 KiB more than it asks for, and registers: the kernels' eight warps take
-// nearly all.
+// By shared memory, of which each block takes 1 KiB more than it asks for, and registers: as many warps as a block may
+// have take nearly all.
 int64_t Tile::resident(const Tiling& tiling, const TensorDevice& device) const {
   const int64_t by_registers = kTensorWarps / (tiling.row_warps * tiling.position_warps);
   return std::max<int64_t>(std::min(by_registers, (device.shared_bytes + 1024) / (buffers.bytes + 1024)), 1);
@@ -115,45 +121,32 @@ int64_t Tile::resident(const Tiling& tiling, const TensorDevice& device) const {
 
 namespace {
 
-constexpr int64_t kOfSector = 16;  // results in 32 bytes
-
-// Sectors that a result of a plane takes at least. Planes begin at any multiple of so many results.
-double least_sectors(const TensorProblem& problem) {
-  const int64_t plane = int64_t(problem.axes[0].positions) * problem.axes[1].positions;
-  return static_cast<double>(plane + kOfSector - std::gcd(plane, kOfSector)) / static_cast<double>(plane * kOfSector);
-}
-
-// Sectors of a result where those of a tile lie one behind the other: one more where two tiles share one.
-double joined_sectors(const TensorProblem& problem, const Tiling& tiling, const Cut& cut) {
-  constexpr int64_t kMost = 64;  // borders that are looked at
-  const int64_t width = problem.axes[1].positions, plane = problem.axes[0].positions * width;
-  const int64_t step = std::gcd(plane, kOfSector), tiles = tiling.tiles_of_stretch(cut.strip_rows);
-  const double between = 1 - static_cast<double>(step) / kOfSector;
-  const int64_t borders = std::min(tiles * cut.strips, kMost);
-  double shared = 0;
-  for (int64_t i = 1; i < borders; ++i) {
-    const int64_t place = i % tiles * tiling.positions(), row = place / tiling.row_places;
-    const int64_t in_row = std::min<int64_t>(place % tiling.row_places, width);
-    if (tiles > 1) shared += ((i / tiles * cut.strip_rows + row) * width + in_row) % step == 0 ? between : 1;
-  }
-  shared *= static_cast<double>(tiles * cut.strips) / static_cast<double>(borders);
-  return least_sectors(problem) + shared / static_cast<double>(plane);
-}
-
 // Multiply-adds of `mma.sync` with fp32 sums, a cycle and multiprocessor. What has little shared memory (8.6, 8.9,
 // 12.0) is taken for a GeForce card; the later large ones have more, but only for other instructions.
 double tensor_macs(const TensorDevice& device) {
   return device.shared_bytes < (128 << 10) ? 256 : device.major == 8 ? 1024 : 0.6 * 2048;
 }
 
-// By cycles of an SM, counted as at the head of conv2d_tensor.cuh: what shared memory delivers (128 bytes a cycle) to
-// the operands and takes from the copies, or what the tensor cores multiply, whichever is more. No term falls with the
-// number of columns, so that a sparser pattern never costs more. benchmarks/predict.py makes its times of it.
-//
-// So exact no model is that ten percent were worth the waste of sectors that all others share: a tile counts as that
-// much slower if it stores more than it should. (Of ResNet's layers with V = 8 to 64 and 1 to 32 images, for 1 or 108
-// multiprocessors, 16% take such a tile nevertheless.)
-constexpr double kMostSectors = 1.15, kWaste = 1.10;
+// Instructions of a warp for one tile, counted in what nvcc 13 makes of the kernel.
+struct Instructions {
+  double staged, multiplied, finished;
+};
+Instructions instructions_of(const TensorVariant& v, const Tile& tile, double warps, double columns,
+                             double read_planes) {
+  const double blocks = static_cast<double>(tile.blocks), places = v.positions;
+  const double steps = columns / 16 + blocks / 2;  // of a slice; the last one of a block may be half a step
+  const double products = v.rows == 8 ? 1 : v.rows / 8.0;  // of two positions
+  const double copies = 20 + 8 * std::ceil(tile.plane / 32.0);
+  return {blocks * 150 + read_planes / warps * copies, v.groups * (steps * (16 + places / 2 * (1 + products)) + blocks * 30),
+          200 + v.groups * v.rows / 8.0 * (70 + places * (v.rows == 8 ? 15 : 10))};
+}
+
+// By cycles of an SM: the most of what its four quarters issue, what shared memory delivers (128 bytes a cycle) to the
+// operands and takes from the copies, what the tensor cores multiply, what L2 delivers, and what a warp takes that waits
+// for nothing but itself. As an H100 showed, that is what counts where few warps share a quarter: from one instruction of
+// a warp to the next are 5.7 cycles in the mean. No term falls with the number of columns, so that a sparser pattern
+// never costs more. benchmarks/predict.py makes its times of it.
+constexpr double kBetweenInstructions = 5.7, kIssued = 0.8, kL2Bytes = 32, kFirstBytes = 1000;
 double cycles_of(const TensorProblem& problem, const TensorDevice& device, Results results, const Cut& cut,
                  const Tiling& tiling, const Tile& tile) {
   const TapAxis &ay = problem.axes[0], &ax = problem.axes[1];
@@ -173,41 +166,38 @@ double cycles_of(const TensorProblem& problem, const TensorDevice& device, Resul
   const double copied = read_planes * tile.plane / 8;
   const double weights = octets * tiling.position_warps * (rows / 8 + 0.25);
   const double multiplied = octets * positions * rows * 64 / tensor_macs(device);
+  const double stored = slices * rows * positions * kLanes * 2 / kL2Bytes;
 
-  // Results go through shared memory, there and back, and out as 16 bits: 80 bytes of 8 lanes. To images each lane of a
-  // tile's row stores for itself, or of whole rows several warps together, a sector of 32 bytes a cycle.
-  double stored = 16.0 / 128, finishing = positions, waste = 1;
-  if (results == Results::joined && tiling.tile_w == ax.positions) {
-    stored = kLanes * joined_sectors(problem, tiling, cut);
-    finishing *= static_cast<double>(tiling.tile_w) / tiling.row_places;
-  } else if (results != Results::lanes) {
-    const int64_t piece = std::min({tiling.tile_w, tiling.variant.positions, kResultPositions, ax.positions});
-    stored = kLanes * sectors_of_each(2, piece, ax.positions);
+  const double warps = tiling.row_warps * tiling.position_warps;
+  const Instructions of_warp = instructions_of(tiling.variant, tile, warps, columns, read_planes);
+  const double instructions = of_warp.staged + of_warp.multiplied + of_warp.finished;
+  const double fetched = copied * 128 / kL2Bytes;
+  const double throughput =
+      std::max({gathered + copied + weights, multiplied, instructions * warps / 4 / kIssued, fetched + stored});
+  // The tiles that a multiprocessor computes, some together, one such round after the other. While there is but one
+  // buffer, what is copied into it is hidden by finishing alone, or by other blocks of threads.
+  const int64_t turns = ceil_div(std::max<int64_t>(tiles * problem.groups * tile.row_blocks, 1),
+                                 int64_t(device.multiprocessors));
+  const int64_t resident = std::min(tile.resident(tiling, device), turns);
+  const auto together = static_cast<double>(resident), rounds = static_cast<double>(ceil_div(turns, resident));
+  const double first = kFirstBytes + fetched * together / static_cast<double>(tile.blocks);
+  const double alone = instructions * kBetweenInstructions +
+                       (tile.blocks == 1 ? std::max(first - of_warp.finished * kBetweenInstructions, 0.0) : 0);
+  const double round = std::max(throughput * together, alone);
+  double cycles = first + rounds * round + 1000;
+  // Results that can't go to images directly are read and written once more, by a kernel of their own.
+  if (results == Results::images && (cut.strips > 1 || !direct_to_images(problem, tiling))) {
+    const double all = static_cast<double>(problem.batch * problem.out_channels) * ay.positions * ax.positions;
+    cycles += 3000 + all * 2 * 2 / 16 / device.multiprocessors;
   }
-  if (results == Results::joined && stored > kLanes * least_sectors(problem) * kMostSectors) waste = kWaste;
-  const double finished = slices * rows * finishing * (64.0 / 128 + stored);
-  const double worked = std::max(gathered + copied + weights, multiplied) + finished;
-  // The blocks of threads that a multiprocessor computes, one after the other or some together. Each of its quarters
-  // wants a warp.
-  const int64_t resident = tile.resident(tiling, device), warps = int64_t(tiling.row_warps) * tiling.position_warps;
-  const int64_t all_blocks = std::max<int64_t>(tiles * problem.groups * tile.row_blocks, 1);
-  const int64_t turns = ceil_div(all_blocks, int64_t(device.multiprocessors));
-  const auto all = static_cast<double>(turns), together = static_cast<double>(std::min(turns, resident));
-  const double work = worked * std::max(4 / (static_cast<double>(warps) * together), 1.0);
-  // L2 has about 47 bytes a cycle for an SM. What is copied first nothing hides; later copies wait for the only buffer
-  // while it is read, if no other block of threads has work meanwhile.
-  const double fetched = copied * 128 / 47, blocks = static_cast<double>(tile.blocks);
-  const double next = tile.blocks == 1 && together == 1 ? work + std::max(fetched - finished, 0.0)
-                                                        : std::max(work, fetched);
-  const double first = tile.blocks == 1 ? together * (fetched + work) : together * (fetched / blocks + next);
-  return (first + (all - together) * next + 600) * waste;
+  return cycles;
 }
 
-// {of rows, of positions} in a block of threads: as many as there may be, or half as many, for more blocks.
+// {of rows, of positions} in a block of threads: as many as there may be, or a half or quarter, for more blocks.
 std::vector<std::pair<int, int>> warps_of(int64_t rows) {
   std::vector<std::pair<int, int>> found;
   for (int position_warps = 1; position_warps <= kTensorWarps; position_warps *= 2) {
-    for (int warps = kTensorWarps; warps >= std::max(kTensorWarps / 2, position_warps); warps /= 2) {
+    for (int warps = kTensorWarps; warps >= std::max(kTensorWarps / 4, position_warps); warps /= 2) {
       const int row_warps = warps / position_warps;
       const std::pair<int, int> both(std::min<int64_t>(row_warps, rows), position_warps);
       if (found.empty() || found.back() != both) found.push_back(both);
@@ -216,37 +206,36 @@ std::vector<std::pair<int, int>> warps_of(int64_t rows) {
   return found;
 }
 
-// Images are cut into strips of about equal height, or of so many rows that each strip begins where a sector does.
-std::vector<Cut> cuts_of(const TensorProblem& problem, Results results) {
+}  // namespace
+
+// Images are cut into strips of about equal height where they are too few to fill the lanes.
+Cut cut_of(const TensorProblem& problem, Results results) {
   const int64_t rows = problem.axes[0].positions, batch = problem.batch;
-  auto cut = [&](int64_t strip_rows) {
-    const int64_t strips = ceil_div(rows, strip_rows);
-    return Cut{strips, strip_rows, ceil_div(batch * strips, int64_t(kLanes))};
-  };
-  if (results == Results::lanes) return {cut(rows)};
   const int64_t strips = std::clamp<int64_t>(ceil_div(int64_t(kLanes), std::max<int64_t>(batch, 1)), 1, rows);
-  const int64_t even = ceil_div(rows, strips);
-  const int64_t whole = kOfSector / std::gcd<int64_t>(problem.axes[1].positions, kOfSector);
-  std::vector<Cut> cuts{cut(even)};
-  if (strips > 1 && even % whole != 0) cuts.push_back(cut(ceil_div(even, whole) * whole));
-  return cuts;
+  const int64_t strip_rows = results == Results::lanes ? rows : ceil_div(rows, strips);
+  const int64_t all = ceil_div(rows, strip_rows);
+  return {all, strip_rows, ceil_div(batch * all, int64_t(kLanes))};
 }
 
-// With all planes at once, or as many as fit twice.
-void look_at(const TensorProblem& problem, const TensorDevice& device, Results results, const std::vector<Cut>& cuts,
-             Tiling tiling, std::optional<Chosen>& best) {
+namespace {
+
+// With all planes at once, or as many as fit twice; of all shared memory or, for more blocks of threads, a part.
+void look_at(const TensorProblem& problem, const TensorDevice& device, Results results, const Cut& cut, Tiling tiling,
+             std::optional<Chosen>& best) {
   const Tile one = tile_of(problem, tiling);
-  const int64_t fitting = (device.shared_bytes / 2 - one.zeros * 16) / (int64_t(one.pitch) * 16);
-  for (const int64_t most : {one.planes, std::min(fitting, one.planes)}) {
+  int64_t last = 0;
+  for (const int64_t parts : {0, 1, 2, 4}) {
+    int64_t most = one.planes;
+    if (parts > 0) most = std::min(most, ((device.shared_bytes / 2 / parts - 1024) / 16 - one.zeros - one.block_slices * tiling.variant.rows) / int64_t(one.pitch));
     if (most < 1) continue;
     const int64_t blocks = ceil_div(one.planes, std::min<int64_t>(most, kMostBlockPlanes));
+    if (blocks == last) continue;
+    last = blocks;
     tiling.block_planes = int(ceil_div(one.planes, blocks));
     const Tile tile = tile_of(problem, tiling);
     if (tile.buffers.bytes > device.shared_bytes) continue;
-    for (const Cut& cut : cuts) {
-      const double cycles = cycles_of(problem, device, results, cut, tiling, tile);
-      if (!best || cycles < best->cycles) best = {tiling, cycles};
-    }
+    const double cycles = cycles_of(problem, device, results, cut, tiling, tile);
+    if (!best || cycles < best->cycles) best = {tiling, cycles};
   }
 }
 
@@ -259,7 +248,7 @@ std::optional<Chosen> choose_tiling(const TensorProblem& problem, const TensorDe
     return {};
   }
   const int width = problem.axes[1].positions, between = problem.axes[1].most / problem.axes[1].stride;
-  const std::vector<Cut> cuts = cuts_of(problem, results);
+  const Cut cut = cut_of(problem, results);
   std::optional<Chosen> best;
   for (const TensorVariant& variant : kTensorVariants) {
     if (!suits(variant, problem.vector)) continue;
@@ -270,7 +259,7 @@ std::optional<Chosen> choose_tiling(const TensorProblem& problem, const TensorDe
       for (int tile_w = kNeighbours; tile_w <= std::min(positions, 32); tile_w *= 2) {
         shapes.emplace_back(tile_w, tile_w);
       }
-      if (results == Results::joined) {
+      if (results == Results::images) {
         shapes.emplace_back(width, width + between);
         int last = width + between;
         for (int run = kNeighbours; run <= 16; run *= 2) {
@@ -280,7 +269,7 @@ std::optional<Chosen> choose_tiling(const TensorProblem& problem, const TensorDe
       }
       for (const auto& [tile_w, row_places] : shapes) {
         if (row_places > kMostNumber) continue;
-        look_at(problem, device, results, cuts, {variant, row_warps, position_warps, tile_w, row_places, 1}, best);
+        look_at(problem, device, results, cut, {variant, row_warps, position_warps, tile_w, row_places, 1}, best);
       }
     }
   }
@@ -290,14 +279,6 @@ std::optional<Chosen> choose_tiling(const TensorProblem& problem, const TensorDe
   }
   reason = unfit(problem, tile_of(problem, best->tiling));
   return reason.empty() ? best : std::nullopt;
-}
-
-Cut choose_cut(const TensorProblem& problem, const TensorDevice& device, Results results, const Tiling& tiling) {
-  const Tile tile = tile_of(problem, tiling);
-  const std::vector<Cut> cuts = cuts_of(problem, results);
-  return *std::min_element(cuts.begin(), cuts.end(), [&](const Cut& a, const Cut& b) {
-    return cycles_of(problem, device, results, a, tiling, tile) < cycles_of(problem, device, results, b, tiling, tile);
-  });
 }
 
 Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, const TensorDevice& device) {
@@ -333,7 +314,7 @@ Tiling checked_tiling(at::IntArrayRef numbers, const TensorProblem& problem, con
 
 }  // namespace sparsekd::cuda
 
-int sparsekd_tensor_tiling(const int64_t* sizes, const int* device, int joined, int64_t* numbers, double* cycles) {
+int sparsekd_tensor_tiling(const int64_t* sizes, const int* device, int images, int64_t* numbers, double* cycles) {
   using namespace sparsekd;
   using namespace sparsekd::cuda;
   const auto [batch, in_channels, out_channels, vector, n_vectors, size, kernel, stride] =
@@ -345,7 +326,7 @@ int sparsekd_tensor_tiling(const int64_t* sizes, const int* device, int joined, 
                               {forward_axis(shape, 0), forward_axis(shape, 1)}};
   std::string reason;
   const auto chosen = choose_tiling(problem, {device[0], device[1], device[2]},
-                                    joined ? Results::joined : Results::lanes, reason);
+                                    images ? Results::images : Results::lanes, reason);
   if (!chosen) return 0;
   *cycles = chosen->cycles;
   const std::vector<int64_t> found = chosen->tiling.numbers();

@@ -11,6 +11,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 namespace sparsekd::cuda {
 
@@ -31,6 +33,20 @@ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
+// Two values as the 16-bit halves of a word, the first the lower.
+template <class T>
+__device__ __forceinline__ uint32_t word_of(float low, float high) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, Half>) {
+    const __half2 two = __floats2half2_rn(low, high);
+    memcpy(&word, &two, 4);
+  } else {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+    memcpy(&word, &two, 4);
+  }
+  return word;
+}
+
 __device__ __forceinline__ float half_of_bits(unsigned bits) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
@@ -41,6 +57,9 @@ __device__ __forceinline__ float fast_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+
+// a / b, within 2^-22 of it; 0 for b above 2^126.
+__device__ __forceinline__ float fast_divide(float a, float b) { return __fdividef(a, b); }
 
 #define SPARSEKD_ASSERT(condition, sentence) assert((condition) && sentence)
 

@@ -14,12 +14,14 @@ namespace sparsekd::cuda {
 // m = 2^32 * (2^s - d) / d + 1, all rounded down (Granlund and Montgomery, "Division by invariant integers using
 // multiplication", PLDI 1994).
 struct Divisor {
-  uint32_t divisor = 1, multiplier = 1, shift = 0;
+  int by = 1;
+  uint32_t multiplier = 1, shift = 0;
 
   Divisor() = default;
-  explicit Divisor(uint32_t by) : divisor(by) {
-    while ((uint64_t{1} << shift) < by) ++shift;
-    multiplier = static_cast<uint32_t>((uint64_t{1} << 32) * ((uint64_t{1} << shift) - by) / by + 1);
+  explicit Divisor(int64_t number) : by(static_cast<int>(number)) {
+    const auto divisor = static_cast<uint64_t>(number);
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    multiplier = static_cast<uint32_t>((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor) / divisor + 1);
   }
 
   SPARSEKD_HOST_DEVICE uint32_t quotient(uint32_t n) const {
@@ -29,7 +31,7 @@ struct Divisor {
   SPARSEKD_HOST_DEVICE uint32_t take(uint32_t& n) const {
     const uint32_t all = n;
     n = quotient(all);
-    return all - n * divisor;
+    return all - n * static_cast<uint32_t>(by);
   }
 };
 

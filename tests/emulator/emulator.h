@@ -195,6 +195,15 @@ inline BFloat16 from_float<BFloat16>(float x) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to the nearest, ties to even
 }
 
+// Two values as the 16-bit halves of a word, the first the lower.
+template <class T>
+uint32_t word_of(float low, float high) {
+  const T two[] = {from_float<T>(low), from_float<T>(high)};
+  uint32_t word;
+  __builtin_memcpy(&word, two, 4);
+  return word;
+}
+
 inline float half_of_bits(unsigned bits) {
   const auto low = static_cast<uint16_t>(bits);
   Half x;
@@ -202,6 +211,7 @@ inline float half_of_bits(unsigned bits) {
   return static_cast<float>(x);
 }
 inline float fast_exp2(float x) { return exp2f(x); }
+inline float fast_divide(float a, float b) { return a / b; }
 
 #define SPARSEKD_ASSERT(condition, sentence) ((condition) ? void(0) : emulator::fail("assertion: %s", sentence))
 
