@@ -10,6 +10,7 @@
 #include <limits>
 #include <numeric>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -17,6 +18,7 @@
 #include "conv2d_tensor_host.h"
 #include "host.h"
 #include "planar_host.h"
+#include "weight_grad.h"
 
 namespace sparsekd::cuda {
 namespace {
@@ -26,16 +28,14 @@ constexpr int64_t kMostStageBytes = 48 << 10;
 // Of the weight gradient, in cycles of an SM. A read of shared memory by a warp; a vector of 16 bytes that is copied
 // there, with its instructions.
 constexpr double kReadCost = 4, kStagedCost = 0.16;
-// Of the convolution, fitted to 12334 launches that were timed on an H200 (layers of ResNet-50 at a tenth of the weights,
-// V of 1 and 4, batches of 1, 8 and 32; every tile and variant; the root mean square error is 21%). Instructions of a warp
-// that an entry takes beside its reads and multiply-adds, a slice's entries in one block of channels, a staged vector of
-// each lane, 32 results, and the rest.
-constexpr double kEntryCost = 6, kPieceCost = 160, kVectorCost = 2.5, kResultsCost = 34, kFlatResultsCost = 6,
-                 kWarpCost = 1200;
-constexpr double kIssue = 4.7;  // cycles from one instruction of a warp to its next one, where no other warp wants to
-constexpr double kBarrier = 134, kUnstaged = 61;  // cycles of a block of channels; of an entry that was not staged
-constexpr double kUneven = 0.36;  // so much longer takes the slowest of a block's warps, by the entries' deviation
-constexpr double kL2Bytes = 22;   // a cycle
+// Of the convolution, fitted to launches that were timed on an H200: ResNet-50's layers at a tenth of the weights, V of 1,
+// 2, 4 and 8, batches of 1, 8 and 32, all tiles and variants (6688; of the best one's neighbourhood the root mean square
+// error is 18%). Instructions of a warp that an entry takes beside its reads and multiply-adds; a slice's entries in one
+// block of channels; a staged vector of each lane; 32 results, or 128 of flat planes; and the rest.
+constexpr double kEntryCost = 8, kPieceCost = 200, kVectorCost = 1.5, kResultsCost = 25, kFlatResultsCost = 30,
+                 kWarpCost = 560;
+constexpr double kIssue = 4.6;    // cycles from one instruction of a warp to its next one, where no other warp wants to
+constexpr double kL2Bytes = 20;   // that a multiprocessor gets in a cycle
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -100,12 +100,15 @@ struct Launch {
 double cycles_of(const TensorDevice& device, const Choice& choice, const Launch& launch, bool flat) {
   const Conv2dVariant& v = choice.variant;
   const double pieces = static_cast<double>(ceil_div(launch.channels, choice.block_channels));
-  const double in_piece = std::max(launch.entries / pieces, 1e-3), warps = static_cast<double>(launch.warps);
+  const double warps = static_cast<double>(launch.warps);
   const double reads = v.lane_groups * v.run, record_reads = v.vector <= 2 ? 1 : 1 + v.vector / 4;
-  const double loop = v.groups * launch.entries * (record_reads + reads * (1 + 4 * v.vector) + kEntryCost / v.parts);
+  // Of what its parts can't share out evenly, each takes all.
+  const double of_entry = record_reads + reads * (1 + 4 * v.vector);
+  const double loop = launch.entries * (of_entry + kEntryCost / v.parts) +
+                      pieces * (v.parts - 1) / 2 * (of_entry + kEntryCost);
   const double staged = static_cast<double>(launch.channels * v.lane_groups);
   const double results = v.vector * v.groups * v.lane_groups * 4 * v.run;
-  const double instructions = loop + v.groups * pieces * kPieceCost + kWarpCost +
+  const double instructions = v.groups * (loop + pieces * kPieceCost) + kWarpCost +
                               staged * static_cast<double>(ceil_div(launch.tile_plane, 32)) / warps * kVectorCost +
                               results * (flat ? kFlatResultsCost / 4 : kResultsCost);
   const int64_t plane = v.plane ? v.plane : launch.tile_plane;
@@ -113,12 +116,9 @@ double cycles_of(const TensorDevice& device, const Choice& choice, const Launch&
                                        v.vector, int(launch.tile_plane), int(pieces)).bytes;
   const int sums = v.vector * v.lane_groups * v.groups * v.run * v.parts;
   const int64_t per_warp = conv2d_resident(sums, v.vector, v.parts) * kConv2dWarps / launch.warps;
-  const int64_t resident = std::clamp<int64_t>(device.shared_bytes / (shared + 1024), 1, std::max<int64_t>(per_warp, 1));
-  const double unstaged = std::max(in_piece + 2 * std::sqrt(in_piece) - staged_records(v.vector), 0.0);
+  const int64_t resident = std::clamp<int64_t>((device.shared_bytes + 1024) / (shared + 1024), 1, std::max<int64_t>(per_warp, 1));
   auto wave = [&](int64_t blocks) {  // so many on a multiprocessor
-    const double alone = kIssue * (instructions + loop * kUneven / std::sqrt(in_piece));
-    return std::max(instructions * static_cast<double>(blocks) * warps / 4, alone) +
-           pieces * (kBarrier + v.groups * unstaged * kUnstaged * v.parts);
+    return instructions * std::max(static_cast<double>(blocks) * warps / 4, kIssue);
   };
   const int64_t at_once = resident * device.multiprocessors, left = launch.blocks % at_once;
   const double whole = static_cast<double>(launch.blocks / at_once) * wave(resident);
@@ -139,8 +139,8 @@ std::optional<Choice> choose_tile(const TensorDevice& device, const Problem& pro
   const int64_t columns = ax.positions + ax.most / ax.stride, limit = std::numeric_limits<int32_t>::max();
   const double entries = static_cast<double>(n_vectors) / static_cast<double>(problem.row_groups);
   std::vector<Choice> choices;
-  for (const Conv2dVariant& variant : kConv2dVariants) {
-    if (!stores && &variant - kConv2dVariants >= kConv2dRectangles) break;
+  for (const Conv2dVariant& variant : stores ? std::span<const Conv2dVariant>(kConv2dVariants)
+                                              : std::span<const Conv2dVariant>(kWeightGradVariants)) {
     if (variant.vector != vector || (variant.run > 1 && !(stores && stores->joined))) continue;
     if ((problem.interleaved && variant.groups != 4) || (problem.flat && variant.lane_groups != 1)) continue;
     const int64_t row_vectors = problem.flat ? columns : lane_columns(columns);
@@ -181,11 +181,15 @@ std::optional<Choice> choose_tile(const TensorDevice& device, const Problem& pro
       }
       const int64_t slices = problem.row_groups / problem.groups *
                              (problem.interleaved ? 4 : ceil_div(problem.vector, variant.vector));
+      // So that hardly a slice has more entries in a block of channels than are staged.
+      const double staged = std::sqrt(1.0 + staged_records(variant.vector)) - 1;
+      const double of_channel = (problem.interleaved ? entries / 4 : entries) / static_cast<double>(channels);
+      const int64_t most = std::max<int64_t>(static_cast<int64_t>(staged * staged / std::max(of_channel, 1e-3)), 1);
       for (const int64_t most_warps : {kConv2dWarps, kConv2dWarps / 2}) {
         choice.warps = std::clamp<int64_t>(ceil_div(slices, int64_t{variant.groups}), 1, most_warps);
         int64_t before = 0;
         for (const int64_t stage : kStageBytes) {
-          choice.block_channels = std::clamp<int64_t>(stage / bytes, 1, channels);
+          choice.block_channels = std::clamp<int64_t>(stage / bytes, 1, std::min(channels, most));
           if (choice.block_channels == before) continue;
           before = choice.block_channels;
           const int64_t row_blocks = ceil_div(slices, choice.warps * variant.groups);

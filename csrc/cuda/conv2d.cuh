@@ -292,30 +292,34 @@ conv2d_kernel(const Conv2dParams p) {
       return;
     }
   }
-  if constexpr (kG == 1) {
-    if (p.flat) {
-      const ResultStore store(p);
+  const ResultStore store(p);
+  if (store.plain) {  // from registers
 #pragma unroll
-      for (int k = 0; k < kGroups; ++k) {
-        const RowEnd row_end(p, slice[k], group, lane % kV, kV);
+    for (int k = 0; k < kGroups; ++k) {
+      const RowEnd row_end(p, slice[k], group, lane % kV, kV);
 #pragma unroll
-        for (int v = 0; v < kV; ++v) {
-          const int channel = __shfl_sync(0xffffffffu, row_end.channel, v);
-          const float scale = __shfl_sync(0xffffffffu, row_end.scale, v);
-          const float shift = __shfl_sync(0xffffffffu, row_end.shift, v);
-          if (channel < 0) continue;
+      for (int v = 0; v < kV; ++v) {
+        const int channel = __shfl_sync(0xffffffffu, row_end.channel, v);
+        const float scale = __shfl_sync(0xffffffffu, row_end.scale, v);
+        const float shift = __shfl_sync(0xffffffffu, row_end.shift, v);
+        if (channel < 0) continue;
 #pragma unroll
-          for (int j = 0; j < kRun; ++j) {
-            if (!inside(j)) continue;
-            const float* sum = &sums[k][v][j * 4];
+        for (int j = 0; j < kRun; ++j) {
+          const float* sum = &sums[k][v][j * 4];
+          const bool there = inside(j) && (kRun == 1 || j * 32 + lane < p.step);
+          if (kG > 1 || !p.flat) {
+            store_position<kLanes, kRun>(store, p, sum, channel, scale, shift, unit, row_of(j), column_of(j), there);
+            continue;
+          }
+          if (there) {
             store_flat(store, p, unit * p.out_n + channel * p.out_c + int64_t(column_of(j)) * 4,
                        float4{sum[0] * scale + shift, sum[1] * scale + shift, sum[2] * scale + shift,
                               sum[3] * scale + shift});
           }
         }
       }
-      return;
     }
+    return;
   }
   int mine = -1;  // the slice of row `lane`
   const Span span = kRun > 1 ? span_of_run(p, first) : span_of_rows(p, first_row, tile_rows);

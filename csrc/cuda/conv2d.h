@@ -106,30 +106,25 @@ struct Conv2dVariant {
   int parts = 1;                           // of a warp: 1, 2 or 4
   bool operator==(const Conv2dVariant&) const = default;
 };
+// Of few sums there can be many warps, which is what a few positions want; of many sums a warp reads less.
 constexpr Conv2dVariant kConv2dVariants[] = {
-    {1, 4, 4, 64}, {1, 4, 4, 192}, {1, 1, 4, 0, 1, 2}, {2, 4, 2, 64}, {2, 4, 2, 192}, {2, 1, 2, 0, 1, 2},
-    {4, 4, 1, 64}, {4, 4, 1, 192}, {4, 1, 1, 0, 1, 4}, {8, 2, 1, 64}, {8, 2, 1, 192}, {8, 1, 1, 0, 1, 2},
-    {1, 1, 4, 0, 4}, {1, 2, 4, 128, 2}, {2, 1, 2, 0, 4}, {2, 2, 2, 128, 2},
-    {4, 1, 1, 0, 4}, {4, 2, 1, 128, 2}, {8, 1, 1, 0, 2},
-    {1, 1, 2, 0, 7}, {2, 1, 1, 0, 7},  // 14 x 14, and a quarter of 28 x 28, with the zeros between rows
-    {1, 1, 4, 0, 2}, {2, 1, 2, 0, 2}, {4, 1, 1, 0, 2, 2},  // 7 x 7, and 14 x 14 in four strips
-    // Few sums, and with them many warps.
-    {1, 1, 4, 0}, {1, 2, 2, 64}, {2, 1, 4, 0}, {2, 2, 1, 64}, {4, 1, 1, 0}, {4, 1, 1, 0, 1, 2}, {4, 2, 1, 64},
-    {4, 2, 1, 192}, {4, 1, 1, 0, 2}, {4, 1, 2, 0}, {8, 1, 1, 0},
+    {1, 4, 4, 64}, {1, 4, 4, 192}, {1, 2, 2, 64}, {1, 1, 4, 0, 1, 2}, {1, 1, 4, 0, 2}, {1, 1, 4, 0, 4},
+    {2, 4, 2, 64}, {2, 2, 1, 64},  {2, 1, 4, 0},  {2, 1, 2, 0, 1, 2}, {2, 1, 2, 0, 2}, {2, 1, 2, 0, 4},
+    {4, 4, 1, 64}, {4, 2, 1, 64},  {4, 1, 1, 0},  {4, 1, 2, 0},       {4, 1, 1, 0, 1, 4}, {4, 1, 1, 0, 2, 2},
+    {4, 1, 1, 0, 4}, {8, 2, 1, 64}, {8, 1, 1, 0}, {8, 1, 1, 0, 1, 2}, {8, 1, 1, 0, 2},
 };
-constexpr int kConv2dRectangles = 12;  // that come first, and serve the weight gradient
 constexpr int kConv2dWarps = 8;
 constexpr int record_bytes(int vector) { return vector == 1 ? 8 : vector == 2 ? 16 : 16 + 4 * vector; }
 template <int kV>
 constexpr int kRecordBytes = record_bytes(kV);
 // Of a slice's entries in a block of channels, what is copied to shared memory along with the channels.
-constexpr int staged_records(int vector) { return vector == 8 ? 16 : 32; }
+constexpr int staged_records(int vector) { return vector == 8 ? 24 : 32; }
 template <int kV>
 constexpr int kStagedRecords = staged_records(kV);
 // Blocks of threads that are to live on a multiprocessor at once, by the sums that a lane keeps: as many as registers
 // allow, since a warp alone waits most of the time.
 constexpr int conv2d_resident(int sums, int vector, int parts) {  // sums: vectors of 4
-  return sums > 8 || (sums == 8 && vector == 2 && parts == 2) ? 2 : 3;
+  return sums > 8 || (sums == 8 && (vector == 8 || (vector == 2 && parts == 2))) ? 2 : 3;
 }
 constexpr int kMostStarts = 129;  // of a slice, that shared memory is spent on
 

@@ -76,9 +76,7 @@ struct ResultStore {
     if (p.residual && there) result += static_cast<const float*>(p.residual)[at];
     store_vector(static_cast<float*>(p.output) + at, cut(result), there);
   }
-  __device__ __forceinline__ float cut(float result) const {  // NaN stays
-    return result < least ? least : result > most ? most : result;
-  }
+  __device__ __forceinline__ float cut(float result) const { return not_above(not_below(result, least), most); }
 };
 
 // Results of one row of flat planes, four neighbours a vector.
@@ -108,6 +106,31 @@ struct Slot {
     }
   }
 };
+
+// Of one row of results, those of one position of a lane in all images or strips, from its registers: four of each
+// lane group, which has kRun times as many. What a warp stores at once may begin anywhere in a sector: that costs less than
+// a way through shared memory.
+template <int kLanes, int kRun>
+__device__ __forceinline__ void store_position(const ResultStore& store, const Conv2dParams& p, const float* sums,
+                                               int channel, float scale, float shift, int64_t unit, int row_in_strip,
+                                               int column, bool in_plane) {
+  Slot slot(p, unit * kLanes);
+  const int64_t first_row = int64_t(slot.strip * p.lanes.strip_rows + row_in_strip) * p.axes[0].out_step;
+  int64_t at = slot.image * p.out_n + channel * p.out_c + (first_row + p.axes[0].out_begin) * p.out_h +
+               (int64_t(column) * p.axes[1].out_step + p.axes[1].out_begin) * p.out_w;
+  const int64_t to_strip = int64_t(p.lanes.strip_rows) * p.axes[0].out_step * p.out_h;
+  const int64_t to_image = p.out_n - (p.lanes.strips - 1) * to_strip;
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) {
+    const bool inside = in_plane && slot.image < p.lanes.batch &&
+                        slot.strip * p.lanes.strip_rows + row_in_strip < p.axes[0].positions;
+    float result = sums[i / 4 * kRun * 4 + i % 4] * scale + shift;
+    if (p.residual && inside) result += static_cast<const float*>(p.residual)[at];
+    store_vector(static_cast<float*>(p.output) + at, store.cut(result), inside);
+    at += slot.strip + 1 == p.lanes.strips ? to_image : to_strip;
+    slot.next(p);
+  }
+}
 
 // Results [kRows][kLanes][32], where a lane of the warp takes those of its own position in the strip.
 template <int kRows, int kLanes>

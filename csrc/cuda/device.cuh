@@ -61,6 +61,26 @@ __device__ __forceinline__ float fast_exp2(float x) {
 // a / b, within 2^-22 of it; 0 for b above 2^126.
 __device__ __forceinline__ float fast_divide(float a, float b) { return __fdividef(a, b); }
 
+// NaN stays.
+__device__ __forceinline__ float not_below(float x, float least) {
+#if __CUDA_ARCH__ >= 800
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(least));
+  return result;
+#else
+  return x < least ? least : x;
+#endif
+}
+__device__ __forceinline__ float not_above(float x, float most) {
+#if __CUDA_ARCH__ >= 800
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(most));
+  return result;
+#else
+  return x > most ? most : x;
+#endif
+}
+
 #define SPARSEKD_ASSERT(condition, sentence) assert((condition) && sentence)
 
 template <class T>

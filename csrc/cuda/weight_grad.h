@@ -4,6 +4,12 @@
 
 namespace sparsekd::cuda {
 
+// Of rectangles alone; `parts` does nothing.
+constexpr Conv2dVariant kWeightGradVariants[] = {
+    {1, 4, 4, 64}, {1, 4, 4, 192}, {1, 1, 4, 0}, {2, 4, 2, 64}, {2, 4, 2, 192}, {2, 1, 2, 0},
+    {4, 4, 1, 64}, {4, 4, 1, 192}, {4, 1, 1, 0}, {8, 2, 1, 64}, {8, 2, 1, 192}, {8, 1, 1, 0},
+};
+
 // Slices that a warp takes. What the sums over lanes need of registers is not there for gradients: more would spill.
 constexpr int weight_grad_groups(const Conv2dVariant& v) {
   return v.vector != 1 || v.lane_groups == 1 ? v.groups : v.plane == 64 ? 2 : 3;

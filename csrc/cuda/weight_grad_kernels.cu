@@ -1,6 +1,7 @@
 // Launches the kernels of weight_grad.cuh. (Named apart from weight_grad.cpp, whose object would be the same.)
 #include "weight_grad.cuh"
 
+#include <iterator>
 #include <utility>
 
 namespace sparsekd::cuda {
@@ -8,7 +9,7 @@ namespace {
 
 template <int kIndex>
 cudaError_t launch_variant(const WeightGradParams& params, dim3 grid, int warps, cudaStream_t stream) {
-  constexpr Conv2dVariant v = kConv2dVariants[kIndex];
+  constexpr Conv2dVariant v = kWeightGradVariants[kIndex];
   const size_t plane = v.plane ? v.plane : params.plane;
   const size_t bytes = 2 * params.block_channels * v.lane_groups * plane * 16 + params.plane * sizeof(int2) +
                        32 * sizeof(int);
@@ -20,7 +21,7 @@ template <int... kIndex>
 cudaError_t launch_weight_grad(const WeightGradParams& params, const Conv2dVariant& variant, dim3 grid, int warps,
                                cudaStream_t stream, std::integer_sequence<int, kIndex...>) {
   cudaError_t result = cudaSuccess;
-  (void)((variant == kConv2dVariants[kIndex] && (result = launch_variant<kIndex>(params, grid, warps, stream), true)) ||
+  (void)((variant == kWeightGradVariants[kIndex] && (result = launch_variant<kIndex>(params, grid, warps, stream), true)) ||
          ...);
   return result;
 }
@@ -33,7 +34,7 @@ using namespace sparsekd::cuda;
 int sparsekd_weight_grad(const WeightGradParams* params, const Conv2dVariant* variant, int warps, int grid_y,
                          void* stream) {
   return launch_weight_grad(*params, *variant, dim3(params->splits, grid_y), warps, static_cast<cudaStream_t>(stream),
-                            std::make_integer_sequence<int, kConv2dRectangles>{});
+                            std::make_integer_sequence<int, std::size(kWeightGradVariants)>{});
 }
 
 int sparsekd_weight_grad_sum(const WeightGradSumParams* params, void* stream) {

@@ -211,6 +211,8 @@ inline float half_of_bits(unsigned bits) {
   return static_cast<float>(x);
 }
 inline float fast_exp2(float x) { return exp2f(x); }
+inline float not_below(float x, float least) { return x < least ? least : x; }
+inline float not_above(float x, float most) { return x > most ? most : x; }
 inline float fast_divide(float a, float b) { return a / b; }
 
 #define SPARSEKD_ASSERT(condition, sentence) ((condition) ? void(0) : emulator::fail("assertion: %s", sentence))
