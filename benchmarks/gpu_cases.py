@@ -48,6 +48,7 @@ class Run:
         self.densities, self.batch = (TINY_DENSITIES, 1) if rehearse else (DENSITIES, 32)
         self.backends = BACKENDS[:1] if rehearse else BACKENDS  # on the CPU, Triton's interpreter alone
         self.left_out: list[str] = []
+        self.by_calls: dict[str, str] = {}  # engines that could not be captured, and why
 
     @contextlib.contextmanager
     def kernels(self):
@@ -65,13 +66,23 @@ class Run:
             yield
 
     def time(self, engines: dict) -> dict[str, float]:
-        """Milliseconds, the least of the rounds. Of the device alone: calls are captured as graphs, and those replayed."""
+        """Milliseconds, the least of the rounds. Of the device alone: calls are captured as graphs, which are replayed.
+
+        An engine that can't be captured is timed from call to call, which is said and kept in ``by_calls``.
+        """
         if self.rehearse:
             timings = compare(engines, device=self.device, rounds=1, warmup=0, min_time=1e-9)
             return {n: t.min * 1e3 for n, t in timings.items()}
-        graphs = {n: graph_of(engine) for n, engine in engines.items()}
+        graphs, calls = {}, {}
+        for name, engine in engines.items():
+            try:
+                graphs[name] = graph_of(engine)
+            except RuntimeError as error:
+                calls[name], self.by_calls[name] = engine, str(error).splitlines()[0]
+                print(f"{name}: timed by calls, as it can't be captured ({self.by_calls[name]})", flush=True)
         timings = compare({n: g.replay for n, g in graphs.items()}, device=self.device, rounds=7, min_time=0.002)
-        return {n: t.min * 1e3 / GRAPH_CALLS for n, t in timings.items()}
+        ms = {n: t.min * 1e3 / GRAPH_CALLS for n, t in timings.items()} | (self.time_calls(calls) if calls else {})
+        return {name: ms[name] for name in engines}
 
     def time_calls(self, engines: dict) -> dict[str, float]:
         """Milliseconds from call to call, what Python takes for each included."""
@@ -97,17 +108,27 @@ class Run:
             cuda=torch.version.cuda,
             rehearsal=self.rehearse,
             left_out=self.left_out,
+            by_calls=self.by_calls,
         )
         (self.folder / name).write_text(json.dumps(about | {"results": found}, indent=1) + "\n")
 
 
 def graph_of(engine: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """GRAPH_CALLS calls one after another, captured; on a stream of their own, where they first run three times."""
+    """GRAPH_CALLS calls one after another, captured; on a stream of their own, where they first run three times.
+
+    RuntimeError where they wait for the device, before a capture is begun: one that fails leaves torch's allocator and
+    random generator in the middle of it.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(2):
             engine()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            engine()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):

@@ -45,9 +45,12 @@ build() {
   fi
 }
 
+# On the day by 8 processes where pytest-xdist is installed: Triton's compiler takes most of the time.
 # compute-sanitizer watches a few of the tests, where it is there. Joined by &&: within `logged`, -e does nothing.
 tests() {
-  "$PYTHON" -m pytest tests/test_gpu.py -p no:cacheprovider &&
+  local workers=()
+  if [ -z "$rehearse" ] && "$PYTHON" -c 'import xdist' 2> /dev/null; then workers=(-n 8); fi
+  "$PYTHON" -m pytest tests/test_gpu.py -p no:cacheprovider ${workers[@]+"${workers[@]}"} &&
   if [ -n "$rehearse" ]; then
     "$PYTHON" -m pytest tests/test_cuda_conv2d.py -p no:cacheprovider -k "0 and not 10" --maxfail=1
   elif command -v compute-sanitizer > /dev/null; then

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .measure import tuned
-from .measure.machine import clock, identity, processor
+from .measure.machine import clock, identity, processor, timed_on
 from .measure.progress import track
 from .measure.report import AccuracyPoint, LayerReport, NetworkReport, Report
 from .measure.timing import compare, peak_flops, speedup
@@ -51,6 +51,10 @@ def _resized(example_inputs: object, batch: int) -> object:
     return example_inputs
 
 
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters(), torch.empty(0)).device
+
+
 def _dense_engines(dense: nn.Module, example_inputs: object) -> tuple[dict[str, Callable], nn.Module]:
     """The dense ways to run a network, as it is and in channels_last, and the copy that the second one runs."""
     engines = {"as it is": lambda: call(dense, example_inputs)}
@@ -66,7 +70,7 @@ def time_dense(model: nn.Module, example_inputs: object, rounds: int = 9) -> flo
     """Milliseconds of a network as it is or in channels_last, whichever is faster."""
     engines, turned = _dense_engines(model, example_inputs)
     with evaluating(model), evaluating(turned):
-        timings = compare(engines, rounds=rounds, min_time=0.005, warmup=2, clock=clock())
+        timings = compare(engines, rounds=rounds, min_time=0.005, warmup=2, **timed_on(_device(model)))
     return min(timing.min for timing in timings.values()) * 1e3
 
 
@@ -75,7 +79,7 @@ def compare_networks(dense: nn.Module, sparse: nn.Module, example_inputs: object
     engines, turned = _dense_engines(dense, example_inputs)
     engines["sparse"] = lambda: call(sparse, example_inputs)
     with evaluating(dense), evaluating(sparse), evaluating(turned):
-        timings = compare(engines, rounds=rounds, min_time=0.005, warmup=2, clock=clock())
+        timings = compare(engines, rounds=rounds, min_time=0.005, warmup=2, **timed_on(_device(dense)))
     best = min((name for name in timings if name != "sparse"), key=lambda name: timings[name].min)
     gain = speedup(timings[best], timings["sparse"])
     first = example_inputs
@@ -191,7 +195,7 @@ def would_it_be_faster(
             predicted, source = anchors.predict(module, inputs, vector, 1 - sparsity)
             found[names[module]] = _foretold(names[module], module, inputs, sparsity, vector, predicted, source)
     if tuned.mode() != "off":
-        tuned.of(identity()).flush()
+        tuned.of(identity(parameter.device)).flush()
     return found
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import interpreted
@@ -43,3 +44,24 @@ def test_a_step_that_fails_stops_the_run_and_is_not_done(tmp_path):
     assert ran.returncode == 1 and "build: failed" in ran.stderr
     assert not (tmp_path / "steps.txt").exists()
     assert rehearse(tmp_path, "too many").returncode == 2
+
+
+def test_an_engine_that_cannot_be_captured_is_timed_by_calls(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import gpu_cases
+
+    def graph_of(engine):
+        if engine():
+            raise RuntimeError("called a synchronizing CUDA operation\nwith more lines")
+        return types.SimpleNamespace(replay=engine)
+
+    def compare(engines, **_):
+        return {name: types.SimpleNamespace(min=1.0) for name in engines}
+
+    monkeypatch.setattr(gpu_cases, "graph_of", graph_of)
+    monkeypatch.setattr(gpu_cases, "compare", compare)
+    run = gpu_cases.Run(False, tmp_path)
+    ms = run.time({"waits": lambda: True, "runs on": lambda: False})
+    assert list(ms.items()) == [("waits", 1e3), ("runs on", 1e3 / gpu_cases.GRAPH_CALLS)]
+    assert run.by_calls == {"waits": "called a synchronizing CUDA operation"}
+    assert "waits: timed by calls" in capsys.readouterr().out

@@ -2,12 +2,17 @@
 
 import json
 import multiprocessing
+import types
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsekd.measure import tuned
+from sparsekd import reporting
+from sparsekd.measure import machine, tuned
 from sparsekd.measure.machine import identity
 from sparsekd.measure.tuned import Tuned
 
@@ -128,3 +133,20 @@ def test_each_machine_has_its_own(tmp_path, monkeypatch):
     assert tuned.of(here) is tuned.of(here)
     assert tuned.of({**here, "threads": "64"}).path != tuned.of(here).path
     assert {"processor", "kernels", "torch", "sparsekd", "build", "threads"} <= set(here) and all(here.values())
+
+
+def test_a_time_of_a_gpu_is_of_that_gpu_and_by_its_clock(monkeypatch):
+    cuda, asked = torch.device("cuda", 0), []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert identity(cuda) == {"gpu": "a GPU", **identity()} and "gpu" not in identity(torch.device("cpu"))
+
+    def compare(engines, device, clock, **_):
+        asked.append((device, clock))
+        return {name: types.SimpleNamespace(min=1.0) for name in engines}
+
+    monkeypatch.setattr(reporting, "compare", compare)
+    with FakeTensorMode():
+        layer, x = nn.Linear(3, 3, device=cuda), torch.empty(2, 3, device=cuda)
+        assert reporting.time_dense(layer, x) == 1e3
+    reporting.time_dense(nn.Linear(3, 3), torch.empty(2, 3))
+    assert asked == [(cuda, None), (torch.device("cpu"), machine.clock())]

@@ -63,9 +63,10 @@ def _version() -> str:
         return "0+unknown"
 
 
-def identity() -> dict[str, str]:
+def identity(device: torch.device | None = None) -> dict[str, str]:
     """What a measured time is good for: the same on another machine or with another build is another time."""
-    return {
+    on_gpu = device is not None and device.type == "cuda"
+    return ({"gpu": torch.cuda.get_device_name(device)} if on_gpu else {}) | {
         "processor": processor(),
         "kernels": loaded_isa() or "none",
         "torch": torch.__version__,
@@ -78,3 +79,8 @@ def identity() -> dict[str, str]:
 def clock() -> str:
     """CPU time does not see the neighbours, but it adds up over threads."""
     return "cpu" if torch.get_num_threads() == 1 else "wall"
+
+
+def timed_on(device: torch.device) -> dict[str, object]:
+    """What :func:`sparsekd.measure.timing.compare` is told of a device, whose work a CPU's clock need not see."""
+    return {"device": device, "clock": clock() if device.type == "cpu" else None}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..measure import tuned
-from ..measure.machine import clock, identity
+from ..measure.machine import identity, timed_on
 from ..measure.timing import compare
 from . import cost_model
 from .cost_model import Prediction
@@ -48,7 +48,8 @@ def predict(layer: nn.Module, inputs: Sequence[Tensor], vector: int, density: fl
     problems = [Problem.of(layer, x) for x in inputs]
     if tuned.mode() == "off":
         return cost_model.predict(problems, vector, density), "predicted"
-    known, key = tuned.of(identity()), f"{json.dumps([list(p.as_row().values()) for p in problems])} V={vector} anchors"
+    known = tuned.of(identity(inputs[0].device))
+    key = f"{json.dumps([list(p.as_row().values()) for p in problems])} V={vector} anchors"
     figures = known.get(key)
     if figures is None or "dense_ms" not in figures:
         figures = measured(layer, inputs, vector)
@@ -76,7 +77,8 @@ def measured(
     for name, twin in twins.items():
         engines[name] = lambda twin=twin: [twin(x) for x in inputs]
     with evaluating(dense):
-        timings = compare({**engines, **(beside or {})}, rounds=9, min_time=0.002, warmup=2, clock=clock())
+        on = timed_on(inputs[0].device)
+        timings = compare({**engines, **(beside or {})}, rounds=9, min_time=0.002, warmup=2, **on)
     ms = {name: timing.min * 1e3 for name, timing in timings.items()}
     dense_ms = min(ms[name] for name in engines if name not in twins)
     return {"dense_ms": dense_ms, **{name: ms[name] for name in (*twins, *(beside or {}))}}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..measure import tuned
-from ..measure.machine import clock, identity
+from ..measure.machine import identity, timed_on
 from ..measure.report import LayerTimes
 from ..measure.timing import compare, speedup
 from . import cost_model, formats
@@ -112,7 +112,7 @@ def choose(name: str, dense: nn.Module, sparse: SparseModule, inputs: Sequence[T
     """The same by what SPARSEKD_TUNE allows: times kept on disk, or measured and kept, or predicted ones."""
     if tuned.mode() == "off":
         return predict_layer(name, sparse, inputs)
-    known, key = tuned.of(identity()), _key(dense, sparse, inputs)
+    known, key = tuned.of(identity(inputs[0].device)), _key(dense, sparse, inputs)
     figures = known.get(key)
     if figures is not None and figures.keys() >= FIGURES:
         return _choice(name, sparse, inputs, figures, "kept")
@@ -151,8 +151,7 @@ def _measured(
     if dense.training or sparse.training:
         raise ValueError(f"Expected layers in eval mode to be timed, got {name} in training mode")
     engines = {**dense_engines(dense, inputs), "sparse": lambda: [sparse(x) for x in inputs]}
-    device = inputs[0].device
-    timed = dict(min_time=0.002, device=device, clock=clock() if device.type == "cpu" else None)
+    timed = dict(min_time=0.002, **timed_on(inputs[0].device))
     with torch.no_grad():
         with tuning_tiles(lambda call: compare({"": call}, rounds=3, warmup=1, **timed)[""].min):
             engines["sparse"]()
