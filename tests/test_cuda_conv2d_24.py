@@ -65,24 +65,26 @@ def test_against_the_oracle(seed):
     check(draw(seed), biased=seed % 2)
 
 
-# Vectors of a step of a block's tile, of all its groups of warps: (filters, size, multiprocessors, shared memory) where
-# it is the cheapest.
+# Tiles of a block, of all its groups of warps: output channels and pixels of one, and groups; and filters, size,
+# multiprocessors and shared memory where it is the cheapest.
 TILES = {
-    1600: (128, 16, 1, LARGE),
-    1312: (64, 40, 1, LARGE),
-    2176: (64, 16, 108, LARGE),
-    800: (64, 16, 1, LARGE),
-    4352: (128, 8, 108, 227 << 10),
+    (128, 128, 1): (128, 16, 1, LARGE),
+    (128, 64, 2): (64, 16, 108, LARGE),
+    (64, 64, 2): (64, 16, 4, SMALL),
+    (128, 64, 4): (128, 8, 108, 227 << 10),
+    (64, 64, 1): (64, 16, 1, LARGE),
 }
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_every_tile(tile):
-    filters, size, multiprocessors, shared_bytes = TILES[tile]
+    (rows, pixels, groups), (filters, size, multiprocessors, shared_bytes) = tile, TILES[tile]
     case = dataclasses.replace(draw(0), filters=filters, channels=80, kernel=(3, 3), stride=(1, 1), dilation=(1, 1))
     case = dataclasses.replace(case, padding=(1, 1), size=(size, size), groups=1, batch=1)
     check(case, True, multiprocessors, shared_bytes)
-    assert emulated.emulator().functions.emulator_last_shared_bytes() == 16 * 3 * tile
+    assert emulated.emulator().functions.emulator_last_shared_bytes() == 48 * groups * (
+        rows * 4 + pixels * 8 + rows // 2
+    )
 
 
 @pytest.mark.parametrize("filters", [24, 30])

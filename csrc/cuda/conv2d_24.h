@@ -29,7 +29,7 @@ struct Conv2d24Sizes {
 };
 constexpr int kConv2d24Warps = 16;  // that a multiprocessor has registers for
 constexpr Conv2d24Variant kConv2d24Variants[] = {
-    {4, 4, 2, 4, 1}, {4, 4, 1, 4, 1}, {4, 4, 2, 2, 2}, {4, 4, 1, 2, 2}, {4, 4, 2, 2, 4}, {2, 4, 2, 2, 1},
+    {4, 4, 2, 4, 1}, {4, 4, 2, 2, 2}, {4, 4, 1, 2, 2}, {4, 4, 2, 2, 4}, {2, 4, 2, 2, 1},
 };
 constexpr int kConv2d24Stages = 3;
 constexpr int kStepChannels = 64;
