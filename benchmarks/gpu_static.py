@@ -47,22 +47,22 @@ class Expected:
 
 TENSOR = ("LDGSTS", "LDSM", "HMMA")
 SPARSE_TENSOR = ("LDGSTS", "LDSM", "HMMA.SP")
-# kConv2d24Variants: tiles of 16 rows and of 8 pixels of a warp, warps of rows and of pixels.
-TILES_24 = ((4, 8, 2, 2), (4, 8, 1, 4), (4, 4, 1, 4), (2, 4, 2, 2))
+# kConv2d24Variants: tiles of 16 rows and of 8 pixels of a warp, warps of rows and of pixels, groups of such warps.
+TILES_24 = ((4, 4, 2, 4, 1), (4, 4, 2, 2, 2), (4, 4, 1, 2, 2), (4, 4, 2, 2, 4), (2, 4, 2, 2, 1))
 EXPECTED = (
-    Expected(r"^conv2d_tensor_kernel<\w+, 8,", 256, 122 << 10, TENSOR, ("HMMA.16816", "LDSM.x4"), False),
-    Expected(r"^conv2d_tensor_kernel<\w+, 16,", 256, 122 << 10, TENSOR, ("HMMA.16816", "LDSM.x4", "LDG.64"), False),
-    Expected(r"^conv2d_tensor_kernel<", 256, 122 << 10, TENSOR, ("HMMA.16816", "LDSM.x4", "LDG.128"), False),
+    Expected(r"^conv2d_tensor_kernel<\w+, 8,", 512, 122 << 10, TENSOR, ("HMMA.16816", "LDSM.x4"), False),
+    Expected(r"^conv2d_tensor_kernel<\w+, 16,", 512, 122 << 10, TENSOR, ("HMMA.16816", "LDSM.x4", "LDG.64"), False),
+    Expected(r"^conv2d_tensor_kernel<", 512, 122 << 10, TENSOR, ("HMMA.16816", "LDSM.x4", "LDG.128"), False),
     # In the hot loop as well: the copies of two steps ahead, and the metadata.
     *(
         Expected(
-            rf"^conv2d_24_kernel<\w+, {m}, {n}, {rows}, {pixels}>",
-            32 * rows * pixels,
-            48 * (16 * m * rows * 4 + 8 * n * pixels * 8 + 8 * m * rows),
+            rf"^conv2d_24_kernel<\w+, {m}, {n}, {rows}, {pixels}, {depth}>",
+            32 * rows * pixels * depth,
+            48 * depth * (16 * m * rows * 4 + 8 * n * pixels * 8 + 8 * m * rows),
             SPARSE_TENSOR,
             ("HMMA.SP.16832", "LDSM.x4", "LDGSTS"),
         )
-        for m, n, rows, pixels in TILES_24
+        for m, n, rows, pixels, depth in TILES_24
     ),
     Expected(r"^conv2d_kernel<[48],", 256, 64 << 10, ("LDGSTS",), ("FFMA", "LDS.128", "LDG.128")),
     Expected(r"^conv2d_kernel<2,", 256, 64 << 10, ("LDGSTS",), ("FFMA", "LDS.128", "LDG.128")),

@@ -66,12 +66,13 @@ ASSUMPTIONS = {
     "dense_tensor": {"A100": 0.95, "H100": 0.8, "RTX 4090": 1.0},
     "bandwidth": 0.85,  # share of the memory's; the second-level cache is not modelled
     "latency": 0.8,  # share of its bound that a sparse kernel reaches, for what nobody hides
+    "between_instructions": 5.7,  # cycles from one instruction of a warp to the next, as an H100 showed
     "launch_us": 2.0,  # of each kernel, back to back in a stream
     "columns_even": "each row group has its share of the non-zeros",
     "l2_bytes": 32,  # of the second-level cache, a cycle and SM: the 2:4 kernel reads activations again for each tap
 }
 
-TILES_24 = ((4, 8, 2, 2), (4, 8, 1, 4), (4, 4, 1, 4), (2, 4, 2, 2))  # of the 2:4 kernel, as in gpu_static.py
+TILES_24 = ((4, 4, 2, 4, 1), (4, 4, 2, 2, 2), (4, 4, 1, 2, 2), (4, 4, 2, 2, 4), (2, 4, 2, 2, 1))  # of the 2:4 kernel, as in gpu_static.py
 # Of conv2d_kernel by V: images or strips in the lanes, positions and rows of a warp.
 TILES_32 = {
     1: ((16, 32, 4), (8, 64, 4), (4, 128, 4), (4, 64, 4), (4, 224, 2)),
@@ -201,20 +202,24 @@ def sparse_tensor_cores(device: Device, layer: Layer, batch: int, kept: bool, st
     """Seconds of conv2d_24_kernel in fp16. Its weights are 2:4 whatever is pruned beyond that."""
     steps = layer.kernel**2 * math.ceil(layer.in_channels / 64)
     best = math.inf
-    for m, n, row_warps, pixel_warps in TILES_24:
+    for m, n, row_warps, pixel_warps, depth in TILES_24:
         rows, pixels, warps = 16 * m * row_warps, 8 * n * pixel_warps, row_warps * pixel_warps
         staged = rows * 4 + pixels * 8 + rows // 2  # vectors of 16 bytes, in three stages
-        if 3 * 16 * staged > device.shared_bytes:
+        if 3 * 16 * staged * depth > device.shared_bytes:
             continue
-        row = static[f"conv2d_24_kernel<__half, {m}, {n}, {row_warps}, {pixel_warps}>", device.arch]
+        row = static[f"conv2d_24_kernel<__half, {m}, {n}, {row_warps}, {pixel_warps}, {depth}>", device.arch]
         products = rows * pixels * 32 / device.tensor_macs / device.sync_share
         # Operands by ldmatrix, metadata, and what is copied.
         wavefronts = warps * (8 * (m + n) + m) + staged / 8
-        issue = warps * row["instructions_per_fma"] * row["products"] / 4
-        step = max(products, wavefronts, issue) / ASSUMPTIONS["latency"]
+        of_warp = row["instructions_per_fma"] * row["products"]
+        step = max(products, wavefronts, warps * of_warp / 4) / ASSUMPTIONS["latency"]
         step = max(step, staged * 16 / ASSUMPTIONS["l2_bytes"])
         blocks = math.ceil(layer.out_channels / rows) * math.ceil(batch * layer.size**2 / pixels)
-        best = min(best, (steps * step + 1000) * math.ceil(blocks / device.multiprocessors))
+        turns = math.ceil(blocks / device.multiprocessors)
+        together = min(max(16 // (warps * depth), 1), turns)
+        alone = math.ceil(steps / depth) * of_warp * ASSUMPTIONS["between_instructions"]
+        rounds = math.ceil(turns / together)
+        best = min(best, rounds * (max(steps * step * together, alone) + 1000))
     read, written, weight = layer.bytes(batch, 2)
     pattern = weight * (1 / 2 + 1 / 8 / 2)  # values, and two bits each
     # Values into the order of the instruction, with an index of 32 bits each.

@@ -65,23 +65,26 @@ def test_against_the_oracle(seed):
     check(draw(seed), biased=seed % 2)
 
 
-# Output channels and pixels of a block's tile: (filters, multiprocessors, shared memory) where it is the cheapest.
+# Tiles of a block, of all its groups of warps: output channels and pixels of one, and groups; and filters, size,
+# multiprocessors and shared memory where it is the cheapest.
 TILES = {
-    (128, 128): (128, 1, LARGE),
-    (64, 256): (64, 1, LARGE),
-    (64, 128): (64, 1, SMALL),
-    (64, 64): (64, 108, LARGE),
+    (128, 128, 1): (128, 16, 1, LARGE),
+    (128, 64, 2): (64, 16, 108, LARGE),
+    (64, 64, 2): (64, 16, 4, SMALL),
+    (128, 64, 4): (128, 8, 108, 227 << 10),
+    (64, 64, 1): (64, 16, 1, LARGE),
 }
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_every_tile(tile):
-    (rows, pixels), (filters, multiprocessors, shared_bytes) = tile, TILES[tile]
+    (rows, pixels, groups), (filters, size, multiprocessors, shared_bytes) = tile, TILES[tile]
     case = dataclasses.replace(draw(0), filters=filters, channels=80, kernel=(3, 3), stride=(1, 1), dilation=(1, 1))
-    case = dataclasses.replace(case, padding=(1, 1), size=(16, 16), groups=1, batch=1)
+    case = dataclasses.replace(case, padding=(1, 1), size=(size, size), groups=1, batch=1)
     check(case, True, multiprocessors, shared_bytes)
-    taken = emulated.emulator().functions.emulator_last_shared_bytes()
-    assert taken == 16 * 3 * (rows * 4 + pixels * 8 + rows // 2)
+    assert emulated.emulator().functions.emulator_last_shared_bytes() == 48 * groups * (
+        rows * 4 + pixels * 8 + rows // 2
+    )
 
 
 @pytest.mark.parametrize("filters", [24, 30])

@@ -27,11 +27,11 @@ BUGS = {
         "no barrier between",
     ),
     "results read before they are there": (
-        "    __syncwarp();  // results\n",
+        "    __syncthreads();  // results of all groups\n",
         "",
         "no barrier between|before it was written",
     ),
-    "results overwritten too early": ("    __syncwarp();  // before the next results\n", "", "no barrier between"),
+    "results overwritten too early": ("    __syncthreads();  // before the next results\n", "", "no barrier between"),
     "last pixel off by one": ("first_pixel + i < p.pixels;", "first_pixel + i <= p.pixels;", "out of bounds"),
     "row of the input off by one": ("y < p.in_h &&", "y <= p.in_h &&", FOREIGN),
     "metadata beyond the last tile": (

@@ -6,7 +6,7 @@ import emulated
 import pytest
 from emulated import said_of
 
-FILES = tuple(f"conv2d_tensor{part}.cuh" for part in ("", "_pattern", "_stage", "_finish", "_joined"))
+FILES = tuple(f"conv2d_tensor{part}.cuh" for part in ("", "_pattern", "_stage", "_finish"))
 
 # what stands in one of FILES, what is put in its place, what the checker says of it.
 BUGS = {
@@ -41,67 +41,57 @@ BUGS = {
         "for (; i + 1 < end + (lane == 7 ? 2 : 0); i += 2) {",
         "diverge|deadlock|have ended|out of bounds|before it was written",
     ),
-    "results read before they are there": (
-        "    __syncwarp();  // results\n",
-        "",
-        "no barrier between|before it was written",
-    ),
-    "results overwritten too early": ("    __syncwarp();  // before the next results\n", "", "no barrier between"),
-    "sums of residues without __syncwarp": (
-        "    __syncwarp();  // before the sums are read again\n",
-        "",
-        "no barrier between",
-    ),
-    "octets ranked before they are counted": (
-        "        __syncwarp();  // before octets are ranked again\n",
-        "",
-        "no barrier between",
-    ),
-    "the buffer of the results filled too early": (
-        "      __syncthreads();  // before the buffer of the results is filled again\n",
-        "",
-        "no barrier between|asynchronous copy",
-    ),
-    "results in the only buffer, while it is filled": (
-        "one ? p.buffer :",
-        "one ? p.zeros :",
-        "no barrier between|asynchronous copy",
-    ),
-    "results of a tile read before they are there": (
-        "      __syncthreads();  // results of all warps\n",
-        "",
-        "no barrier between|before it was written",
-    ),
-    "results of a tile overwritten too early": (
-        "      __syncthreads();  // before the next results\n",
-        "",
-        "no barrier between",
-    ),
-    "rows of results one too narrow": (
-        "const int at = row * p.tile_w + column - before;",
-        "const int at = row * (p.tile_w - 1) + column - before;",
+    "what rows need is not found for the last one": (
+        "i < p.row_warps * kGroups * kRows;",
+        "i < p.row_warps * kGroups * kRows - 1;",
         "before it was written",
     ),
-    "one result of a tile too many": (
-        "rows * width)) - first_result;",
-        "rows * width)) - first_result + 1;",
-        "written by another block|no barrier between|out of bounds|before it was written",
+    "residues counted on too early": (
+        "      __syncwarp();  // before the next are counted\n",
+        "",
+        "no barrier between",
     ),
-    "results of places behind the last row": (
-        "column < p.tile_w && at < p.lane_pitch",
-        "column < p.tile_w",
-        "no barrier between|out of bounds",
+    "residues summed before they are counted": (
+        "  __syncthreads();  // counts of each residue\n",
+        "",
+        "no barrier between|before it was written",
     ),
-    "results of a tile go on in the next strip": (
-        "min(end_result, rows * width)",
-        "end_result",
-        "written by another block|no barrier between|out of bounds|before it was written",
+    "slots read before they are there": (
+        "  __syncthreads();  // slot_in\n",
+        "",
+        "no barrier between|before it was written",
+    ),
+    "places counted on while others read them": (
+        "    __syncwarp();  // all have read before the first of the peers counts on\n",
+        "",
+        "no barrier between",
+    ),
+    "distances read before they are there": (
+        "  __syncwarp();  // distances\n",
+        "",
+        "no barrier between|before it was written",
+    ),
+    "an octet has nine places": (
+        "(mine + 7) / 8;\n      first_of",
+        "(mine + 8) / 9;\n      first_of",
+        "no barrier between|out of bounds|written by another block",
     ),
     "column bound off by one": (
-        "column < p.positions[1] &&",
-        "column <= p.positions[1] &&",
+        "x < p.positions[1];",
+        "x <= p.positions[1];",
         "written by another block|out of bounds|no barrier between",
     ),
+    "row bound off by one": (
+        "y < p.strip_rows &&",
+        "y <= p.strip_rows &&",
+        "written by another block|out of bounds|no barrier between",
+    ),
+    "a strip's rows go on below the image": (
+        "first_row + y < p.rows",
+        "first_row + y <= p.rows",
+        "written by another block|out of bounds|no barrier between",
+    ),
+    "images beyond the last": ("image < p.batch && first_row", "first_row", "out of bounds"),
 }
 
 # Three blocks of channels in little shared memory, odd columns and octets, borders, two matrices of rows a warp; fewer

@@ -22,9 +22,11 @@ struct Limits {
   int major, shared_bytes, multiprocessors;
 };
 
-// By cycles of an SM: what the tensor cores multiply (2048 a cycle, zeros included) or what shared memory delivers and
-// takes (128 bytes a cycle), whichever is more.
+// By cycles of an SM: the most of what the tensor cores multiply (2048 a cycle, zeros included), what shared memory
+// delivers and takes (128 bytes a cycle), what its four quarters issue, and what a warp takes that waits for nothing but
+// itself (see conv2d_tensor_tiling.cpp).
 const Conv2d24Variant& choose(const Conv2d24Shape& shape, int64_t pixels, const Limits& limits) {
+  constexpr double kBetweenInstructions = 5.7, kIssued = 0.8;
   const int64_t steps = shape.conv.taps() * shape.channel_blocks;
   const Conv2d24Variant* best = nullptr;
   double least = 0;
@@ -32,12 +34,21 @@ const Conv2d24Variant& choose(const Conv2d24Shape& shape, int64_t pixels, const 
     if (conv2d_24_bytes(v) > limits.shared_bytes) continue;
     const int64_t row_blocks = shape.conv.groups * ceil_div(shape.rows, int64_t(v.rows()));
     const int64_t blocks = row_blocks * ceil_div(pixels, int64_t(v.pixels()));
-    const int64_t warps = v.row_warps * v.pixel_warps;
+    const int64_t warps = v.threads() / 32, turns = ceil_div(blocks, int64_t(limits.multiprocessors));
+    const int64_t fitting = (limits.shared_bytes + 1024) / (conv2d_24_bytes(v) + 1024);
+    const int64_t together = std::clamp<int64_t>(std::min(kConv2d24Warps / warps, fitting), 1, turns);
+    // Of a warp, as nvcc 13 makes them, for a step and at the end.
+    const double copies = static_cast<double>(v.rows() * 4 + v.pixels() * 8) / v.group_threads();
+    const double of_step = 2 * (v.row_tiles + v.pixel_tiles + v.row_tiles * v.pixel_tiles) + 60 + 8 * copies;
+    const double of_end = 300 + v.row_tiles * (80 + v.pixel_tiles * (12.0 + 40.0 / v.depth));
+    const double instructions = of_step * static_cast<double>(ceil_div(steps, int64_t(v.depth))) + of_end;
     const double multiplied = static_cast<double>(v.rows() * v.pixels() * kStepChannels) / 2048;
-    const double operands = static_cast<double>(warps * (8 * (v.row_tiles + v.pixel_tiles) + v.row_tiles));
+    const double operands = static_cast<double>(v.group_threads() / 32 * (8 * (v.row_tiles + v.pixel_tiles) + v.row_tiles));
     const double moved = operands + v.stage_vectors() / 8.0;
-    const double cost = static_cast<double>(ceil_div(blocks, int64_t(limits.multiprocessors))) *
-                        (static_cast<double>(steps) * std::max(multiplied, moved) + 1000);
+    const double throughput = std::max(static_cast<double>(steps) * std::max(multiplied, moved),
+                                       instructions * static_cast<double>(warps) / 4 / kIssued);
+    const double round = std::max(throughput * static_cast<double>(together), instructions * kBetweenInstructions);
+    const double cost = static_cast<double>(ceil_div(turns, together)) * (round + 1000);
     if (best && least <= cost) continue;
     best = &v;
     least = cost;
@@ -140,6 +151,7 @@ at::Tensor run(const at::Tensor& input, const at::Tensor& values, const at::Tens
   p.rows = int(shape.rows);
   p.row_tiles = int(shape.row_tiles);
   p.channel_blocks = int(shape.channel_blocks);
+  p.steps = int(shape.conv.taps() * shape.channel_blocks);
   const int64_t row_blocks = ceil_div(shape.rows, int64_t(variant.rows()));
   const int64_t pixel_blocks = ceil_div(pixels, int64_t(variant.pixels()));
   TORCH_CHECK_VALUE(row_blocks * groups <= limit / pixel_blocks,

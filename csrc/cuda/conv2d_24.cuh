@@ -36,8 +36,9 @@ __device__ __forceinline__ Place place_of(const Conv2d24Params& p, int64_t pixel
   return {y, x, static_cast<int>((first * p.groups + group) * (p.channels / 8))};
 }
 
-// The end of the convolution for `count` (at most 8) channels of every 16th pixel from `place` on.
-template <class T, int kPixels>
+// The end of the convolution for `count` (at most 8) channels of every 16 * kDepth-th pixel from `place` on, whose
+// results are the sums of those of all groups, `kOfGroup` apart.
+template <class T, int kPixels, int kDepth, int kOfGroup>
 __device__ __forceinline__ void store_channels(const Conv2d24Params& p, const float* results, int64_t first_pixel,
                                                int place, int channel, int count) {
   float scale[8], shift[8];
@@ -47,13 +48,19 @@ __device__ __forceinline__ void store_channels(const Conv2d24Params& p, const fl
     shift[e] = p.shift && e < count ? load_value(p.shift, p.dtype, channel + e) : 0.0f;
   }
 #pragma unroll 1
-  for (int i = place; i < kPixels && first_pixel + i < p.pixels; i += 16) {
+  for (int i = place; i < kPixels && first_pixel + i < p.pixels; i += 16 * kDepth) {
     const int64_t at = (first_pixel + i) * p.groups * p.rows + channel;
     const auto* residual = p.residual ? static_cast<const T*>(p.residual) + at : nullptr;
     T* to = static_cast<T*>(p.output) + at;
     const auto* four = reinterpret_cast<const float4*>(results + i * kResultPitch);
     const float4 low = load_vector(four), high = load_vector(four + 1);
     float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int d = 1; d < kDepth; ++d) {
+      const auto* more = reinterpret_cast<const float4*>(results + d * kOfGroup + i * kResultPitch);
+      const float4 a = load_vector(more), b = load_vector(more + 1);
+      x[0] += a.x, x[1] += a.y, x[2] += a.z, x[3] += a.w, x[4] += b.x, x[5] += b.y, x[6] += b.z, x[7] += b.w;
+    }
 #pragma unroll
     for (int e = 0; e < 8; ++e) x[e] = x[e] * scale[e] + shift[e];
     if (residual && p.whole_vectors) {
@@ -83,15 +90,18 @@ __device__ __forceinline__ void store_channels(const Conv2d24Params& p, const fl
   }
 }
 
-template <class T, int kRowTiles, int kPixelTiles, int kRowWarps, int kPixelWarps>
-__global__ __launch_bounds__(32 * kRowWarps * kPixelWarps) void conv2d_24_kernel(const Conv2d24Params p) {
+template <class T, int kRowTiles, int kPixelTiles, int kRowWarps, int kPixelWarps, int kDepth>
+__global__ __launch_bounds__(32 * kRowWarps * kPixelWarps * kDepth,
+                             kConv2d24Warps / (kRowWarps * kPixelWarps * kDepth)) void conv2d_24_kernel(
+    const Conv2d24Params p) {
   needs_tensor_cores();
-  using Sizes = Conv2d24Sizes<Conv2d24Variant{kRowTiles, kPixelTiles, kRowWarps, kPixelWarps}>;
+  using Sizes = Conv2d24Sizes<Conv2d24Variant{kRowTiles, kPixelTiles, kRowWarps, kPixelWarps, kDepth}>;
   constexpr int kRows = Sizes::kRows, kPixels = Sizes::kPixels, kThreads = Sizes::kThreads;
   constexpr int kValueCopies = kRows * 4 / kThreads, kCopies = kPixels * 8 / kThreads;
   constexpr int kMetadataAt = kRows * 4 + kPixels * 8, kStageVectors = Sizes::kStageVectors;
   static_assert(kRows * 4 % kThreads == 0 && kPixels * 8 % kThreads == 0 && kRows / 2 <= kThreads);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int thread = threadIdx.x % kThreads, depth = threadIdx.x / kThreads;  // in its group; the group
+  const int lane = thread % 32, warp = thread / 32;
   const int row_warp = warp % kRowWarps, pixel_warp = warp / kRowWarps;
   // Blocks that read the same pixels run one after another.
   const int row_block = blockIdx.x % p.row_blocks;
@@ -99,22 +109,23 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps) void conv2d_24_kernel
   const int64_t first_pixel = int64_t(blockIdx.x / p.row_blocks / p.groups) * kPixels;
   const int first_row = row_block * kRows;
 
-  uint4* stages = shared_memory<uint4>();  // [kConv2d24Stages][values | activations | metadata]
+  // [kDepth][kConv2d24Stages][values | activations | metadata]
+  uint4* stages = shared_memory<uint4>() + depth * kConv2d24Stages * kStageVectors;
 
   // ---- what a thread copies: the same vector of every so many rows and pixels ----
   const int taps = p.kernel_h * p.kernel_w, steps = taps * p.channel_blocks;
   const int group_vectors = p.channels / 16, pixel_vectors = p.groups * (p.channels / 8);
-  const int value_row = threadIdx.x / 4, value_vector = threadIdx.x % 4;
+  const int value_row = thread / 4, value_vector = thread % 4;
   const int value_to = value_row * 4 + (value_vector ^ value_row / 2 % 4);
   const auto* values = static_cast<const uint4*>(p.values) +
                        (int64_t(group) * p.rows + first_row + value_row) * taps * group_vectors + value_vector;
   const int64_t value_pitch = int64_t(kThreads / 4) * taps * group_vectors;
-  const int pixel = threadIdx.x / 8, pixel_vector = threadIdx.x % 8;
+  const int pixel = thread / 8, pixel_vector = thread % 8;
   const int pixel_to = kRows * 4 + pixel * 8 + (pixel_vector ^ pixel % 8);
   // Rows beyond the last tile take the last one's: their values are zeros, but zeros are no metadata.
-  const int tile = min(first_row / 16 + static_cast<int>(threadIdx.x) / 8, p.row_tiles - 1);
+  const int tile = min(first_row / 16 + thread / 8, p.row_tiles - 1);
   const auto* metadata = static_cast<const uint4*>(p.metadata) + (int64_t(group) * p.row_tiles + tile) * steps * 8 +
-                         threadIdx.x % 8;
+                         thread % 8;
 
   // A warp copies 4 pixels at once, kCopies times: each lane knows the place of one of them, or of every 32nd.
   constexpr int kPlaces = (kCopies * 4 + 31) / 32;
@@ -125,7 +136,7 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps) void conv2d_24_kernel
     places[i] = place_of(p, copy < kCopies ? first_pixel + place : p.pixels, group);
   }
   int from[kCopies];  // of each pixel at the tap that is copied next, in vectors, or -1
-  int tap_y = 0, tap_x = 0, block = 0, step_value = 0;
+  int tap_y = 0, tap_x = 0, block = depth, step_value = 0;  // of what is copied next
   auto turn_to_tap = [&] {
     const int dy = tap_y * p.dilation_h, dx = tap_x * p.dilation_w;
     const int distance = (dy * p.in_w + dx) * pixel_vectors;
@@ -140,8 +151,19 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps) void conv2d_24_kernel
       }
     }
   };
-  auto stage = [&](int step) {
-    uint4* to = stages + step % kConv2d24Stages * kStageVectors;
+  auto find_step = [&] {  // from `block`, which may lie behind the last
+    const bool turned = block >= p.channel_blocks;
+    for (; block >= p.channel_blocks; block -= p.channel_blocks) {
+      if (++tap_x < p.kernel_w) continue;
+      tap_x = 0;
+      ++tap_y;
+    }
+    step_value = (tap_y * p.kernel_w + tap_x) * group_vectors + block * 4;
+    if (turned) turn_to_tap();
+  };
+  auto stage = [&](int turn) {
+    uint4* to = stages + turn % kConv2d24Stages * kStageVectors;
+    const int step = turn * kDepth + depth;
     const bool value_there = block * 4 + value_vector < group_vectors;
 #pragma unroll
     for (int j = 0; j < kValueCopies; ++j) {
@@ -155,16 +177,9 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps) void conv2d_24_kernel
       const bool there = channels_there && from[j] >= 0;
       copy_async16(to + pixel_to + j * kThreads, source + (there ? from[j] : 0), there);
     }
-    if (threadIdx.x < kRows / 2) copy_async16(to + kMetadataAt + threadIdx.x, metadata + int64_t(step) * 8, true);
-    step_value += 4;
-    if (++block < p.channel_blocks) return;
-    block = 0;
-    if (++tap_x == p.kernel_w) {
-      tap_x = 0;
-      ++tap_y;
-    }
-    step_value = (tap_y * p.kernel_w + tap_x) * group_vectors;
-    turn_to_tap();
+    if (thread < kRows / 2) copy_async16(to + kMetadataAt + thread, metadata + int64_t(step) * 8, true);
+    block += kDepth;
+    find_step();
   };
 
   float sums[kRowTiles][kPixelTiles][4];
@@ -177,9 +192,11 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps) void conv2d_24_kernel
     }
   }
   turn_to_tap();
+  find_step();
+  const int turns = (steps + kDepth - 1) / kDepth;
 #pragma unroll
-  for (int step = 0; step < kConv2d24Stages - 1; ++step) {
-    if (step < steps) stage(step);
+  for (int turn = 0; turn < kConv2d24Stages - 1; ++turn) {
+    if (turn * kDepth + depth < steps) stage(turn);
     copy_async_commit();
   }
 
@@ -187,12 +204,15 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps) void conv2d_24_kernel
   // activations, eight pixels, vector i.
   const int own_row = row_warp * kRowTiles * 16 + lane % 16, own_pixel = pixel_warp * kPixelTiles * 8 + lane % 8;
   const int value_at = own_row * 4, value_turn = own_row / 2 % 4, pixel_at = kRows * 4 + own_pixel * 8;
-  for (int step = 0; step < steps; ++step) {
+  for (int turn = 0; turn < turns; ++turn) {
     copy_async_wait<kConv2d24Stages - 2>();
     __syncthreads();  // what other threads copied, and the stage that is filled next was read
-    if (step + kConv2d24Stages - 1 < steps) stage(step + kConv2d24Stages - 1);
+    // Asked of one group, too, so that the compiler doesn't mix copies and products, for which registers are missing.
+    const bool there = turn * kDepth + depth < min(steps, p.steps);
+    if ((turn + kConv2d24Stages - 1) * kDepth + depth < steps) stage(turn + kConv2d24Stages - 1);
     copy_async_commit();
-    const uint4* staged = stages + step % kConv2d24Stages * kStageVectors;
+    if (!there) continue;
+    const uint4* staged = stages + turn % kConv2d24Stages * kStageVectors;
     uint32_t words[kRowTiles];
     const auto* own_words = reinterpret_cast<const uint32_t*>(staged + kMetadataAt) + row_warp * kRowTiles * 32 + lane;
 #pragma unroll
@@ -218,8 +238,11 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps) void conv2d_24_kernel
   copy_async_wait<0>();
   __syncthreads();  // before the stages take results
 
-  // ---- 16 channels of all its pixels at a time, each warp to itself, so that a lane stores 8 channels of a pixel ----
+  // ---- 16 channels of all its pixels at a time, each warp and those of the other groups that have the same to
+  // themselves, so that a lane stores 8 channels of a pixel ----
+  constexpr int kOfGroup = kRowWarps * kPixelWarps * kPixelTiles * 8 * kResultPitch;  // floats
   float* results = shared_memory<float>() + warp * kPixelTiles * 8 * kResultPitch;
+  float* own = results + depth * kOfGroup;
   const int g = lane / 4, t = lane % 4, half = lane / 16;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
@@ -227,16 +250,17 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps) void conv2d_24_kernel
     for (int n = 0; n < kPixelTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {  // row g + 8 * (e / 2), pixel 2 * t + e % 2
-        results[(n * 8 + 2 * t + e % 2) * kResultPitch + g + e / 2 * 8] = sums[m][n][e];
+        own[(n * 8 + 2 * t + e % 2) * kResultPitch + g + e / 2 * 8] = sums[m][n][e];
       }
     }
-    __syncwarp();  // results
+    __syncthreads();  // results of all groups
     const int row = first_row + (row_warp * kRowTiles + m) * 16 + half * 8;
     if (row < p.rows) {
-      store_channels<T, kPixelTiles * 8>(p, results + half * 8, first_pixel + pixel_warp * kPixelTiles * 8, lane % 16,
-                                         group * p.rows + row, min(p.rows - row, 8));
+      store_channels<T, kPixelTiles * 8, kDepth, kOfGroup>(
+          p, results + half * 8, first_pixel + pixel_warp * kPixelTiles * 8, lane % 16 + depth * 16,
+          group * p.rows + row, min(p.rows - row, 8));
     }
-    __syncwarp();  // before the next results
+    __syncthreads();  // before the next results
   }
 }
 

@@ -7,13 +7,16 @@
 
 namespace sparsekd::cuda {
 
-// A block of threads computes 16 * row_tiles * row_warps output channels at 8 * pixel_tiles * pixel_warps pixels.
+// A block of threads computes 16 * row_tiles * row_warps output channels at 8 * pixel_tiles * pixel_warps pixels, by
+// `depth` groups of warps that take every so many-th step and add up at the end: of small maps there are not enough
+// pixels for more blocks, and a step of one warp takes as long as it has instructions, each 5 to 6 cycles.
 struct Conv2d24Variant {
   int row_tiles, pixel_tiles;  // of a warp: 16 output channels, 8 pixels
-  int row_warps, pixel_warps;
+  int row_warps, pixel_warps, depth;
   constexpr int rows() const { return 16 * row_tiles * row_warps; }
   constexpr int pixels() const { return 8 * pixel_tiles * pixel_warps; }
-  constexpr int threads() const { return 32 * row_warps * pixel_warps; }
+  constexpr int group_threads() const { return 32 * row_warps * pixel_warps; }
+  constexpr int threads() const { return group_threads() * depth; }
   // Of one step: values, activations and metadata of 64 input channels at one tap.
   constexpr int stage_vectors() const { return rows() * 4 + pixels() * 8 + rows() / 2; }
   bool operator==(const Conv2d24Variant&) const = default;
@@ -21,16 +24,19 @@ struct Conv2d24Variant {
 // As constants, which device code may use.
 template <Conv2d24Variant kVariant>
 struct Conv2d24Sizes {
-  static constexpr int kRows = kVariant.rows(), kPixels = kVariant.pixels(), kThreads = kVariant.threads();
+  static constexpr int kRows = kVariant.rows(), kPixels = kVariant.pixels(), kThreads = kVariant.group_threads();
   static constexpr int kStageVectors = kVariant.stage_vectors();
 };
-constexpr Conv2d24Variant kConv2d24Variants[] = {{4, 8, 2, 2}, {4, 8, 1, 4}, {4, 4, 1, 4}, {2, 4, 2, 2}};
+constexpr int kConv2d24Warps = 16;  // that a multiprocessor has registers for
+constexpr Conv2d24Variant kConv2d24Variants[] = {
+    {4, 4, 2, 4, 1}, {4, 4, 2, 2, 2}, {4, 4, 1, 2, 2}, {4, 4, 2, 2, 4}, {2, 4, 2, 2, 1},
+};
 constexpr int kConv2d24Stages = 3;
 constexpr int kStepChannels = 64;
 constexpr int kResultPitch = 20;  // floats from pixel to pixel, at the end: 16 channels, and 4 for the banks
 
 constexpr int64_t conv2d_24_bytes(const Conv2d24Variant& v) {
-  return int64_t(16) * kConv2d24Stages * v.stage_vectors();
+  return int64_t(16) * kConv2d24Stages * v.stage_vectors() * v.depth;
 }
 
 struct Conv2d24Params {
@@ -48,6 +54,7 @@ struct Conv2d24Params {
   int groups, channels, rows;  // of a group
   int row_tiles;               // of 16 rows, of a group
   int channel_blocks;          // of 64 channels, of a group
+  int steps;                   // taps times channel_blocks
   int row_blocks, pixel_blocks;
   bool whole_vectors;          // of 8 output channels, aligned
 };

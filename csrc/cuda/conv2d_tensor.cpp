@@ -115,14 +115,11 @@ std::vector<int64_t> lanes_strides(at::IntArrayRef size) {
 at::Tensor make_plan(Call& call, const TensorProblem& problem, const Tiling& tiling, const at::Tensor& crow,
                      const at::Tensor& col) {
   const Tile tile = tile_of(problem, tiling);
-  const int64_t taps = int64_t(problem.axes[0].kernel) * problem.axes[1].kernel;
   // Octets that no slice needs stay -1.
   const at::Tensor ints = at::full({tile.plan_ints()}, -1, crow.options());
   const at::Tensor slots = at::empty({problem.groups * tile.row_blocks, tile.planes}, crow.options());
-  const at::Tensor sorted = at::empty({std::max<int64_t>(problem.n_vectors * tile.slices, 1), 2}, crow.options());
   call.updates(ints, "plan");
   call.writes(slots, "slots");
-  call.writes(sorted, "sorted");
   TensorPatternParams p{};
   p.crow = crow.const_data_ptr<int32_t>();
   p.col = static_cast<const int32_t*>(data_of(col));
@@ -142,10 +139,7 @@ at::Tensor make_plan(Call& call, const TensorProblem& problem, const Tiling& til
   p.zeros = tile.zeros;
   p.row_blocks = int(tile.row_blocks);
   p.block_slices = int(tile.block_slices);
-  const int64_t most_channels = tiling.block_planes / (tile.phases[0] * tile.phases[1]) + 2;  // of a block of planes
-  p.most_octets = int(std::min(problem.n_vectors, ceil_div(most_channels * taps, int64_t(8))));
   p.slot_of = slots.mutable_data_ptr<int32_t>();
-  p.sorted = sorted.mutable_data_ptr();
   p.plan = tile.plan(ints);
   call.launched(sparsekd_tensor_plan(&p, int(problem.groups), call.stream()));
   return ints;

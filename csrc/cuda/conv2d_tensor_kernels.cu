@@ -72,14 +72,14 @@ int sparsekd_from_lanes16(const FromLanes16Params* params, void* stream) {
 
 int sparsekd_tensor_plan(const TensorPatternParams* params, int groups, void* stream) {
   auto* on = static_cast<cudaStream_t>(stream);
-  constexpr int kWarps = 4;
-  const size_t ints = size_t(params->block_slices) * params->block_planes + kMostSlices * 8 +
-                      3 * params->block_planes + params->block_slices + kWarps;
+  const size_t counts = size_t(params->block_slices) * params->block_planes;
+  const size_t ints = 5 * counts + 3 * params->block_planes + params->block_slices + params->slices_per_group;
   const cudaError_t error = SPARSEKD_LAUNCH(tensor_planes_kernel, dim3(params->blocks, groups * params->row_blocks),
-                                            dim3(32 * kWarps), sizeof(int) * ints, on, *params);
+                                            dim3(32 * kPlanesWarps), sizeof(int) * ints, on, *params);
   if (error != cudaSuccess) return error;
+  constexpr int kWarps = 4;
   const dim3 grid((params->row_groups * params->slices + kWarps - 1) / kWarps);
-  const size_t bytes = sizeof(int) * kWarps * (params->blocks * 16 + params->most_octets * 3);
+  const size_t bytes = sizeof(int) * kWarps * params->blocks * 18;
   return SPARSEKD_LAUNCH(tensor_columns_kernel, grid, dim3(32 * kWarps), bytes, on, *params);
 }
 

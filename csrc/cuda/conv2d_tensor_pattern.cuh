@@ -42,57 +42,45 @@ __device__ __forceinline__ Range range_of(const TensorPatternParams& p, int row_
 }
 
 // How often each residue modulo 8 occurs among a plane's taps, four bits each. More than 15, of very large kernels,
-// run over into the next: their places are then chosen less well.
+// count as 15: their places are then chosen less well.
 __device__ __forceinline__ unsigned rotated(unsigned counts, int residue) {
   return residue ? counts << 4 * residue | counts >> (32 - 4 * residue) : counts;
 }
 
-// What a slice's gathers cost that has so many columns of each residue in `octets` octets: their wavefronts above all,
-// and how far residues are above the mean, which prepares for less.
-__device__ __forceinline__ int wavefronts_of(const int (&columns)[8], int octets) {
-  int most = octets, above = 0;
-#pragma unroll
-  for (int r = 0; r < 8; ++r) {
-    most = max(most, columns[r]);
-    const int over = max(columns[r] - octets + 1, 0);
-    above += over * over;
-  }
-  return 64 * most + above;
-}
+constexpr int kPlanesWarps = 16;
 
 // A block of threads per block of rows and block of planes: the order of slices, and in which slot each plane lies.
-__global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternParams p) {
+__global__ __launch_bounds__(32 * kPlanesWarps) void tensor_planes_kernel(const TensorPatternParams p) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int block = blockIdx.x, group = blockIdx.y / p.row_blocks, row_block = blockIdx.y % p.row_blocks;
   const int first_plane = block * p.block_planes;
   const int planes = min(p.block_planes, p.planes_per_group - first_plane);
-  auto* counts = shared_memory<unsigned>();                                  // [block_slices][block_planes]
-  int* sums = reinterpret_cast<int*>(counts + p.block_slices * p.block_planes);  // [block_slices][8]
-  int* weights = sums + kMostSlices * 8;                                     // [block_planes]
-  int* by_weight = weights + p.block_planes;                               // [block_planes]
-  int* slot_in = by_weight + p.block_planes;                              // [block_planes]
-  int* slices = slot_in + p.block_planes;                                 // [block_slices]
-  int* best_of = slices + p.block_slices;                                    // [warps]
+  auto* counts = shared_memory<unsigned>();                            // [block_slices][block_planes]
+  int* weights = reinterpret_cast<int*>(counts + p.block_slices * p.block_planes);  // [block_planes]
+  int* by_weight = weights + p.block_planes;                           // [block_planes]
+  int* slot_in = by_weight + p.block_planes;                           // [block_planes]
+  int* slices = slot_in + p.block_planes;                              // [block_slices]
+  int* lengths = slices + p.block_slices;                              // [slices_per_group]
+  auto* single = reinterpret_cast<uint16_t*>(lengths + p.slices_per_group);  // [block_slices][block_planes][8]
 
-  for (int i = threadIdx.x; i < p.block_slices * p.block_planes; i += blockDim.x) counts[i] = 0;
-  for (int i = threadIdx.x; i < kMostSlices * 8; i += blockDim.x) sums[i] = 0;
+  for (int i = threadIdx.x; i < p.block_slices * p.block_planes * 4; i += blockDim.x) {
+    reinterpret_cast<unsigned*>(single)[i] = 0;
+  }
   for (int i = threadIdx.x; i < p.block_slices; i += blockDim.x) slices[i] = -1;
-  __syncthreads();  // before slices are found
+  for (int i = threadIdx.x; i < p.slices_per_group; i += blockDim.x) {
+    const Range range = range_of(p, (group * p.slices_per_group + i) / p.slices);
+    lengths[i] = range.end - range.begin;
+  }
+  __syncthreads();  // lengths, and slices that there are not
   // The rank of a slice is the number of slices before it.
   for (int local = threadIdx.x; local < p.slices_per_group; local += blockDim.x) {
-    const int slice = group * p.slices_per_group + local;
-    const Range own = range_of(p, slice / p.slices);
+    const int own = lengths[local];
     int rank = 0;
-    for (int i = 0; i < p.slices_per_group; ++i) {
-      const int other = group * p.slices_per_group + i;
-      const Range theirs = range_of(p, other / p.slices);
-      const int more = (theirs.end - theirs.begin) - (own.end - own.begin);
-      rank += more > 0 || (more == 0 && other < slice);
-    }
+    for (int i = 0; i < p.slices_per_group; ++i) rank += lengths[i] > own || (lengths[i] == own && i < local);
     if (rank / p.block_slices != row_block) continue;
-    slices[rank % p.block_slices] = slice;
-    if (block == 0) p.plan.order[group * p.slices_per_group + rank] = slice;
+    slices[rank % p.block_slices] = group * p.slices_per_group + local;
+    if (block == 0) p.plan.order[group * p.slices_per_group + rank] = group * p.slices_per_group + local;
   }
   __syncthreads();  // slices, and counts of zero
 
@@ -104,114 +92,83 @@ __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternP
       if (base + lane < range.end) tap = tap_at(p, p.col[base + lane]);
       const int plane = tap.plane - first_plane;
       const bool used = tap.plane >= 0 && plane >= 0 && plane < planes;
-      const unsigned peers = __match_any_sync(kAll, used ? plane : -1);
-      const int turn_of = __popc(peers & ((1u << lane) - 1));
-      // Lanes with the same plane count one after another.
-      for (int turn = 0; __ballot_sync(kAll, used && turn_of >= turn) != 0; ++turn) {
-        if (used && turn_of == turn) counts[i * p.block_planes + plane] += 1u << 4 * (tap.in_plane % 8);
-        __syncwarp();
+      const int at = used ? plane * 8 + tap.in_plane % 8 : -1;
+      const unsigned peers = __match_any_sync(kAll, at);
+      if (used && __ffs(peers) - 1 == lane) {
+        uint16_t* count = single + i * p.block_planes * 8 + at;
+        *count = static_cast<uint16_t>(min(*count + __popc(peers), 15));
       }
+      __syncwarp();  // before the next are counted
     }
+  }
+  __syncthreads();  // counts of each residue
+  for (int i = threadIdx.x; i < p.block_slices * p.block_planes; i += blockDim.x) {
+    unsigned word = 0;
+    for (int r = 0; r < 8; ++r) word |= static_cast<unsigned>(single[i * 8 + r]) << 4 * r;
+    counts[i] = word;
   }
   __syncthreads();  // counts
   for (int plane = threadIdx.x; plane < planes; plane += blockDim.x) {
     int weight = 0;
     for (int i = 0; i < p.block_slices; ++i) {
       const unsigned word = counts[i * p.block_planes + plane];
-      for (int r = 0; r < 8; ++r) weight += word >> 4 * r & 15;
+      const unsigned bytes = (word & 0x0f0f0f0fu) + (word >> 4 & 0x0f0f0f0fu);
+      weight += static_cast<int>(bytes * 0x01010101u >> 24);
     }
     weights[plane] = weight;
   }
   __syncthreads();  // weights
   for (int plane = threadIdx.x; plane < planes; plane += blockDim.x) {
+    const int own = weights[plane];
     int rank = 0;
-    for (int other = 0; other < planes; ++other) {
-      const int more = weights[other] - weights[plane];
-      rank += more > 0 || (more == 0 && other < plane);
-    }
+    for (int other = 0; other < planes; ++other) rank += weights[other] > own || (weights[other] == own && other < plane);
     by_weight[rank] = plane;
   }
   __syncthreads();  // by_weight
 
   // Heaviest first, each plane goes to the residue that keeps the sums of squares smallest: lane r + 8 * q looks at
-  // residue r and every fourth slice. Slot i begins at residue i * pitch, and an odd pitch is its own inverse modulo 8.
-  const int residue = lane % 8, part = lane / 8;
-  int taken = 0;  // slots of the lane's residue
-  const int first_slot = residue * p.pitch % 8;
-  for (int i = 0; warp == 0 && i < planes; ++i) {
-    const int plane = by_weight[i];
-    int cost = 0;
-    for (int s = part; s < p.block_slices; s += 4) {
-      const unsigned word = rotated(counts[s * p.block_planes + plane], residue);
-      for (int r = 0; r < 8; ++r) cost += sums[s * 8 + r] * static_cast<int>(word >> 4 * r & 15);
-    }
-    cost += __shfl_xor_sync(kAll, cost, 8);
-    cost += __shfl_xor_sync(kAll, cost, 16);
-    const int slot = first_slot + 8 * taken;
-    int best = slot < planes ? min(cost, (1 << 26) - 1) * 8 + residue : (1 << 29) + residue;
-    for (int distance = 1; distance < 8; distance *= 2) best = min(best, __shfl_xor_sync(kAll, best, distance));
-    const int chosen = best % 8;
-    __syncwarp();  // all have read the sums
-    for (int s = part; s < p.block_slices; s += 4) {
-      sums[s * 8 + residue] += rotated(counts[s * p.block_planes + plane], chosen) >> 4 * residue & 15;
-    }
-    __syncwarp();  // before the sums are read again
-    if (residue != chosen) continue;
-    if (part == 0) slot_in[plane] = slot;
-    ++taken;
-  }
-  __syncthreads();  // slot_in, sums
-
-  // Then, twice, each plane in turn changes places with the one that this makes cheapest, if any: a thread tries one
-  // other.
-  for (int turn = 0; turn < 2 * planes; ++turn) {
-    const int plane = turn % planes;
-    const int own = slot_in[plane] * p.pitch % 8;
-    int best = 0;  // the gain, negative, in its upper bits
-    for (int other = threadIdx.x; other < planes; other += blockDim.x) {
-      const int theirs = slot_in[other] * p.pitch % 8;
-      if (theirs == own) continue;
-      int gain = 0;
-      for (int s = 0; s < p.block_slices; ++s) {
-        const unsigned mine = counts[s * p.block_planes + plane], its = counts[s * p.block_planes + other];
-        if (mine == its) continue;
-        const unsigned less[] = {rotated(mine, own), rotated(its, theirs)};
-        const unsigned more[] = {rotated(mine, theirs), rotated(its, own)};
-        int before[8], after[8], all = 0;
+  // residue r and every fourth slice, of which it remembers what lies at even and odd residues, a byte each. Slot i
+  // begins at residue i * pitch, and an odd pitch is its own inverse modulo 8.
+  if (warp == 0) {
+    constexpr int kOwn = kMostSlices / 4;
+    const int residue = lane % 8, part = lane / 8;
+    const int first_slot = residue * p.pitch % 8;
+    int taken = 0;  // slots of the lane's residue
+    unsigned even[kOwn], odd[kOwn];
 #pragma unroll
-        for (int r = 0; r < 8; ++r) {
-          const int nibble = 4 * r;
-          before[r] = sums[s * 8 + r];
-          after[r] = before[r] + int(more[0] >> nibble & 15) + int(more[1] >> nibble & 15) -
-                     int(less[0] >> nibble & 15) - int(less[1] >> nibble & 15);
-          all += before[r];
-        }
-        gain += wavefronts_of(after, (all + 7) / 8) - wavefronts_of(before, (all + 7) / 8);
+    for (int s = 0; s < kOwn; ++s) even[s] = odd[s] = 0;
+    for (int i = 0; i < planes; ++i) {
+      const int plane = by_weight[i];
+      unsigned words[kOwn];
+#pragma unroll
+      for (int s = 0; s < kOwn; ++s) {
+        words[s] = part + s * 4 < p.block_slices ? counts[(part + s * 4) * p.block_planes + plane] : 0;
       }
-      best = min(best, max(gain, -(1 << 22)) * kMostBlockPlanes + other);
+      unsigned cost = 0;
+#pragma unroll
+      for (int s = 0; s < kOwn; ++s) {
+        const unsigned word = rotated(words[s], residue);
+        cost = __dp4a(even[s], word & 0x0f0f0f0fu, cost);
+        cost = __dp4a(odd[s], word >> 4 & 0x0f0f0f0fu, cost);
+      }
+      cost += __shfl_xor_sync(kAll, cost, 8);
+      cost += __shfl_xor_sync(kAll, cost, 16);
+      const bool free = first_slot + 8 * taken < planes;
+      unsigned best = (free ? min(cost, 1u << 26) : 1u << 27) * 8 + residue;
+      for (int distance = 1; distance < 8; distance *= 2) best = min(best, __shfl_xor_sync(kAll, best, distance));
+      const int chosen = static_cast<int>(best % 8);
+#pragma unroll
+      for (int s = 0; s < kOwn; ++s) {
+        const unsigned word = rotated(words[s], chosen);
+        even[s] += word & 0x0f0f0f0fu;
+        odd[s] += word >> 4 & 0x0f0f0f0fu;
+      }
+      if (residue != chosen) continue;
+      if (part == 0) slot_in[plane] = first_slot + 8 * taken;
+      ++taken;
     }
-    for (int distance = 1; distance < 32; distance *= 2) best = min(best, __shfl_xor_sync(kAll, best, distance));
-    if (lane == 0) best_of[warp] = best;
-    __syncthreads();  // best_of, and all have read the sums
-    for (int i = 0; i < warps; ++i) best = min(best, best_of[i]);
-    if (best < 0) {
-      const int other = best & (kMostBlockPlanes - 1), theirs = slot_in[other] * p.pitch % 8;
-      for (int i = threadIdx.x; i < p.block_slices * 8; i += blockDim.x) {
-        const unsigned* of_slice = counts + i / 8 * p.block_planes;
-        const unsigned mine = of_slice[plane], its = of_slice[other];
-        const int nibble = i % 8 * 4;
-        sums[i] += int(rotated(mine, theirs) >> nibble & 15) + int(rotated(its, own) >> nibble & 15) -
-                   int(rotated(mine, own) >> nibble & 15) - int(rotated(its, theirs) >> nibble & 15);
-      }
-      __syncthreads();  // all have read slot_in
-      if (threadIdx.x == 0) {
-        const int slot = slot_in[plane];
-        slot_in[plane] = slot_in[other];
-        slot_in[other] = slot;
-      }
-    }
-    __syncthreads();  // before they are read again
   }
+  __syncthreads();  // slot_in
   const int64_t at = int64_t(blockIdx.y) * p.planes_per_group + first_plane;
   int32_t* plane_at = p.plan.plane_at + (int64_t(blockIdx.y) * p.blocks + block) * p.block_fours * 4;
   for (int plane = threadIdx.x; plane < planes; plane += blockDim.x) {
@@ -220,9 +177,9 @@ __global__ __launch_bounds__(128) void tensor_planes_kernel(const TensorPatternP
   }
 }
 
-// One warp per slice. Columns are sorted by block of planes and residue, and dealt out to the octets of their block:
-// residue by residue, the most frequent first, to the octets that hold least. Those of a residue that has more columns
-// than there are octets share octets, and go where another residue is twice already.
+// One warp per slice. Columns are counted by block of planes and residue; that one is the i-th of its block, in the order
+// of residues, is its place: of n octets, it goes to octet i % n. So columns of a residue that are no more than octets go
+// to different ones, and each octet has about as many.
 __global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatternParams p) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -232,14 +189,10 @@ __global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatt
   const int slice = p.plan.order[ranked], row_group = slice / p.slices, part = slice % p.slices;
   const int row_block = group * p.row_blocks + rank / p.block_slices;
   const int32_t* slot_of = p.slot_of + int64_t(row_block) * p.planes_per_group;
-  // [blocks][8] columns, [blocks][8] the first of them, and of each octet: columns, how often a residue is in it, by
-  // rank
-  int* counts = shared_memory<int>() + warp * (p.blocks * 16 + p.most_octets * 3);
-  int* firsts = counts + p.blocks * 8;
-  int *filled = firsts + p.blocks * 8, *most_equal = filled + p.most_octets, *by_rank = most_equal + p.most_octets;
+  // [blocks][8] columns, [blocks][8] the first of them in the block, [blocks] octets, [blocks] the first of them
+  int* counts = shared_memory<int>() + warp * p.blocks * 18;
+  int *firsts = counts + p.blocks * 8, *octets_of = firsts + p.blocks * 8, *first_of = octets_of + p.blocks;
   const Range range = range_of(p, row_group);
-  int2* sorted =
-      static_cast<int2*>(p.sorted) + int64_t(range.begin) * p.slices + int64_t(part) * (range.end - range.begin);
 
   auto key_of = [&](int i, int& distance) {
     const Tap tap = i < range.end ? tap_at(p, p.col[i]) : Tap{-1, 0};
@@ -258,103 +211,53 @@ __global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatt
     __syncwarp();
   }
   const int before = range.begin / 8 + row_group * p.blocks, most = range.end / 8 - range.begin / 8 + p.blocks;
-  int octets = before * p.slices + part * most, columns = 0;
+  int octets = before * p.slices + part * most;
   for (int base = 0; base < p.blocks; base += 32) {
     int mine = 0;
     if (base + lane < p.blocks) {
-      for (int r = 0; r < 8; ++r) mine += counts[(base + lane) * 8 + r];
-    }
-    int columns_before = mine, octets_before = (mine + 7) / 8;
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int from = max(lane - distance, 0);
-      const int other = __shfl_sync(kAll, columns_before, from), more = __shfl_sync(kAll, octets_before, from);
-      if (lane >= distance) {
-        columns_before += other;
-        octets_before += more;
+      for (int r = 0; r < 8; ++r) {
+        firsts[(base + lane) * 8 + r] = mine;
+        mine += counts[(base + lane) * 8 + r];
       }
+    }
+    int octets_before = (mine + 7) / 8;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int more = __shfl_sync(kAll, octets_before, max(lane - distance, 0));
+      if (lane >= distance) octets_before += more;
     }
     if (base + lane < p.blocks) {
-      int first = columns + columns_before - mine;
-      for (int r = 0; r < 8; ++r) {
-        firsts[(base + lane) * 8 + r] = first;
-        first += counts[(base + lane) * 8 + r];
-      }
-      p.plan.starts[int64_t(slice) * (p.blocks + 1) + base + lane] = octets + octets_before - (mine + 7) / 8;
+      octets_of[base + lane] = (mine + 7) / 8;
+      first_of[base + lane] = octets + octets_before - (mine + 7) / 8;
+      p.plan.starts[int64_t(slice) * (p.blocks + 1) + base + lane] = first_of[base + lane];
     }
-    columns += __shfl_sync(kAll, columns_before, 31);
     octets += __shfl_sync(kAll, octets_before, 31);
   }
   if (lane == 0) p.plan.starts[int64_t(slice) * (p.blocks + 1) + p.blocks] = octets;
-  __syncwarp();
+  __syncwarp();  // firsts, and octets of blocks
   for (int base = range.begin; base < range.end; base += 32) {
     int distance = 0;
     const int key = key_of(base + lane, distance);
     const unsigned peers = __match_any_sync(kAll, key);
-    const int to = key >= 0 ? firsts[key] + __popc(peers & ((1u << lane) - 1)) : 0;
+    const int i = key >= 0 ? firsts[key] + __popc(peers & ((1u << lane) - 1)) : 0;
     __syncwarp();  // all have read before the first of the peers counts on
     if (key >= 0 && __ffs(peers) - 1 == lane) firsts[key] += __popc(peers);
-    __syncwarp();
-    if (key >= 0) store_vector(sorted + to, int2{base + lane, distance});
+    __syncwarp();  // before the next are read
+    if (key < 0) continue;
+    const int64_t first = first_of[key / 8];
+    const int octet = i % octets_of[key / 8], place = i / octets_of[key / 8];
+    store_vector(distance_at(p.plan, first, octet, place), static_cast<uint16_t>(distance));
+    store_vector(p.plan.columns + (first + octet) * 8 + place, (base + lane) * p.slices + part);
   }
-  __syncwarp();
+  __syncwarp();  // distances
 
+  // What is left of an octet points at zeros, in a bank that the octet does not use.
   for (int block = 0; block < p.blocks; ++block) {
-    const int64_t first = p.plan.starts[int64_t(slice) * (p.blocks + 1) + block];
-    const int all = p.plan.starts[int64_t(slice) * (p.blocks + 1) + block + 1] - static_cast<int>(first);
-    const int count = min(all, p.most_octets);  // more only where a row names a column twice
-    for (int i = lane; i < count; i += 32) {
-      filled[i] = 0;
-      most_equal[i] = 0;
-    }
-    __syncwarp();
-    unsigned dealt = 0;
-    for (int turn = 0; turn < 8; ++turn) {
-      int residue = 0, left = -1;
-      for (int r = 0; r < 8; ++r) {
-        if (dealt >> r & 1 || counts[block * 8 + r] <= left) continue;
-        residue = r;
-        left = counts[block * 8 + r];
-      }
-      dealt |= 1u << residue;
-      // `firsts` has been counted on to the end.
-      const int2* from = sorted + firsts[block * 8 + residue] - left;
-      for (int round = 1; left > 0; ++round) {
-        // Octets with room, the best first. A lane per octet counts those before its own.
-        auto worth = [&](int i) { return (most_equal[i] < round && round > 1 ? 16 : 0) + filled[i]; };
-        int room = 0;
-        for (int base = 0; base < count; base += 32) {
-          const int i = base + lane;
-          const bool open = i < count && filled[i] < 8;
-          room += __popc(__ballot_sync(kAll, open));
-          if (!open) continue;
-          int before_it = 0;
-          for (int j = 0; j < count; ++j) {
-            if (filled[j] < 8) before_it += worth(j) < worth(i) || (worth(j) == worth(i) && j < i);
-          }
-          by_rank[before_it] = i;
-        }
-        __syncwarp();
-        const int taken = min(left, room);
-        if (taken == 0) break;
-        for (int i = lane; i < taken; i += 32) {
-          const int octet = by_rank[i], place = filled[octet];
-          const int2 entry = load_vector(from + i);
-          store_vector(distance_at(p.plan, first, octet, place), static_cast<uint16_t>(entry.y));
-          store_vector(p.plan.columns + (first + octet) * 8 + place, entry.x * p.slices + part);
-          filled[octet] = place + 1;
-          most_equal[octet] = max(most_equal[octet], round);
-        }
-        __syncwarp();  // before octets are ranked again
-        from += taken;
-        left -= taken;
-      }
-    }
-    // What is left of an octet points at zeros, in a bank that the octet does not use.
+    const int64_t first = first_of[block];
+    const int all = octets_of[block], columns = firsts[block * 8 + 7];  // which has been counted on to the end
     for (int i = lane; i < all; i += 32) {
-      const int used = i < count ? filled[i] : 0;
       unsigned residues = 0;
       for (int place = 0; place < 8; ++place) {
-        if (place < used) {
+        if (place * all + i < columns) {
           residues |= 1u << *distance_at(p.plan, first, i, place) % 8;
           continue;
         }
@@ -364,7 +267,6 @@ __global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatt
         store_vector(p.plan.columns + (first + i) * 8 + place, -1);
       }
     }
-    __syncwarp();  // before the next block's octets
   }
 }
 
