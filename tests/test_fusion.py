@@ -395,3 +395,22 @@ def test_errors_of_the_fused_modules():
         FusedConv2d(conv(), "gelu")
     with pytest.raises(ValueError, match="Expected an input of at least the kernel"):
         MaxPool2d((3, 3), (1, 1), (0, 0))(torch.zeros(1, 1, 2, 5))
+
+
+def test_networks_on_a_gpu_are_timed_by_its_own_clock(x, monkeypatch):
+    """The host returns before a GPU has computed: by its clocks a network with fewer calls of Python would win."""
+    timed = []
+
+    def compare(engines, **settings):
+        timed.append(settings)
+        return timings(engines, **{**settings, "device": "cpu"})
+
+    timings = fusion.compare
+    monkeypatch.setattr(fusion, "compare", compare)
+    model = pruned(nn.Sequential(conv(), nn.ReLU()))
+    sparsekd.optimize_for_inference(model, x, mapping=FORCED)
+    assert {settings["clock"] for settings in timed} <= {"cpu", "wall"} and timed
+    timed.clear()
+    monkeypatch.setattr(fusion, "device_of", lambda model, inputs: torch.device("cuda"))
+    sparsekd.optimize_for_inference(model, x, mapping=FORCED)
+    assert timed and all(settings["device"].type == "cuda" and settings["clock"] is None for settings in timed)

@@ -174,7 +174,7 @@ Lanes lanes_of_output(const Choice& choice, const Problem& problem) {
 }
 
 at::Tensor to_lanes(Call& call, const Lanes& lanes, const TapAxis (&axes)[2], const at::Tensor& images,
-                    const char* name) {
+                    const char* name, const FillRecordsParams& fill) {
   const at::Tensor source = planar(call, images);
   const at::Tensor to = at::empty({int64_t(lanes.units) * lanes.channels * lanes.lane_groups, lanes.plane, 4},
                                   source.options().dtype(at::kFloat));
@@ -187,25 +187,17 @@ at::Tensor to_lanes(Call& call, const Lanes& lanes, const TapAxis (&axes)[2], co
   ToLanesParams p{lanes, {axes[0], axes[1]}, source.const_data_ptr(), source.stride(0), source.stride(1),
                   source.stride(2), source.stride(3), dtype_of(source), to.mutable_data_ptr<float>(),
                   static_cast<uint32_t>(threads), Divisor(lanes.columns), Divisor(lanes.phases[1]),
-                  Divisor(lanes.rows), Divisor(lanes.plane), Divisor(lanes.lane_groups), Divisor(lanes.strips)};
+                  Divisor(lanes.rows), Divisor(lanes.plane), Divisor(lanes.lane_groups), Divisor(lanes.strips),
+                  static_cast<uint32_t>(ceil_div(threads, kLanesThreads)), fill};
   call.launched(sparsekd_to_lanes(&p, call.stream()));
   return to;
 }
 
-Records make_records(Call& call, const Problem& problem, const Pattern& pattern, const Choice& choice, int slices,
-                     int kernel_vector) {
+RecordsParams records_params(const Problem& problem, const Pattern& pattern, const Choice& choice, int slices) {
   const int64_t blocks = ceil_div(problem.channels_per_group(), choice.block_channels);
-  const int64_t n_vectors = pattern.col.size(0), all_slices = problem.row_groups * slices;
-  const int64_t limit = std::numeric_limits<int32_t>::max();
-  TORCH_CHECK_VALUE(n_vectors * slices <= limit && all_slices * (blocks + 1) <= limit,
+  const int64_t n_vectors = pattern.col.size(0), limit = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(n_vectors * slices <= limit && problem.row_groups * slices * (blocks + 1) <= limit,
                     "Expected fewer than 2^31 packed rows, got ", n_vectors * slices);
-  const auto ints = pattern.crow.options();
-  const Records made{
-      at::empty({std::max<int64_t>(n_vectors * slices, 1), record_bytes(kernel_vector)}, ints.dtype(at::kByte)),
-      at::empty({all_slices, blocks + 1}, ints), at::empty({all_slices}, ints)};
-  call.writes(made.records, "records");
-  call.writes(made.starts, "starts");
-  call.writes(made.order, "order");
   RecordsParams p{};
   p.values = data_of(pattern.values);
   p.dtype = pattern.values.defined() ? dtype_of(pattern.values) : DType::float32;
@@ -227,6 +219,20 @@ Records make_records(Call& call, const Problem& problem, const Pattern& pattern,
   std::copy_n(choice.phase_pitch, 2, p.phase_pitch);
   p.plane = choice.variant.plane ? choice.variant.plane : choice.plane;
   p.lane_groups = choice.variant.lane_groups;
+  return p;
+}
+
+Records make_records(Call& call, const Problem& problem, const Pattern& pattern, const Choice& choice, int slices,
+                     int kernel_vector) {
+  RecordsParams p = records_params(problem, pattern, choice, slices);
+  const int64_t n_records = int64_t(p.n_vectors) * slices, all_slices = problem.row_groups * slices;
+  const auto ints = pattern.crow.options();
+  const Records made{
+      at::empty({std::max<int64_t>(n_records, 1), record_bytes(kernel_vector)}, ints.dtype(at::kByte)),
+      at::empty({all_slices, p.blocks + 1}, ints), at::empty({all_slices}, ints)};
+  call.writes(made.records, "records");
+  call.writes(made.starts, "starts");
+  call.writes(made.order, "order");
   p.records = made.records.mutable_data_ptr<uint8_t>();
   p.starts = made.starts.mutable_data_ptr<int32_t>();
   p.order = made.order.mutable_data_ptr<int32_t>();
@@ -235,31 +241,20 @@ Records make_records(Call& call, const Problem& problem, const Pattern& pattern,
   return made;
 }
 
-namespace {
+int64_t slices_of(const Problem& problem, const Choice& choice) {
+  return problem.interleaved ? 4 : ceil_div(problem.vector, choice.variant.vector);
+}
 
-void run_to_planes(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input,
-                   const Finish& finish, const at::Tensor& output) {
-  if (problem.vector >= 8 && input.element_size() == 2 && !pattern.place.defined() &&
-      run_on_tensor_cores(call,
-                          {problem.batch, problem.in_channels, problem.out_channels, problem.groups, problem.vector,
-                           problem.row_groups, pattern.col.size(0), {problem.axes[0], problem.axes[1]}},
-                          pattern.crow, pattern.col,
-                          {input, pattern.values, {}, pattern.rows, finish.scale, finish.shift, finish.residual, output,
-                           finish.activation})) {
-    return;
-  }
-  const Choice c = checked_choice(problem, pattern.col.size(0), output);
-  const int64_t slices = problem.interleaved ? 4 : ceil_div(problem.vector, c.variant.vector);
-  const int64_t slices_per_group = problem.row_groups * slices / problem.groups;
+void run_prepared(Call& call, const Problem& problem, const Choice& c, int64_t n_vectors,
+                  const at::Tensor& lanes, const at::Tensor& rows, const Records& records, const Finish& finish,
+                  const at::Tensor& output) {
+  const int64_t slices = slices_of(problem, c), slices_per_group = problem.row_groups * slices / problem.groups;
   const int64_t limit = std::numeric_limits<int32_t>::max();
-  const at::Tensor lanes = to_lanes(call, c.lanes, problem.axes, input, "lanes");
-  const Records records = make_records(call, problem, pattern, c, int(slices), c.variant.vector);
-
   const int64_t warps = std::clamp<int64_t>(ceil_div(slices_per_group, c.variant.groups), 1, kConv2dWarps);
   Conv2dParams p{};
-  describe(p, problem, pattern, c, records, lanes, slices);
+  describe(p, problem, rows, c, records, lanes, slices);
   p.slices_per_group = int(slices_per_group);
-  p.n_records = int(pattern.col.size(0) * slices);
+  p.n_records = int(n_vectors * slices);
   p.step = c.step;
   p.run_length = c.run_length;
   p.row_blocks = int(ceil_div(slices_per_group, warps * c.variant.groups));
@@ -280,6 +275,25 @@ void run_to_planes(Call& call, const Problem& problem, const Pattern& pattern, c
   TORCH_CHECK_VALUE(grid_x <= limit && grid_y <= 65535, "Expected fewer than 65536 blocks of output channels, got ",
                     grid_y);
   call.launched(sparsekd_conv2d(&p, &c.variant, int(warps), grid_x, int(grid_y), call.stream()));
+}
+
+namespace {
+
+void run_to_planes(Call& call, const Problem& problem, const Pattern& pattern, const at::Tensor& input,
+                   const Finish& finish, const at::Tensor& output) {
+  if (problem.vector >= 8 && input.element_size() == 2 && !pattern.place.defined() &&
+      run_on_tensor_cores(call,
+                          {problem.batch, problem.in_channels, problem.out_channels, problem.groups, problem.vector,
+                           problem.row_groups, pattern.col.size(0), {problem.axes[0], problem.axes[1]}},
+                          pattern.crow, pattern.col,
+                          {input, pattern.values, {}, pattern.rows, finish.scale, finish.shift, finish.residual, output,
+                           finish.activation})) {
+    return;
+  }
+  const Choice c = checked_choice(problem, pattern.col.size(0), output);
+  const at::Tensor lanes = to_lanes(call, c.lanes, problem.axes, input, "lanes");
+  const Records records = make_records(call, problem, pattern, c, int(slices_of(problem, c)), c.variant.vector);
+  run_prepared(call, problem, c, pattern.col.size(0), lanes, pattern.rows, records, finish, output);
 }
 
 }  // namespace

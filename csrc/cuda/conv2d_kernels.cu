@@ -30,15 +30,14 @@ cudaError_t launch_conv2d(const Conv2dParams& params, const Conv2dVariant& varia
   return result;
 }
 
-constexpr int kLanesThreads = 128;
-
 }  // namespace
 }  // namespace sparsekd::cuda
 
 using namespace sparsekd::cuda;
 
 int sparsekd_to_lanes(const ToLanesParams* params, void* stream) {
-  const dim3 grid((params->threads + kLanesThreads - 1) / kLanesThreads, std::min(params->lanes.units, 65535));
+  const unsigned fill_blocks = (params->fill.n_records + kLanesThreads - 1) / kLanesThreads;
+  const dim3 grid(params->blocks + fill_blocks, std::min(params->lanes.units, 65535));
   auto* on = static_cast<cudaStream_t>(stream);
   switch (params->dtype) {
     case DType::float16: return SPARSEKD_LAUNCH(to_lanes_kernel<Half>, grid, dim3(kLanesThreads), 0, on, *params);

@@ -99,6 +99,10 @@ __global__ __launch_bounds__(32 * kRecordsWarps, kV == 8 ? 10 : 12) void records
     }
     if (p.where && part == 0) p.where[i] = static_cast<int>(first) + place;
     float* to = reinterpret_cast<float*>(record + kRecordBytes<kV> - 4 * kV);
+    if (kV == 1 && p.slots) {
+      to[0] = __uint_as_float(static_cast<uint32_t>(i) * p.slices + part);
+      continue;
+    }
     for (int v = 0; v < kV; ++v) {
       const int row = p.interleaved ? v : part * kV + v;
       int64_t index = p.place ? p.place[i] : int64_t(i) * p.vector + row;
@@ -121,6 +125,43 @@ __global__ __launch_bounds__(32 * kRecordsWarps, kV == 8 ? 10 : 12) void records
   }
   for (int distance = 16; distance > 0; distance /= 2) before += __shfl_xor_sync(kAll, before, distance);
   if (lane == 0) p.order[group * slices_per_group + before] = slice;
+}
+
+// A record that no entry has holds what lies where the plan says, and is never read.
+template <int kV>
+__device__ __forceinline__ void fill_record(const FillRecordsParams& p, int64_t index) {
+  const int2 planned = load_vector(reinterpret_cast<const int2*>(p.plan) + index);
+  const int entry = p.slices == 1 ? planned.y : planned.y / p.slices, part = planned.y - entry * p.slices;
+  const bool known = entry >= 0 && entry < p.n_vectors;
+  float values[kV];
+#pragma unroll
+  for (int v = 0; v < kV; ++v) {
+    const int row = part * kV + v;
+    const bool real = known && row < p.vector;
+    values[v] = real ? load_value(p.values, p.dtype, int64_t(entry) * p.vector + row) : 0.0f;
+  }
+  unsigned char* record = p.records + index * kRecordBytes<kV>;
+  if constexpr (kV == 1) {
+    store_vector(reinterpret_cast<float2*>(record), float2{__uint_as_float(planned.x), values[0]});
+  } else if constexpr (kV == 2) {
+    store_vector(reinterpret_cast<float4*>(record), float4{__uint_as_float(planned.x), 0.0f, values[0], values[1]});
+  } else {
+    store_vector(reinterpret_cast<float4*>(record), float4{__uint_as_float(planned.x), 0.0f, 0.0f, 0.0f});
+#pragma unroll
+    for (int v = 0; v < kV; v += 4) {
+      const float4 four{values[v], values[v + 1], values[v + 2], values[v + 3]};
+      store_vector(reinterpret_cast<float4*>(record + 16) + v / 4, four);
+    }
+  }
+}
+
+__device__ __forceinline__ void fill_record(const FillRecordsParams& p, int64_t index) {
+  switch (p.kernel_vector) {
+    case 1: return fill_record<1>(p, index);
+    case 2: return fill_record<2>(p, index);
+    case 4: return fill_record<4>(p, index);
+    default: return fill_record<8>(p, index);
+  }
 }
 
 template <int kV>

@@ -31,7 +31,7 @@ from torch.nn.utils import fusion as folding
 from torch.nn.utils import parametrize
 
 from ..measure.machine import clock
-from ..measure.timing import compare
+from ..measure.timing import compare, device_of
 from . import ops
 from .arena import hooked_by_others, reuse_memory, reuses
 from .convert import Choices, choices, convert, keep_choices, to_dense
@@ -363,18 +363,20 @@ def _fastest(converted: nn.Module, example_inputs: object) -> nn.Module:
     for piece in [piece for network in networks.values() for piece in network.modules()]:
         if isinstance(piece, fx.GraphModule):
             run_in_sequence(piece)
+    device = device_of(converted, example_inputs)  # where the host's clocks tell nothing, events do
+    timed = dict(rounds=9, min_time=0.005, device=device, clock=clock() if device.type == "cpu" else None)
     with torch.no_grad():
         expected = call(converted, cloned(example_inputs))
         for network in networks.values():
             check_near(expected, call(network, cloned(example_inputs)))
         engines = {name: partial(call, network, example_inputs) for name, network in networks.items()}
-        timings = compare(engines, rounds=9, min_time=0.005, warmup=2, clock=clock())
+        timings = compare(engines, warmup=2, **timed)
         network = networks[min(timings, key=lambda name: timings[name].min)]
         if in_strips(network):
             # Strips are chosen by a model of costs; here is what they are worth.
             engines = {"strips": network, "images": copy.deepcopy(network)}
             leave_strips(engines["images"])
             calls = {name: partial(call, engine, example_inputs) for name, engine in engines.items()}
-            timings = compare(calls, rounds=9, min_time=0.005, warmup=3, clock=clock())
+            timings = compare(calls, warmup=3, **timed)
             network = engines[min(timings, key=lambda name: timings[name].min)]
     return network
