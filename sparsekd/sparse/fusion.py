@@ -90,7 +90,9 @@ def optimize_for_inference(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a torch.nn.Module, got {type(model).__name__}")
-    model = (to_dense(model) if choices(model) else copied(model)).eval().requires_grad_(False)
+    # Layers that are sparse were chosen where they are measured, on the CPU; on a GPU they stay.
+    chosen = choices(model) and device_of(model, example_inputs).type == "cpu"
+    model = (to_dense(model) if chosen else copied(model)).eval().requires_grad_(False)
     untraced: dict[str, str] = {}
     traced = _traced(model, "", lambda: call(model, example_inputs), untraced)
     if untraced:
@@ -180,12 +182,14 @@ def _fold_batch_norms(graph: fx.GraphModule) -> None:
         norm = _module(graph, node)
         before = node.args[0] if _plain(norm, BATCH_NORMS) and node.args else None
         layer = _module(graph, before)
-        if not _plain(layer, (*CONVOLUTIONS, nn.Linear)) or norm.running_mean is None:
+        if not _plain(layer, (*CONVOLUTIONS, nn.Linear, SparseConv2d)) or norm.running_mean is None:
             continue
         if len(before.users) > 1 or count[id(layer)] > 1:
             continue
         if isinstance(layer, nn.Linear):
             folded = folding.fuse_linear_bn_eval(layer, norm)
+        elif isinstance(layer, SparseConv2d):
+            folded = layer.with_weights_of(folding.fuse_conv_bn_eval(layer.to_dense(), norm))
         else:
             folded = folding.fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, CONVOLUTIONS[3:]))
         graph.set_submodule(before.target, folded.requires_grad_(False))

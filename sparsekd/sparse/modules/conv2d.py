@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 
 import torch
@@ -76,6 +77,13 @@ class SparseConv2d(Watched, SparseConv):
         module.pattern = pattern
         module._plan_24 = module._planned_24(*module._indices())
         return module
+
+    def with_weights_of(self, dense: nn.Conv2d) -> SparseConv2d:
+        """A copy with weights and bias of a plain module of the same sizes, whose other weights must be zero."""
+        made = copy.deepcopy(self)
+        made.values = nn.Parameter(self._gather(dense.weight.detach()), requires_grad=False)
+        made.bias = None if dense.bias is None else nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
+        return made
 
     def _planned_24(self, crow: Tensor, col: Tensor, rows: Tensor | None) -> Plan24:
         return plan_24(crow, col, rows, self.weight_shape, self.groups)
