@@ -86,9 +86,11 @@ TORCH_LIBRARY(sparsekd, m) {
         "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
   // The same on tensor cores, with what depends on the pattern alone made once: a tiling (numbers that choose the
   // kernel; none where tensor cores can't take the layer), a plan for it, and then any number of convolutions. Input,
-  // output and residual are [N, C, H, W], or in lanes [N / 8, C, H, W, 8].
+  // output and residual are [N, C, H, W], or in lanes [N / 8, C, H, W, 8]. On CUDA cores, where tensor_cores is false,
+  // a plan is for one size of input, all in [N, C, H, W].
   m.def("conv2d_tiling(Tensor col_indices, int vector, SymInt[4] input_size, SymInt out_channels, "
-        "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> int[]");
+        "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, "
+        "bool tensor_cores=True) -> int[]");
   m.def("conv2d_plan(Tensor crow_indices, Tensor col_indices, int[] tiling, int vector, SymInt[4] input_size, "
         "SymInt out_channels, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
         "SymInt groups) -> Tensor");

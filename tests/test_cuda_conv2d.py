@@ -138,6 +138,21 @@ def test_parts_of_a_warp_share_out_rows_of_any_length(size, vector):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("vector", [1, 2])
+def test_long_rows_are_sorted_by_several_warps(vector):
+    """More entries than the warps of a block of threads hold at once, beside short rows and many rows to rank."""
+    generator = torch.Generator().manual_seed(vector)
+    mask = torch.zeros(3, 1100 * 2, dtype=torch.bool)
+    mask[0], mask[2, ::7] = True, True
+    mask = mask.repeat_interleave(vector, 0).reshape(-1, 1100, 1, 2)
+    weight = torch.randint(-4, 5, mask.shape, generator=generator).float()  # sums are exact in any order
+    values, crow, col, rows = formats.pack(weight, mask, vector, 1)
+    input = torch.randint(-8, 9, (1, 1100, 2, 3), generator=generator).float()
+    geometry = mask.shape[0], (1, 2), (1, 1), (0, 0), (1, 1), 1
+    got = emulated.in_two_orders("conv2d", input, values, crow, col, rows, None, None, *geometry)
+    assert torch.equal(got, torch.nn.functional.conv2d(input, weight * mask))
+
+
 @pytest.mark.parametrize("seed", range(100, 110))
 def test_fused_against_the_oracle(seed):
     case = draw(seed)

@@ -20,6 +20,7 @@ from sparsekd.sparse import fusion, ops, reference
 from sparsekd.sparse.convert import Choices
 from sparsekd.sparse.modules import FusedConv2d, SparseConv2d
 from sparsekd.sparse.modules.plans import MOST_PLANS
+from sparsekd.sparse.ops import conv2d_planned
 
 SEEDS = [*range(100, 106), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(106, 166))]
 PLANNED = ("conv2d_tiling", "conv2d_plan", "conv2d_planned")
@@ -167,7 +168,9 @@ def on_the_cpu(monkeypatch):
     """The emulator's kernels as the CPU's, and how often each was called."""
     halves = (torch.float16, torch.bfloat16)
     monkeypatch.setattr(ops, "takes_plans", lambda device, dtype, vector: vector >= 8 and dtype in halves)
-    monkeypatch.setattr(ops, "for_tensor_cores", lambda device: True)
+    for module in (ops, conv2d_planned):
+        monkeypatch.setattr(module, "for_tensor_cores", lambda device: True)
+    monkeypatch.setattr(ops, "takes_core_plans", lambda *_: False)
     calls = dict.fromkeys(PLANNED, 0)
 
     def counted(name):

@@ -180,7 +180,7 @@ BUGS = {
     ),
     "guard of the last block of threads": (
         "lanes.cuh",
-        "  if (index >= vectors) return;\n",
+        "  if (rest >= p.threads) return;\n",
         "",
         "out of bounds|outside of all buffers",
     ),

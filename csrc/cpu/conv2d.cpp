@@ -121,7 +121,7 @@ at::Tensor conv2d_fused_cpu(const at::Tensor& input, const at::Tensor& values, c
 // caller whose values lie in the plan's order makes its first number 1.
 std::vector<int64_t> conv2d_tiling_cpu(const at::Tensor& col_indices, int64_t vector, at::IntArrayRef input_size,
                                        int64_t out_channels, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                                       at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+                                       at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool) {
   const Conv2dShape shape = checked_shape(input_size, out_channels, kernel_size, stride, padding, dilation, groups);
   check_dim(col_indices, "col_indices", 1);
   TORCH_CHECK_VALUE(vector >= 1 && out_channels >= groups, "Expected V and channels per group of at least 1, got V = ",

@@ -4,10 +4,14 @@
 #include "direct.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/hardswish.h>
+#include <ATen/ops/silu.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
+#include <mutex>
 #include <numeric>
 #include <optional>
 #include <span>
@@ -41,35 +45,6 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Even, so that rows begin at a 32-byte sector; but a single column lies in one piece.
 int64_t lane_columns(int64_t columns) { return columns == 1 ? 1 : round_up(columns, 2); }
-
-// 1 x 1, of stride 1 and no padding: where input, output and residual are fp32 planes in one piece, of a multiple of
-// four elements, four neighbours can be what four images else are. Nothing then is copied to lanes, and results leave by
-// vectors.
-bool can_be_flat(const Problem& problem, const at::Tensor& input, const at::Tensor& output, const Finish& finish) {
-  const int64_t elements = int64_t(problem.axes[0].size) * problem.axes[1].size;
-  bool flat = !problem.interleaved && elements % 4 == 0 && finish.activation != Activation::silu &&
-              finish.activation != Activation::hardswish;
-  for (const TapAxis& axis : problem.axes) {
-    flat = flat && axis.kernel == 1 && axis.stride == 1 && axis.origin == 0 && axis.most == 0 && axis.add == 0 &&
-           axis.positions == axis.size && axis.out_step == 1 && axis.out_begin == 0;
-  }
-  for (const at::Tensor& t : {input, output, finish.residual}) {
-    if (!t.defined()) continue;
-    flat = flat && t.scalar_type() == at::kFloat && t.is_contiguous() && t.numel() / t.size(0) / t.size(1) == elements &&
-           reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  }
-  return flat;
-}
-
-Problem flattened(const Problem& problem) {
-  Problem flat = problem;
-  flat.flat = true;
-  flat.batch = 4 * problem.batch;
-  const int vectors = problem.axes[0].size * problem.axes[1].size / 4;
-  flat.axes[0].size = flat.axes[0].positions = 1;
-  flat.axes[1].size = flat.axes[1].positions = vectors;
-  return flat;
-}
 
 // The zeros that each row of the staged columns begins and ends with, at whatever phase, of which one may serve both it
 // and a neighbour.
@@ -259,7 +234,23 @@ std::optional<Choice> choose(const TensorDevice& device, const Problem& problem,
     joined = joined && (problem.interleaved || (y.out_step == 1 && x.out_step == 1));
     stores = {output.element_size(), width, joined};
   }
-  return choose_tile(device, problem, n_vectors, stores);
+  // Hundreds are compared, and a layer is called with the same sizes over and over.
+  std::vector<int64_t> key{device.major, device.shared_bytes, device.multiprocessors, problem.batch,
+                           problem.in_channels, problem.out_channels, problem.groups, problem.vector,
+                           problem.row_groups, problem.interleaved, problem.output_size[0], problem.output_size[1],
+                           problem.flat, n_vectors, stores.has_value()};
+  if (stores) key.insert(key.end(), {stores->element_size, stores->width, stores->joined});
+  for (const TapAxis& a : problem.axes) {
+    key.insert(key.end(), {a.kernel, a.add, a.mult, a.div, a.least, a.stride, a.origin, a.size, a.positions,
+                           a.out_step, a.out_begin, a.most});
+  }
+  static std::mutex mutex;
+  static std::map<std::vector<int64_t>, std::optional<Choice>> known;
+  constexpr size_t kMostKnown = 4096;
+  const std::lock_guard lock(mutex);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  if (known.size() >= kMostKnown) known.clear();
+  return known[key] = choose_tile(device, problem, n_vectors, stores);
 }
 
 Choice checked_choice(const TensorDevice& device, const Problem& problem, int64_t n_vectors,
@@ -269,6 +260,30 @@ Choice checked_choice(const TensorDevice& device, const Problem& problem, int64_
                               "Expected a kernel whose reach, dilation * (size - 1), fits a tile in shared memory for "
                               "conv2d on cuda, got ", problem.axes[0].most, " by ", problem.axes[1].most);
   return *chosen;
+}
+
+bool has_flat_planes(const Problem& problem) {
+  bool flat = !problem.interleaved && int64_t(problem.axes[0].size) * problem.axes[1].size % 4 == 0;
+  for (const TapAxis& axis : problem.axes) {
+    flat = flat && axis.kernel == 1 && axis.stride == 1 && axis.origin == 0 && axis.most == 0 && axis.add == 0 &&
+           axis.positions == axis.size && axis.out_step == 1 && axis.out_begin == 0;
+  }
+  return flat;
+}
+
+bool is_flat(const at::Tensor& t) {
+  return t.scalar_type() == at::kFloat && t.is_contiguous() &&
+         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
+Problem flattened(const Problem& problem) {
+  Problem flat = problem;
+  flat.flat = true;
+  flat.batch = 4 * problem.batch;
+  const int vectors = problem.axes[0].size * problem.axes[1].size / 4;
+  flat.axes[0].size = flat.axes[0].positions = 1;
+  flat.axes[1].size = flat.axes[1].positions = vectors;
+  return flat;
 }
 
 Lanes lanes_of_output(const Choice& choice, const Problem& problem) {
@@ -282,7 +297,7 @@ Lanes lanes_of_output(const Choice& choice, const Problem& problem) {
 }
 
 at::Tensor to_lanes(Call& call, const Lanes& lanes, const TapAxis (&axes)[2], const at::Tensor& images,
-                    const char* name) {
+                    const char* name, const FillRecordsParams& fill) {
   const at::Tensor source = planar(call, images);
   const at::Tensor to = at::empty({int64_t(lanes.units) * lanes.channels * lanes.lane_groups, lanes.plane, 4},
                                   source.options().dtype(at::kFloat));
@@ -295,25 +310,24 @@ at::Tensor to_lanes(Call& call, const Lanes& lanes, const TapAxis (&axes)[2], co
   ToLanesParams p{lanes, {axes[0], axes[1]}, source.const_data_ptr(), source.stride(0), source.stride(1),
                   source.stride(2), source.stride(3), dtype_of(source), to.mutable_data_ptr<float>(),
                   static_cast<uint32_t>(threads), Divisor(lanes.columns), Divisor(lanes.phases[1]),
-                  Divisor(lanes.rows), Divisor(lanes.plane), Divisor(lanes.lane_groups), Divisor(lanes.strips)};
+                  Divisor(lanes.rows), Divisor(lanes.plane), Divisor(lanes.lane_groups), Divisor(lanes.strips),
+                  static_cast<uint32_t>(ceil_div(threads, kLanesThreads)), fill};
   call.launched(sparsekd_to_lanes(&p, call.stream()));
   return to;
 }
 
-Records make_records(Call& call, const Problem& problem, const Pattern& pattern, const Choice& choice, int slices,
-                     int kernel_vector) {
+void fill_records(Call& call, const FillRecordsParams& fill) {
+  ToLanesParams p{};
+  p.lanes.units = 1;
+  p.fill = fill;
+  if (fill.n_records > 0) call.launched(sparsekd_to_lanes(&p, call.stream()));
+}
+
+RecordsParams records_params(const Problem& problem, const Pattern& pattern, const Choice& choice, int slices) {
   const int64_t blocks = ceil_div(problem.channels_per_group(), choice.block_channels);
-  const int64_t n_vectors = pattern.col.size(0), all_slices = problem.row_groups * slices;
-  const int64_t limit = std::numeric_limits<int32_t>::max();
-  TORCH_CHECK_VALUE(n_vectors * slices <= limit && all_slices * (blocks + 1) <= limit,
+  const int64_t n_vectors = pattern.col.size(0), limit = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(n_vectors * slices <= limit && problem.row_groups * slices * (blocks + 1) <= limit,
                     "Expected fewer than 2^31 packed rows, got ", n_vectors * slices);
-  const auto ints = pattern.crow.options();
-  const Records made{
-      at::empty({std::max<int64_t>(n_vectors * slices, 1), record_bytes(kernel_vector)}, ints.dtype(at::kByte)),
-      at::empty({all_slices, blocks + 1}, ints), at::empty({all_slices}, ints)};
-  call.writes(made.records, "records");
-  call.writes(made.starts, "starts");
-  call.writes(made.order, "order");
   RecordsParams p{};
   p.values = data_of(pattern.values);
   p.dtype = pattern.values.defined() ? dtype_of(pattern.values) : DType::float32;
@@ -335,12 +349,67 @@ Records make_records(Call& call, const Problem& problem, const Pattern& pattern,
   std::copy_n(choice.phase_pitch, 2, p.phase_pitch);
   p.plane = choice.variant.plane ? choice.variant.plane : choice.plane;
   p.lane_groups = choice.variant.lane_groups;
+  return p;
+}
+
+Records make_records(Call& call, const Problem& problem, const Pattern& pattern, const Choice& choice, int slices,
+                     int kernel_vector) {
+  RecordsParams p = records_params(problem, pattern, choice, slices);
+  const int64_t n_records = int64_t(p.n_vectors) * slices, all_slices = problem.row_groups * slices;
+  const auto ints = pattern.crow.options();
+  const Records made{
+      at::empty({std::max<int64_t>(n_records, 1), record_bytes(kernel_vector)}, ints.dtype(at::kByte)),
+      at::empty({all_slices, p.blocks + 1}, ints), at::empty({all_slices}, ints)};
+  call.writes(made.records, "records");
+  call.writes(made.starts, "starts");
+  call.writes(made.order, "order");
   p.records = made.records.mutable_data_ptr<uint8_t>();
   p.starts = made.starts.mutable_data_ptr<int32_t>();
   p.order = made.order.mutable_data_ptr<int32_t>();
   p.where = pattern.where.defined() ? pattern.where.mutable_data_ptr<int32_t>() : nullptr;
   call.launched(sparsekd_records(&p, kernel_vector, call.stream()));
   return made;
+}
+
+int64_t slices_of(const Problem& problem, const Choice& choice) {
+  return problem.interleaved ? 4 : ceil_div(problem.vector, choice.variant.vector);
+}
+
+void run_prepared(Call& call, const Problem& problem, const Choice& c, int64_t n_vectors,
+                  const at::Tensor& lanes, const at::Tensor& rows, const Records& records, const Finish& finish,
+                  const at::Tensor& output) {
+  const int64_t slices = slices_of(problem, c), slices_per_group = problem.row_groups * slices / problem.groups;
+  const int64_t warps = c.warps, limit = std::numeric_limits<int32_t>::max();
+  const bool later = problem.flat && (finish.activation == Activation::silu ||
+                                      finish.activation == Activation::hardswish);
+  Conv2dParams p{};
+  describe(p, problem, rows, c, records, lanes, slices);
+  p.slices_per_group = int(slices_per_group);
+  p.n_records = int(n_vectors * slices);
+  p.step = c.step;
+  p.run_length = c.run_length;
+  p.row_blocks = int(ceil_div(slices_per_group, warps * c.variant.groups));
+  p.scale = data_of(finish.scale);
+  p.shift = data_of(finish.shift);
+  p.residual = data_of(finish.residual);
+  p.activation = later ? Activation::none : finish.activation;
+  p.dtype = dtype_of(output);
+  p.output = output.mutable_data_ptr();
+  p.out_n = output.stride(0);
+  p.out_c = output.stride(1);
+  p.out_h = output.stride(2);
+  p.out_w = output.stride(3);
+  for (int d = 0; d < 2; ++d) p.out_size[d] = int(output_size(problem, d));
+  p.joined = c.joined;
+  p.flat = problem.flat;
+  p.interleaved = problem.interleaved;
+  const int64_t grid_x = int64_t(c.lanes.units) * p.tiles_h * p.tiles_w, grid_y = problem.groups * p.row_blocks;
+  TORCH_CHECK_VALUE(grid_x <= limit && grid_y <= 65535, "Expected fewer than 65536 blocks of output channels, got ",
+                    grid_y);
+  call.launched(sparsekd_conv2d(&p, &c.variant, int(warps), grid_x, int(grid_y), call.stream()));
+  if (!later) return;
+  at::Tensor results = output;  // what is written to a flat plane is only cut
+  finish.activation == Activation::silu ? at::silu_(results) : at::hardswish_(results);
 }
 
 namespace {
@@ -356,40 +425,13 @@ void run_to_planes(Call& call, const Problem& given, const Pattern& pattern, con
                            finish.activation})) {
     return;
   }
-  const Problem problem = can_be_flat(given, input, output, finish) ? flattened(given) : given;
+  bool flat = has_flat_planes(given);
+  for (const at::Tensor& t : {input, output, finish.residual}) flat = flat && (!t.defined() || is_flat(t));
+  const Problem problem = flat ? flattened(given) : given;
   const Choice c = checked_choice(tensor_device(call, input), problem, pattern.col.size(0), output);
-  const int64_t slices = problem.interleaved ? 4 : ceil_div(problem.vector, c.variant.vector);
-  const int64_t slices_per_group = problem.row_groups * slices / problem.groups;
-  const int64_t limit = std::numeric_limits<int32_t>::max();
   const at::Tensor lanes = problem.flat ? input : to_lanes(call, c.lanes, problem.axes, input, "lanes");
-  const Records records = make_records(call, problem, pattern, c, int(slices), c.variant.vector);
-
-  const int64_t warps = c.warps;
-  Conv2dParams p{};
-  describe(p, problem, pattern, c, records, lanes, slices);
-  p.slices_per_group = int(slices_per_group);
-  p.n_records = int(pattern.col.size(0) * slices);
-  p.step = c.step;
-  p.run_length = c.run_length;
-  p.row_blocks = int(ceil_div(slices_per_group, warps * c.variant.groups));
-  p.scale = data_of(finish.scale);
-  p.shift = data_of(finish.shift);
-  p.residual = data_of(finish.residual);
-  p.activation = finish.activation;
-  p.dtype = dtype_of(output);
-  p.output = output.mutable_data_ptr();
-  p.out_n = output.stride(0);
-  p.out_c = output.stride(1);
-  p.out_h = output.stride(2);
-  p.out_w = output.stride(3);
-  for (int d = 0; d < 2; ++d) p.out_size[d] = int(output_size(problem, d));
-  p.joined = c.joined;
-  p.flat = problem.flat;
-  p.interleaved = problem.interleaved;
-  const int64_t grid_x = int64_t(c.lanes.units) * p.tiles_h * p.tiles_w, grid_y = problem.groups * p.row_blocks;
-  TORCH_CHECK_VALUE(grid_x <= limit && grid_y <= 65535, "Expected fewer than 65536 blocks of output channels, got ",
-                    grid_y);
-  call.launched(sparsekd_conv2d(&p, &c.variant, int(warps), grid_x, int(grid_y), call.stream()));
+  const Records records = make_records(call, problem, pattern, c, int(slices_of(problem, c)), c.variant.vector);
+  run_prepared(call, problem, c, pattern.col.size(0), lanes, pattern.rows, records, finish, output);
 }
 
 }  // namespace

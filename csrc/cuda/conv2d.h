@@ -33,6 +33,16 @@ struct Lanes {
   int plane;                   // vectors of 4 of one channel and lane group
 };
 
+// Of a plan's [distance | slot], the records of a call, in blocks of their own beside those that copy activations.
+struct FillRecordsParams {
+  const int32_t* plan;  // [n_records][2]
+  const void* values;   // [n_vectors][vector]
+  DType dtype;
+  int n_records, n_vectors, vector, slices;
+  int kernel_vector;    // kV
+  unsigned char* records;
+};
+
 struct ToLanesParams {
   Lanes lanes;
   TapAxis axes[2];
@@ -42,7 +52,10 @@ struct ToLanesParams {
   float* to;
   uint32_t threads;  // of a unit: [ceil(channels / kLanesChannels)][kG][plane]
   Divisor columns, phases_w, rows, plane, lane_groups, strips;
+  uint32_t blocks;         // of `threads`; those that come after fill records, if any
+  FillRecordsParams fill;  // of no records: none
 };
+constexpr int kLanesThreads = 128;
 constexpr int kLanesChannels = 4;  // that one thread copies, so that where a position lies is worked out once for them
 
 // Sorts each packed row's entries by block of channels and stretches columns into distances within a staged tile.
@@ -60,6 +73,7 @@ struct RecordsParams {
   int32_t* starts;  // [slice][blocks + 1]
   int32_t* order;   // [groups][slices of a group], heaviest first
   int32_t* where;   // [n_vectors] record of each entry in the first slice, or null
+  bool slots;       // of records of one value: in its place entry * slices + slice, of which to_lanes makes values
 };
 
 // A block's shared memory: two buffers of activations, two of records, then numbers. In bytes.

@@ -31,15 +31,14 @@ cudaError_t launch_conv2d(const Conv2dParams& params, const Conv2dVariant& varia
   return result;
 }
 
-constexpr int kLanesThreads = 128;
-
 }  // namespace
 }  // namespace sparsekd::cuda
 
 using namespace sparsekd::cuda;
 
 int sparsekd_to_lanes(const ToLanesParams* params, void* stream) {
-  const dim3 grid((params->threads + kLanesThreads - 1) / kLanesThreads, std::min(params->lanes.units, 65535));
+  const unsigned fill_blocks = (params->fill.n_records + kLanesThreads - 1) / kLanesThreads;
+  const dim3 grid(params->blocks + fill_blocks, std::min(params->lanes.units, 65535));
   auto* on = static_cast<cudaStream_t>(stream);
   switch (params->dtype) {
     case DType::float16: return SPARSEKD_LAUNCH(to_lanes_kernel<Half>, grid, dim3(kLanesThreads), 0, on, *params);
@@ -49,9 +48,12 @@ int sparsekd_to_lanes(const ToLanesParams* params, void* stream) {
 }
 
 int sparsekd_records(const RecordsParams* params, int kernel_vector, void* stream) {
-  const int slices = params->row_groups * params->slices;
-  const dim3 grid((slices + kRecordsWarps - 1) / kRecordsWarps), block(32 * kRecordsWarps);
-  const size_t bytes = sizeof(int) * kRecordsWarps * params->blocks;
+  // Warps of a slice: one for so many entries, or other slices to be counted.
+  const int entries = params->n_vectors / params->row_groups;
+  const int others = params->row_groups_per_group * params->slices;
+  const int warps = std::clamp(std::max(entries / 64, others / 256), 1, kRecordsWarps);
+  const dim3 grid(params->row_groups * params->slices), block(32 * warps);
+  const size_t bytes = sizeof(int) * warps * (params->blocks + 1);
   auto* on = static_cast<cudaStream_t>(stream);
   switch (kernel_vector) {
     case 1: return SPARSEKD_LAUNCH(records_kernel<1>, grid, block, bytes, on, *params);

@@ -1,9 +1,10 @@
-// conv2d_tiling, conv2d_plan and conv2d_planned: the convolution on tensor cores with its preparation made once, on
-// activations that stay in lanes from layer to layer.
+// conv2d_tiling, conv2d_plan and conv2d_planned: the convolution with its preparation made once, on tensor cores on
+// activations that stay in lanes from layer to layer; what is apart on CUDA cores lies in core_plan.cpp.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 
 #include "conv2d_tensor_host.h"
+#include "core_plan.h"
 #include "direct.h"
 #include "planar_host.h"
 
@@ -22,10 +23,13 @@ TensorProblem problem_of(const Conv2dShape& shape, int64_t vector, int64_t n_vec
 
 std::vector<int64_t> conv2d_tiling_cuda(const at::Tensor& col, int64_t vector, at::IntArrayRef input_size,
                                         int64_t out_channels, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                                        at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+                                        at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                                        bool tensor_cores) {
   check_device(col, "col_indices");
+  check_dim(col, "col_indices", 1);
   const Conv2dShape shape = checked_shape(input_size, out_channels, kernel_size, stride, padding, dilation, groups);
   Call call(col);
+  if (!tensor_cores) return core_tiling(call, core_problem(shape, vector), col);
   std::string reason;
   // Plans are kept for layers in a row, whose activations stay in lanes if whole ones can be filled.
   const Results results = shape.batch % kLanes == 0 ? Results::lanes : Results::images;
@@ -39,6 +43,14 @@ at::Tensor conv2d_plan_cuda(const at::Tensor& crow, const at::Tensor& col, at::I
   check_device(crow, "crow_indices");
   const Conv2dShape shape = checked_shape(input_size, out_channels, kernel_size, stride, padding, dilation, groups);
   checked_row_groups(crow, col, {}, crow, out_channels, groups, vector);
+  if (for_cuda_cores(tiling)) {
+    Call call(crow);
+    call.reads(crow, "crow_indices");
+    call.reads(col, "col_indices");
+    at::Tensor plan = make_core_plan(call, core_problem(shape, vector), tiling, crow, col);
+    call.finish();
+    return plan;
+  }
   const TensorProblem problem = problem_of(shape, vector, col.size(0));
   Call call(crow);
   const Tiling numbers = checked_tiling(tiling, problem, tensor_device(call, crow));
@@ -74,8 +86,12 @@ at::Tensor conv2d_planned_cuda(const at::Tensor& input, const at::Tensor& values
                                at::IntArrayRef dilation, int64_t groups) {
   check_device(input, "input");
   check_type(input, "input");
-  TORCH_CHECK_TYPE(input.element_size() == 2, "Expected input of dtype Half or BFloat16, got ", input.scalar_type());
+  const bool cores = for_cuda_cores(tiling);
+  TORCH_CHECK_TYPE(cores || input.element_size() == 2, "Expected input of dtype Half or BFloat16, got ", input.scalar_type());
   const bool in_lanes = input.dim() == 5;
+  TORCH_CHECK_VALUE(!cores || (input.dim() == 4 && !to_lanes),
+                    "Expected an input [N, C, H, W] and no result in lanes by a plan for CUDA cores, got shape ",
+                    input.sizes());
   TORCH_CHECK_VALUE(in_lanes || input.dim() == 4,
                     "Expected an input [N, C, H, W], or in lanes [units, C, H, W, 8], got shape ", input.sizes());
   const int64_t batch = in_lanes ? input.size(0) * kLanes : input.size(0);
@@ -83,12 +99,17 @@ at::Tensor conv2d_planned_cuda(const at::Tensor& input, const at::Tensor& values
   const Conv2dShape shape = checked_shape(input_size, out_channels, kernel_size, stride, padding, dilation, groups);
   check_dim(values, "values", 2);
   check_same(values, "values", input, "input");
-  const TensorProblem problem = problem_of(shape, values.size(1), values.size(0));
   check_indices(plan, "plan", input);
   if (rows) {
     check_indices(*rows, "row_indices", input);
     check_size(*rows, "row_indices", 0, out_channels, "output channels");
   }
+  if (cores) {
+    const Finish finish{checked_channels(scale, "scale", input, out_channels),
+                        checked_channels(shift, "shift", input, out_channels), {}, activation_of(activation)};
+    return run_core_plan(input, values.contiguous(), plan, tiling, rows, residual, finish, shape);
+  }
+  const TensorProblem problem = problem_of(shape, values.size(1), values.size(0));
   Call call(input);
   const Tiling numbers = checked_tiling(tiling, problem, tensor_device(call, input));
   check_size(plan, "plan", 0, tile_of(problem, numbers).plan_ints(), "numbers that this tiling's plan has");

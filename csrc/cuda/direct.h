@@ -96,17 +96,33 @@ std::optional<Choice> choose(const TensorDevice& device, const Problem& problem,
 Choice checked_choice(const TensorDevice& device, const Problem& problem, int64_t n_vectors,
                       const at::Tensor& output = {});
 
+// A 1 x 1 convolution of stride 1 and no padding, of planes of a multiple of four elements, can run on them as they lie:
+// four neighbours are then what four images else are. Where input, output and residual allow it nothing is copied to
+// lanes, and results leave by vectors.
+bool has_flat_planes(const Problem& problem);
+bool is_flat(const at::Tensor& t);
+Problem flattened(const Problem& problem);
+
 // How the output lies in the same lanes, strips and units, without a halo.
 Lanes lanes_of_output(const Choice& choice, const Problem& problem);
 // `source` [N, C, H, W] in the lanes of a choice.
 at::Tensor to_lanes(Call& call, const Lanes& lanes, const TapAxis (&axes)[2], const at::Tensor& source,
-                    const char* name);
+                    const char* name, const FillRecordsParams& fill = {});
+// The records of a plan alone, where nothing is copied.
+void fill_records(Call& call, const FillRecordsParams& fill);
+// All but where they go.
+RecordsParams records_params(const Problem& problem, const Pattern& pattern, const Choice& choice, int slices);
 Records make_records(Call& call, const Problem& problem, const Pattern& pattern, const Choice& choice, int slices,
                      int kernel_vector);
+// Slices of the kernel's rows that each group of rows has.
+int64_t slices_of(const Problem& problem, const Choice& choice);
+// The convolution itself, of activations in lanes. `rows`: row_indices, or undefined.
+void run_prepared(Call& call, const Problem& problem, const Choice& choice, int64_t n_vectors, const at::Tensor& lanes,
+                  const at::Tensor& rows, const Records& records, const Finish& finish, const at::Tensor& output);
 
 // What the parameters of the convolution and of its weight gradient have in common. `lanes` are the input's.
 template <class Params>
-void describe(Params& p, const Problem& problem, const Pattern& pattern, const Choice& choice, const Records& records,
+void describe(Params& p, const Problem& problem, const at::Tensor& rows, const Choice& choice, const Records& records,
               const at::Tensor& lanes, int64_t slices) {
   p.lanes = choice.lanes;
   std::copy_n(problem.axes, 2, p.axes);
@@ -114,7 +130,7 @@ void describe(Params& p, const Problem& problem, const Pattern& pattern, const C
   p.records = records.records.const_data_ptr<uint8_t>();
   p.starts = records.starts.const_data_ptr<int32_t>();
   p.order = records.order.const_data_ptr<int32_t>();
-  p.row_indices = static_cast<const int32_t*>(data_of(pattern.rows));
+  p.row_indices = static_cast<const int32_t*>(data_of(rows));
   p.slices = int(slices);
   p.vector = int(problem.vector);
   p.rows_per_group = int(problem.out_channels / problem.groups);

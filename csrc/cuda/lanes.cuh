@@ -1,6 +1,8 @@
-// Space to lanes: copies activations into the layout that conv2d.h draws.
+// Space to lanes: copies activations into the layout that conv2d.h draws. In the same launch, as it takes no longer so,
+// values are put into the records of a plan.
 #pragma once
 #include "conv2d.h"
+#include "conv2d_records.cuh"
 #include "device.cuh"
 
 namespace sparsekd::cuda {
@@ -10,6 +12,11 @@ namespace sparsekd::cuda {
 // ToLanesParams::dtype as a type, so that each source type has its own loop.
 template <class T>
 __global__ void to_lanes_kernel(const ToLanesParams p) {
+  if (blockIdx.x >= p.blocks) {
+    const int64_t index = int64_t(blockIdx.x - p.blocks) * blockDim.x + threadIdx.x;
+    if (blockIdx.y == 0 && index < p.fill.n_records) fill_record(p.fill, index);
+    return;
+  }
   const Lanes& lanes = p.lanes;
   uint32_t rest = blockIdx.x * blockDim.x + threadIdx.x;
   if (rest >= p.threads) return;

@@ -37,7 +37,7 @@ void run_weight_grad(Call& call, const Problem& problem, const Pattern& pattern,
   const int64_t groups = weight_grad_groups(c.variant);
   const int64_t warps = std::clamp<int64_t>(ceil_div(slices_per_group, groups), 1, kConv2dWarps);
   WeightGradParams p{};
-  describe(p, problem, pattern, c, records, input_lanes, slices);
+  describe(p, problem, pattern.rows, c, records, input_lanes, slices);
   p.grad = grad_lanes.const_data_ptr<float>();
   p.grad_columns = of_output.columns;
   p.grad_plane = of_output.plane;

@@ -230,7 +230,7 @@ def speedup(baseline: Timing, other: Timing, confidence: float = 0.95) -> Speedu
     )
 
 
-def _device_of(model: torch.nn.Module, inputs: object) -> torch.device:
+def device_of(model: torch.nn.Module, inputs: object) -> torch.device:
     """Where the work happens: the first tensor found among the inputs, then the parameters."""
     if isinstance(inputs, torch.Tensor):
         return inputs.device
@@ -256,7 +256,7 @@ def measure_latency(
     named = {}
     if isinstance(example_inputs, Mapping):
         positional, named = (), dict(example_inputs)
-    device = _device_of(model, example_inputs)
+    device = device_of(model, example_inputs)
     training = {module: module.training for module in model.modules()}
     model.eval()
     seconds = []

@@ -31,7 +31,7 @@ from torch.nn.utils import fusion as folding
 from torch.nn.utils import parametrize
 
 from ..measure.machine import clock
-from ..measure.timing import compare
+from ..measure.timing import compare, device_of
 from . import ops
 from .arena import hooked_by_others, reuse_memory, reuses
 from .convert import Choices, choices, convert, keep_choices, to_dense
@@ -90,7 +90,9 @@ def optimize_for_inference(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a torch.nn.Module, got {type(model).__name__}")
-    model = (to_dense(model) if choices(model) else copied(model)).eval().requires_grad_(False)
+    # Layers that are sparse were chosen where they are measured, on the CPU; on a GPU they stay.
+    chosen = choices(model) and device_of(model, example_inputs).type == "cpu"
+    model = (to_dense(model) if chosen else copied(model)).eval().requires_grad_(False)
     untraced: dict[str, str] = {}
     traced = _traced(model, "", lambda: call(model, example_inputs), untraced)
     if untraced:
@@ -180,12 +182,14 @@ def _fold_batch_norms(graph: fx.GraphModule) -> None:
         norm = _module(graph, node)
         before = node.args[0] if _plain(norm, BATCH_NORMS) and node.args else None
         layer = _module(graph, before)
-        if not _plain(layer, (*CONVOLUTIONS, nn.Linear)) or norm.running_mean is None:
+        if not _plain(layer, (*CONVOLUTIONS, nn.Linear, SparseConv2d)) or norm.running_mean is None:
             continue
         if len(before.users) > 1 or count[id(layer)] > 1:
             continue
         if isinstance(layer, nn.Linear):
             folded = folding.fuse_linear_bn_eval(layer, norm)
+        elif isinstance(layer, SparseConv2d):
+            folded = layer.with_weights_of(folding.fuse_conv_bn_eval(layer.to_dense(), norm))
         else:
             folded = folding.fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, CONVOLUTIONS[3:]))
         graph.set_submodule(before.target, folded.requires_grad_(False))
@@ -363,18 +367,20 @@ def _fastest(converted: nn.Module, example_inputs: object) -> nn.Module:
     for piece in [piece for network in networks.values() for piece in network.modules()]:
         if isinstance(piece, fx.GraphModule):
             run_in_sequence(piece)
+    device = device_of(converted, example_inputs)  # where the host's clocks tell nothing, events do
+    timed = dict(rounds=9, min_time=0.005, device=device, clock=clock() if device.type == "cpu" else None)
     with torch.no_grad():
         expected = call(converted, cloned(example_inputs))
         for network in networks.values():
             check_near(expected, call(network, cloned(example_inputs)))
         engines = {name: partial(call, network, example_inputs) for name, network in networks.items()}
-        timings = compare(engines, rounds=9, min_time=0.005, warmup=2, clock=clock())
+        timings = compare(engines, warmup=2, **timed)
         network = networks[min(timings, key=lambda name: timings[name].min)]
         if in_strips(network):
             # Strips are chosen by a model of costs; here is what they are worth.
             engines = {"strips": network, "images": copy.deepcopy(network)}
             leave_strips(engines["images"])
             calls = {name: partial(call, engine, example_inputs) for name, engine in engines.items()}
-            timings = compare(calls, rounds=9, min_time=0.005, warmup=3, clock=clock())
+            timings = compare(calls, warmup=3, **timed)
             network = engines[min(timings, key=lambda name: timings[name].min)]
     return network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 
 import torch
@@ -77,6 +78,13 @@ class SparseConv2d(Watched, SparseConv):
         module._plan_24 = module._planned_24(*module._indices())
         return module
 
+    def with_weights_of(self, dense: nn.Conv2d) -> SparseConv2d:
+        """A copy with weights and bias of a plain module of the same sizes, whose other weights must be zero."""
+        made = copy.deepcopy(self)
+        made.values = nn.Parameter(self._gather(dense.weight.detach()), requires_grad=False)
+        made.bias = None if dense.bias is None else nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
+        return made
+
     def _planned_24(self, crow: Tensor, col: Tensor, rows: Tensor | None) -> Plan24:
         return plan_24(crow, col, rows, self.weight_shape, self.groups)
 
@@ -149,20 +157,23 @@ class SparseConv2d(Watched, SparseConv):
         device = input.device
         lowered = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if lowered else input.dtype
-        if not ops.takes_plans(device, dtype, self.vector):
+        cores = ops.takes_core_plans(device, dtype, self.vector)
+        if not cores and not ops.takes_plans(device, dtype, self.vector):
             return None
-        compiling = torch.compiler.is_compiling()
-        if not ops.for_tensor_cores(device) and (compiling or type(self.col_indices) is not Tensor):
+        if cores and self.padding_mode != "zeros":
+            return None  # its input is of another size
+        compiling, lanes = torch.compiler.is_compiling(), ops.for_tensor_cores(device) and not cores
+        if not lanes and (compiling or type(self.col_indices) is not Tensor):
             return None  # such a plan is for one size, which a trace may not be
         plans = self._plans
         known = plans is not None and plans.pattern is self.col_indices
         if compiling:  # a compiler traces what is there
-            return plans.last if known else None
+            return plans.last if known and plans.last is not None and plans.last.lanes else None
         if not known:
             plans = self._plans = LayerPlans(self.col_indices)
-        return plans.plan(size, lambda: self._make_plan(size))
+        return plans.plan(size, lambda: self._make_plan(size, not cores), lanes)
 
-    def _make_plan(self, size: Size) -> ops.Plan | None:
+    def _make_plan(self, size: Size, tensor_cores: bool) -> ops.Plan | None:
         return ops.conv2d_plan(
             self.crow_indices,
             self.col_indices,
@@ -175,6 +186,7 @@ class SparseConv2d(Watched, SparseConv):
             dilation=self.dilation,
             groups=self.groups,
             ordered=self.frozen,
+            tensor_cores=tensor_cores,
         )
 
     def again(self, input: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor | None:

@@ -54,9 +54,9 @@ class FusedConv2d(Watched):
         size = _image_size(input)
         fits = sparse and conv.padding_mode == "zeros" and not conv.channels_last
         plan = conv.plan_for(input, size) if fits else None
-        in_lanes = self.lanes and plan is not None and ops.for_tensor_cores(input.device)
+        in_lanes = self.lanes and plan is not None and plan.lanes
         lanes = in_lanes and input.dim() > 3 and size[0] % ops.LANES == 0
-        if plan is None:
+        if plan is None or not plan.lanes:
             input = _lie(input, False)
         residual = _lie(residual, lanes)
         fits = fits and not conv.runs_dense(input)

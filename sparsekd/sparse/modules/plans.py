@@ -56,25 +56,31 @@ class LayerPlans:
     def __init__(self, pattern: Tensor) -> None:
         self.pattern = pattern
         self.last: ops.Plan | None = None
-        self.by_size: dict[Size, ops.Plan | None] = {}
+        self.by_size: dict[tuple[Size, bool], ops.Plan | None] = {}  # and by whether they are for lanes
         self.calls: dict[tuple[Size, str], Callable[..., Tensor | None]] = {}
         self.bound: dict[tuple[Size, str], torch.ScriptObject] = {}  # whose methods the calls are
 
-    def plan(self, size: Size, make: Callable[[], ops.Plan | None]) -> ops.Plan | None:
-        """The plan of a size; None where the kernels gain nothing by one."""
-        if size not in self.by_size:
+    def plan(self, size: Size, make: Callable[[], ops.Plan | None], lanes: bool = False) -> ops.Plan | None:
+        """The plan of a size; None where the kernels gain nothing by one, and for none yet while a graph is captured.
+
+        What a capture makes is there only when the graph has run.
+        """
+        key = (tuple(size), lanes)
+        if key not in self.by_size:
+            if self.pattern.is_cuda and torch.cuda.is_current_stream_capturing():
+                return None
             if len(self.by_size) >= MOST_PLANS:
                 del self.by_size[next(iter(self.by_size))]
                 self.forget_calls()  # they hold plans, too
-            self.by_size[size] = make()
-        self.last = self.by_size[size]
+            self.by_size[key] = make()
+        self.last = self.by_size[key]
         return self.last
 
     def remember(self, size: Size, activation: str, row_indices: Tensor | None, geometry: tuple) -> None:
         """The call of a size on the CPU; ``geometry`` as the operators take it, from out_channels on."""
         if (size, activation) in self.calls:  # and not taken, for a reason of the moment
             return
-        plan = self.by_size[size]
+        plan = self.by_size[tuple(size), False]
         bound = torch.classes.sparsekd.PlannedConv2d(
             plan.indices, list(plan.tiling), plan.order, row_indices, activation, list(size), *geometry
         )

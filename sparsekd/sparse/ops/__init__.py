@@ -10,7 +10,16 @@ Schemas are in ``csrc/ops.cpp``, meanings in ``reference.py``. Weights are spars
 from .arguments import same_padding
 from .conv2d import conv2d, conv2d_fused, transpose_pattern
 from .conv2d_24 import conv2d_24, conv2d_24_fused
-from .conv2d_planned import LANES, Plan, conv2d_plan, for_tensor_cores, from_lanes, takes_plans, to_lanes
+from .conv2d_planned import (
+    LANES,
+    Plan,
+    conv2d_plan,
+    for_tensor_cores,
+    from_lanes,
+    takes_core_plans,
+    takes_plans,
+    to_lanes,
+)
 from .kd_loss import kd_loss
 from .linear import linear
 from .linear_kd_loss import linear_kd_loss
@@ -38,6 +47,7 @@ __all__ = [
     "same_padding",
     "squeeze_excite",
     "strict_backends",
+    "takes_core_plans",
     "takes_plans",
     "to_lanes",
     "transpose_pattern",

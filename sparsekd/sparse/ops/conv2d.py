@@ -83,7 +83,7 @@ def conv2d_fused(
         scale, shift: ``[out_channels]``, dtype and device of the input, or None.
         residual: of the output's shape, dtype and device of the input, or None.
         activation: "none", "relu", "relu6", "silu" or "hardswish", as in ``torch.nn.functional``.
-        plan: of :func:`conv2d_plan` for this pattern, which is then not prepared again; float16 and bfloat16.
+        plan: of :func:`conv2d_plan` for this pattern, which is then not prepared again.
         lanes: the result, and the residual, lie in lanes (:func:`to_lanes`). With a plan the input may, too.
         The others as in :func:`conv2d`.
 

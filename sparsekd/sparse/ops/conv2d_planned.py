@@ -1,8 +1,8 @@
 """Convolutions with what depends on the pattern alone made once, and activations in the layout of tensor cores.
 
 On CUDA a plan (``csrc/cuda/conv2d_planned.cpp``) tells which column is where in the operands of tensor cores. In lanes,
-8 images lie side by side: each shift by a tap of the kernel is then a whole vector of 16 bytes. On the CPU it holds the
-distance of each column from a result's pixel (``csrc/cpu/kernels.h``).
+8 images lie side by side: each shift by a tap of the kernel is then a whole vector of 16 bytes. For CUDA cores and on
+the CPU it holds the distance of each column from a result's pixel (``csrc/cuda/core_plan.h``, ``csrc/cpu/kernels.h``).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Plan(NamedTuple):
     indices: Tensor  # int32 [n]
     tiling: tuple[int, ...]  # chooses the kernel on CUDA; on the CPU the layout of the input that the plan is for
     order: Tensor | None = None  # int32 [n_vectors]: the pattern's entry at each place, if the plan has its own
+    lanes: bool = False  # is for tensor cores: fits any N, H and W, and activations may lie in lanes
 
 
 def conv2d_plan(
@@ -40,25 +41,27 @@ def conv2d_plan(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
     ordered: bool = False,
+    tensor_cores: bool = True,
 ) -> Plan | None:
     """The plan of a pattern for :func:`sparsekd.sparse.ops.conv2d_fused`.
 
-    On CUDA it is for tensor cores: half types, V >= 8. On the CPU for float32 ``[N, C, H, W]``; others are computed,
-    too, but as without a plan.
+    On CUDA it is for tensor cores: half types, V >= 8; or for CUDA cores: any V, float32 and half types. On the CPU for
+    float32 ``[N, C, H, W]``; others are computed, too, but as without a plan.
 
-    It is made for inputs ``[N, C, H, W]`` of ``input_size``, and right for those of other N, H and W, if slower. A plan
-    of another pattern gives wrong numbers, but reads no foreign memory.
+    It is made for inputs ``[N, C, H, W]`` of ``input_size``, and right for those of other N, H and W, if slower; but on
+    CUDA cores an error for those. A plan of another pattern gives wrong numbers, but reads no foreign memory.
 
     Args:
         ordered: on the CPU entries lie as they are read, block by block of input channels, so that a weight that isn't
             in the caches comes in one stream. Values are then to be brought into the plan's ``order`` first, which
             :func:`sparsekd.sparse.ops.conv2d_fused` does at each call. CUDA has no such plans.
+        tensor_cores: on CUDA, which of the two it is for.
 
     Returns:
-        None where tensor cores can't take the layer, and for no images.
+        None where tensor cores, or a tile in shared memory, can't take the layer, and for no images.
     """
     geometry = (out_channels, pair(kernel_size), pair(stride), pair(padding), pair(dilation), groups)
-    tiling = OPS.conv2d_tiling(col_indices, vector, input_size, *geometry)
+    tiling = OPS.conv2d_tiling(col_indices, vector, input_size, *geometry, tensor_cores)
     if not tiling:
         return None
     ordered = ordered and col_indices.is_cpu
@@ -66,20 +69,30 @@ def conv2d_plan(
         tiling = [1, *tiling[1:]]
     indices = OPS.conv2d_plan(crow_indices, col_indices, tiling, vector, input_size, *geometry)
     order = indices[indices.shape[0] - col_indices.shape[0] :] if ordered else None
-    return Plan(indices, tuple(tiling), order)
+    return Plan(indices, tuple(tiling), order, tensor_cores and for_tensor_cores(col_indices.device))
 
 
 def for_tensor_cores(device: torch.device) -> bool:
-    """Whether plans on a device are for tensor cores: they then fit inputs of any size, which may lie in lanes."""
+    """Whether plans on a device may be for tensor cores: such fit inputs of any size, which may lie in lanes."""
     return device.type != "cpu"
 
 
 def takes_plans(device: torch.device, dtype: torch.dtype, vector: int) -> bool:
-    """Whether there are kernels that gain by plans."""
+    """Whether there are kernels that gain by plans; on CUDA those of tensor cores."""
     if not for_tensor_cores(device):
         return dtype == torch.float32
-    built = device.type == "cuda" and "conv2d_planned" in ON_CUDA
-    return built and vector >= 8 and dtype in (torch.float16, torch.bfloat16)
+    return _built_for(device) and vector >= 8 and dtype in (torch.float16, torch.bfloat16)
+
+
+def takes_core_plans(device: torch.device, dtype: torch.dtype, vector: int) -> bool:
+    """Whether there are kernels of CUDA cores that gain by plans, and tensor cores can't take the layer."""
+    if not for_tensor_cores(device) or takes_plans(device, dtype, vector):
+        return False
+    return _built_for(device) and dtype == torch.float32
+
+
+def _built_for(device: torch.device) -> bool:
+    return device.type == "cuda" and "conv2d_planned" in ON_CUDA
 
 
 def to_lanes(input: Tensor) -> Tensor:
