@@ -240,7 +240,7 @@ def taken(keys, *args):
 def served():
     """What stands before the kernels on CUDA, called on the CPU."""
     ops.fallbacks.clear()
-    yield lambda name, native: functools.partial(dense.served(name, native), None)
+    yield lambda name, native: functools.partial(dense.served(name, native, "cpu"), None)
     ops.fallbacks.clear()
 
 

@@ -31,7 +31,7 @@ def register() -> Library:
     return library
 
 
-def served(name: str, native: Any) -> Callable[..., Tensor]:
+def served(name: str, native: Any, device: str = "cuda") -> Callable[..., Tensor]:
     """The kernel on CUDA of ``conv2d_24`` or ``conv2d_24_fused``; native: in CUDA C++, None where it isn't built."""
 
     arguments = getattr(torch.ops.sparsekd, name).default._schema.arguments
@@ -41,6 +41,8 @@ def served(name: str, native: Any) -> Callable[..., Tensor]:
         half = input.dtype in (torch.float16, torch.bfloat16)
         if half and native is not None:
             return native(keys, *args)
+        if input.device.type != device:
+            raise ValueError(f"Expected input on {device}, got {input.device}")
         checks.check_dim(input, "input", 4)
         checks.check_floating(input, "input")
         for argument, given in zip(arguments[1:], args[1:], strict=True):
