@@ -37,8 +37,8 @@ BUGS = {
         "out of bounds",
     ),
     "lanes make unequal numbers of steps": (
-        "for (; i + 1 < end; i += 2) {",
-        "for (; i + 1 < end + (lane == 7 ? 2 : 0); i += 2) {",
+        "for (; i + 1 < last; i += 2) {",
+        "for (; i + 1 < last + (lane == 7 ? 2 : 0); i += 2) {",
         "diverge|deadlock|have ended|out of bounds|before it was written",
     ),
     "what rows need is not found for the last one": (

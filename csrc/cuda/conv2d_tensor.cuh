@@ -82,6 +82,10 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
   for (int i = threadIdx.x; i < (one ? 1 : 2) * p.zeros; i += blockDim.x) {
     store_vector(buffers + i / p.zeros * p.buffer + i % p.zeros, uint4{0, 0, 0, 0});
   }
+  Stager stager(p, buffers);
+#pragma unroll 1
+  for (int i = 0; i < (one ? 1 : 2); ++i) stager.next();
+
   // What the block's rows need at the end of each tile, behind the buffers: found once, as one load waits for another.
   auto* ends = reinterpret_cast<TensorRowEnd*>(buffers + (one ? 1 : 2) * p.buffer);
   for (int i = threadIdx.x; i < p.row_warps * kGroups * kRows; i += blockDim.x) {
@@ -89,9 +93,6 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
     store_vector(ends + i, row_end_of(p, group, rank, i % kRows, kRows));
   }
   ends += row_warp * kGroups * kRows;
-  Stager stager(p, buffers);
-#pragma unroll 1
-  for (int i = 0; i < (one ? 1 : 2); ++i) stager.next();
 
   // Lanes 8 * i ... 8 * i + 7 give the rows of matrix i: for K = 16 the columns of two octets at two positions, in the
   // order of the operand's words; for K = 8 of one octet at four.
@@ -109,10 +110,12 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
       runs[i] = in_plane(p, shift, place0 + i * kNeighbours) * 16 - first;
     }
     float sums[kGroups][kMatrices][kPlaces][4];
-    int next[kGroups];
+    // A slice's octets of this block of planes, and where those of the next end, which is loaded while these are used.
+    int begin[kGroups], end[kGroups];
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
-      next[k] = slice[k] < 0 ? 0 : max(p.plan.starts[int64_t(slice[k]) * (p.blocks + 1)], 0);
+      end[k] = slice[k] < 0 ? 0 : max(p.plan.starts[int64_t(slice[k]) * (p.blocks + 1)], 0);
+      begin[k] = slice[k] < 0 ? 0 : p.plan.starts[int64_t(slice[k]) * (p.blocks + 1) + 1];
 #pragma unroll
       for (int m = 0; m < kMatrices; ++m) {
 #pragma unroll
@@ -123,34 +126,47 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
       }
     }
     for (int block = 0; block < p.blocks; ++block) {
+#pragma unroll
+      for (int k = 0; k < kGroups; ++k) {
+        const int next = min(max(begin[k], 0), p.n_octets);
+        begin[k] = end[k];
+        end[k] = next;
+      }
+      const uint32_t* four = nullptr;
+      bool upper = true;
+      Weights<kRows> ahead;
+      unsigned distances = 0, distance_ahead = 0;  // in vectors
+      auto load = [&](int octet, int last) {
+        ahead.load(p.fragments, octet, 0, lane);
+        const bool whole = octet + 1 < last;
+        if (whole) ahead.load(p.fragments, octet + 1, 1, lane);
+        upper = !upper;
+        if (!upper) four += distance_word_at(0, 4, 0);
+        if (!upper || !whole) distances = four[whole ? column16 : lane % 8];
+        distance_ahead = min(upper ? distances >> 16 : distances & 0xffff, p.most_distance);
+      };
+      auto load_first = [&](int k) {
+        four = p.plan.distances + distance_word_at(begin[k], -4, 0);
+        upper = true;
+        if (begin[k] < end[k]) load(begin[k], end[k]);
+      };
+      load_first(0);  // while others copy
       copy_async_wait<1>();
       __syncthreads();  // what other threads copied
       const SharedAddress base = buffer0 + first + buffer * p.buffer * 16;
 #pragma unroll
       for (int k = 0; k < kGroups; ++k) {
-        if (slice[k] < 0) continue;
-        int i = next[k];
-        const int end = min(p.plan.starts[int64_t(slice[k]) * (p.blocks + 1) + block + 1], p.n_octets);
-        next[k] = end;
-        if (i >= end) continue;
-        const uint32_t* four = p.plan.distances + distance_word_at(i, -4, 0);
-        bool upper = true;
-        Weights<kRows> ahead;
-        unsigned distances = 0, distance_ahead = 0;  // in vectors
-        auto load = [&](int octet) {
-          ahead.load(p.fragments, octet, 0, lane);
-          const bool whole = octet + 1 < end;
-          if (whole) ahead.load(p.fragments, octet + 1, 1, lane);
-          upper = !upper;
-          if (!upper) four += distance_word_at(0, 4, 0);
-          if (!upper || !whole) distances = four[whole ? column16 : lane % 8];
-          distance_ahead = min(upper ? distances >> 16 : distances & 0xffff, p.most_distance);
-        };
-        load(i);
-        for (; i + 1 < end; i += 2) {
+        if (k > 0) load_first(k);
+        int i = begin[k];
+        const int last = end[k];
+        if (block + 2 <= p.blocks && slice[k] >= 0) {
+          begin[k] = p.plan.starts[int64_t(slice[k]) * (p.blocks + 1) + block + 2];
+        }
+        if (i >= last) continue;
+        for (; i + 1 < last; i += 2) {
           const Weights<kRows> weights = ahead;
           const SharedAddress row = base + (distance_ahead + position16) * 16;
-          if (i + 2 < end) load(i + 2);  // while these are used
+          if (i + 2 < last) load(i + 2, last);  // while these are used
 #pragma unroll
           for (int j = 0; j < kPositions; j += 2) {
             uint32_t in[4];
@@ -167,7 +183,7 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
             }
           }
         }
-        if (i >= end) continue;
+        if (i >= last) continue;
         const SharedAddress row = base + (distance_ahead + position8) * 16;
 #pragma unroll
         for (int j = 0; j < kPositions; j += 4) {

@@ -13,7 +13,7 @@ struct TensorVariant {
 };
 // Each has 64 sums a lane, so that a lane has at most 128 registers and each quarter of a multiprocessor four warps or
 // more: an instruction of one warp issues every five to six cycles, whatever is multiplied.
-constexpr TensorVariant kTensorVariants[] = {{8, 2, 16}, {16, 1, 16}, {32, 1, 8}};
+constexpr TensorVariant kTensorVariants[] = {{8, 1, 16}, {16, 1, 16}, {32, 1, 8}};
 constexpr int kTensorWarps = 16;
 constexpr int kNeighbours = 4;  // of a warp's positions so many lie side by side in a row: what one ldmatrix may read
 constexpr int kLanes = 8;  // images or strips side by side: 16 bytes

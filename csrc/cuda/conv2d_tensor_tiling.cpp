@@ -90,7 +90,7 @@ Tile tile_of(const TensorProblem& problem, const Tiling& tiling) {
 
 bool direct_to_images(const TensorProblem& problem, const Tiling& tiling) {
   const int64_t width = problem.axes[1].positions, plane = problem.axes[0].positions * width;
-  if (tiling.variant.rows == 8 || tiling.row_places != tiling.tile_w) return false;
+  if (tiling.row_places != tiling.tile_w) return false;
   return tiling.tile_w == width ? plane % kLanes == 0 : tiling.tile_w % kLanes == 0 && width % kLanes == 0;
 }
 
