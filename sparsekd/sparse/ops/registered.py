@@ -17,7 +17,7 @@ from ...kernels import registration
 
 _backends_on_cuda = registration.register()  # kept, as they are gone with it
 fallbacks, strict_backends = registration.fallbacks, registration.strict
-only_backend, tuning_tiles = registration.only, registration.tuning
+only_backend, tuning_tiles, backend_of = registration.only, registration.tuning, registration.backend_of
 
 OPS = torch.ops.sparsekd
 
