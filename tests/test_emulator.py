@@ -352,7 +352,7 @@ for classes, rows in ((10, 13), (21, 5), (100, 9), (1500, 3)):
         logits = torch.randn(2, rows, classes)
         run("kd_loss_forward", logits[0], logits[1], target, 4.0, 0.5, -100, 0.1, False, True)
 """
-RUNS = {"conv2d_records.cuh": CONV2D, "lanes.cuh": IN_RECTANGLES + PLANNED + CONV2D, "weight_grad.cuh": WEIGHT_GRAD}
+RUNS = {"conv2d_records.cuh": CONV2D, "lanes.cuh": PLANNED, "weight_grad.cuh": WEIGHT_GRAD}
 RUNS |= dict.fromkeys(("conv2d.cuh", "conv2d_finish.cuh"), IN_RECTANGLES + IN_RUNS + INTERLEAVED + CONV2D)
 RUNS["planar.cuh"] = TURNED
 RUNS |= dict.fromkeys(("kd_loss.cuh", "kd_loss_terms.cuh"), KD_LOSS)
