@@ -243,6 +243,11 @@ def native_kernel(name: str) -> Any:
     return torch.library.get_kernel(f"sparsekd::{name}", "CUDA").call_boxed
 
 
+def backend_of(name: str, dtype: torch.dtype, vector: int | None) -> str:
+    """The backend that a call goes to where both are built."""
+    return _only or choice(Call(name, dtype, vector, checks.uses_tf32(OPS[name].convolution))).backend
+
+
 def is_registered(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekd::{name}", key)
 

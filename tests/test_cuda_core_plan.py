@@ -13,6 +13,7 @@ from torch import nn
 from sparsekd.sparse import ops, reference
 from sparsekd.sparse.modules import FusedConv2d, SparseConv2d
 from sparsekd.sparse.modules.plans import LayerPlans
+from sparsekd.sparse.ops import conv2d_planned
 
 PLANNED = ("conv2d_tiling", "conv2d_plan", "conv2d_planned")
 
@@ -142,6 +143,22 @@ def test_the_module_keeps_its_plan_and_reads_its_values(on_the_cpu, vector, chan
     with torch.no_grad():
         assert_near(fused(image, residual), (dense(conv, image) + residual).relu(), torch.float32)
     assert on_the_cpu["conv2d_planned"] == 6
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_what_triton_or_tensor_cores_compute_takes_no_such_plan(monkeypatch, tf32):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    monkeypatch.setattr(conv2d_planned, "_built_for", lambda device: True)
+    takes = {
+        (dtype, vector)
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        for vector in (1, 4, 8, 32)
+        if ops.takes_core_plans(torch.device("cuda"), dtype, vector)
+    }
+    narrow = {(dtype, v) for dtype in (torch.float32, torch.float16, torch.bfloat16) for v in (1, 4)}
+    assert takes == narrow | (set() if tf32 else {(torch.float32, 8), (torch.float32, 32)})
+    with ops.only_backend("triton"):
+        assert not ops.takes_core_plans(torch.device("cuda"), torch.float32, 1)
 
 
 def test_no_plan_is_kept_of_a_capture(monkeypatch):

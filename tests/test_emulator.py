@@ -178,11 +178,17 @@ BUGS = {
         "for (int i = threadIdx.x; i < p.plane - 1; i += blockDim.x) store_vector(places",
         "before it was written",
     ),
-    "guard of the last block of threads": (
+    "one channel too many in lanes": (
         "lanes.cuh",
-        "  if (rest >= p.threads) return;\n",
-        "",
-        "out of bounds|outside of all buffers",
+        "min(lanes.channels - channel,",
+        "min(lanes.channels + 1 - channel,",
+        "out of bounds|outside of all|written by another block",
+    ),
+    "guard of the last block that fills records": (
+        "lanes.cuh",
+        "blockIdx.y == 0 && index < p.fill.n_records",
+        "blockIdx.y == 0",
+        "out of bounds|outside of all|reads outside",
     ),
     "border off by one": ("lanes.cuh", "x < p.axes[1].size;", "x <= p.axes[1].size;", "out of bounds|outside of all"),
     "no barrier after all warps have written": (
@@ -293,6 +299,17 @@ for batch, height, width, seed in ((1, 56, 56, 0), (4, 9, 28, 1), (16, 9, 131, 1
     run("conv2d_input_grad", grad_output, values, crow, col, rows, None, size, (3, 3), (2, 2), (1, 1), (1, 1), 1)
 """
 
+# By plans for CUDA cores.
+PLANNED = """
+mask = torch.rand(6, 5, 3, 3) < 0.3
+values, crow, col, rows = formats.pack(torch.randn(6, 5, 3, 3), mask, 1, 1)
+geometry = 6, (3, 3), (1, 1), (1, 1), (1, 1), 1
+tiling = run("conv2d_tiling", col, 1, (2, 5, 9, 7), *geometry, False)
+plan = run("conv2d_plan", crow, col, tiling, 1, (2, 5, 9, 7), *geometry)
+finish = rows, None, None, None, "none", False
+run("conv2d_planned", torch.randn(2, 5, 9, 7), values, plan, tiling, *finish, *geometry)
+"""
+
 # Turned to planes and back: tiles of whole planes and of parts.
 TURNED = """
 mask = torch.rand(40, 9, 1, 1) < 0.3
@@ -335,7 +352,7 @@ for classes, rows in ((10, 13), (21, 5), (100, 9), (1500, 3)):
         logits = torch.randn(2, rows, classes)
         run("kd_loss_forward", logits[0], logits[1], target, 4.0, 0.5, -100, 0.1, False, True)
 """
-RUNS = {"conv2d_records.cuh": CONV2D, "lanes.cuh": CONV2D, "weight_grad.cuh": WEIGHT_GRAD}
+RUNS = {"conv2d_records.cuh": CONV2D, "lanes.cuh": PLANNED, "weight_grad.cuh": WEIGHT_GRAD}
 RUNS |= dict.fromkeys(("conv2d.cuh", "conv2d_finish.cuh"), IN_RECTANGLES + IN_RUNS + INTERLEAVED + CONV2D)
 RUNS["planar.cuh"] = TURNED
 RUNS |= dict.fromkeys(("kd_loss.cuh", "kd_loss_terms.cuh"), KD_LOSS)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .arguments import pair
-from .registered import ON_CUDA, OPS
+from .registered import ON_CUDA, OPS, backend_of
 from .rules import check_same_device, like, output_size, register_for_inference
 
 LANES = 8  # images side by side in a vector of 16 bytes
@@ -85,10 +85,12 @@ def takes_plans(device: torch.device, dtype: torch.dtype, vector: int) -> bool:
 
 
 def takes_core_plans(device: torch.device, dtype: torch.dtype, vector: int) -> bool:
-    """Whether there are kernels of CUDA cores that gain by plans, and tensor cores can't take the layer."""
-    if not for_tensor_cores(device) or takes_plans(device, dtype, vector):
+    """Whether CUDA cores compute a layer, rather than tensor cores or Triton, by kernels that gain by plans."""
+    known = dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if not for_tensor_cores(device) or not known or takes_plans(device, dtype, vector):
         return False
-    return _built_for(device) and dtype == torch.float32
+    built = _built_for(device) and backend_of("conv2d_fused", dtype, vector) == "cuda"
+    return built and dtype == torch.float32
 
 
 def _built_for(device: torch.device) -> bool:

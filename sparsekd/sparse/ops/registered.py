@@ -24,7 +24,7 @@ ON_CUDA = frozenset(
     if name.startswith("sparsekd::")
 )
 fallbacks, strict_backends = registration.fallbacks, registration.strict
-only_backend, tuning_tiles = registration.only, registration.tuning
+only_backend, tuning_tiles, backend_of = registration.only, registration.tuning, registration.backend_of
 
 OPS = torch.ops.sparsekd
 
