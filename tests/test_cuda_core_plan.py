@@ -155,7 +155,7 @@ def test_what_triton_or_tensor_cores_compute_takes_no_such_plan(monkeypatch, tf3
         for vector in (1, 4, 8, 32)
         if ops.takes_core_plans(torch.device("cuda"), dtype, vector)
     }
-    narrow = {(dtype, v) for dtype in (torch.float32, torch.float16, torch.bfloat16) for v in (1, 4)}
+    narrow = {(torch.float32, v) for v in (1, 4)}  # of half types results don't leave flat planes as they lie
     assert takes == narrow | (set() if tf32 else {(torch.float32, 8), (torch.float32, 32)})
     with ops.only_backend("triton"):
         assert not ops.takes_core_plans(torch.device("cuda"), torch.float32, 1)

@@ -86,11 +86,9 @@ def takes_plans(device: torch.device, dtype: torch.dtype, vector: int) -> bool:
 
 def takes_core_plans(device: torch.device, dtype: torch.dtype, vector: int) -> bool:
     """Whether CUDA cores compute a layer, rather than tensor cores or Triton, by kernels that gain by plans."""
-    known = dtype in (torch.float32, torch.float16, torch.bfloat16)
-    if not for_tensor_cores(device) or not known or takes_plans(device, dtype, vector):
+    if dtype != torch.float32 or not for_tensor_cores(device):
         return False
-    built = _built_for(device) and backend_of("conv2d_fused", dtype, vector) == "cuda"
-    return built and dtype == torch.float32
+    return _built_for(device) and backend_of("conv2d_fused", dtype, vector) == "cuda"
 
 
 def _built_for(device: torch.device) -> bool:
