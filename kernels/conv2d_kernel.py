@@ -196,7 +196,7 @@ def _conv2d_kernel(
                 place = j[:, None] * VECTOR + n[None, :]
                 in_w_tile = in_k[:, None] & (n[None, :] < VECTOR)
             w = tl.load(values_ptr + place, mask=in_w_tile, other=0.0)  # [BLOCK_K, BLOCK_N]
-            accumulator = tl.dot(a, w, accumulator, input_precision=PRECISION)
+            accumulator = tl.dot(a, w, accumulator, input_precision=PRECISION, out_dtype=accumulator.dtype)
 
         # The output channel of each packed row.
         if TRANSPOSED:

@@ -118,7 +118,7 @@ def _conv2d_weight_grad_kernel(
             g = tl.load(
                 grad_row[None, :] + of_pixel[:, None], mask=in_k[:, None] & in_n[None, :], other=0.0
             )  # [BLOCK_K, BLOCK_N]
-            accumulator = tl.dot(a, g, accumulator, input_precision=PRECISION)
+            accumulator = tl.dot(a, g, accumulator, input_precision=PRECISION, out_dtype=accumulator.dtype)
         place = (split.to(tl.int64) * n_vectors + j)[:, None] * VECTOR + n[None, :]
         inside = in_j[:, None] & (n[None, :] < VECTOR)
         tl.store(output_ptr + place, accumulator.to(output_ptr.dtype.element_ty), mask=inside)

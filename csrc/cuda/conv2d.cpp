@@ -38,7 +38,7 @@ constexpr double kReadCost = 4, kStagedCost = 0.16;
 // block of channels; a staged vector of each lane; 32 results, or 128 of flat planes; and the rest.
 constexpr double kEntryCost = 8, kPieceCost = 200, kVectorCost = 1.5, kResultsCost = 25, kFlatResultsCost = 30,
                  kWarpCost = 560;
-constexpr double kIssue = 4.6;    // cycles from one instruction of a warp to its next one, where no other warp wants to
+constexpr double kIssue = 4;      // cycles from one instruction of a warp to its next one, where no other warp wants to
 constexpr double kL2Bytes = 20;   // that a multiprocessor gets in a cycle
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -93,7 +93,7 @@ double cycles_of(const TensorDevice& device, const Choice& choice, const Launch&
   const int64_t per_warp = conv2d_resident(sums, v.vector, v.parts) * kConv2dWarps / launch.warps;
   const int64_t resident = std::clamp<int64_t>((device.shared_bytes + 1024) / (shared + 1024), 1, std::max<int64_t>(per_warp, 1));
   auto wave = [&](int64_t blocks) {  // so many on a multiprocessor
-    return instructions * std::max(static_cast<double>(blocks) * warps / 4, kIssue);
+    return instructions * std::hypot(static_cast<double>(blocks) * warps / 4, kIssue);
   };
   const int64_t at_once = resident * device.multiprocessors, left = launch.blocks % at_once;
   const double whole = static_cast<double>(launch.blocks / at_once) * wave(resident);
