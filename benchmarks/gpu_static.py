@@ -52,7 +52,7 @@ TILES_24 = ((4, 4, 2, 4, 1), (4, 4, 2, 2, 2), (4, 4, 1, 2, 2), (4, 4, 2, 2, 4), 
 EXPECTED = (
     Expected(r"^conv2d_tensor_kernel<\w+, 8,", 512, 122 << 10, TENSOR, ("HMMA.16816", "LDSM.x4"), False),
     Expected(r"^conv2d_tensor_kernel<\w+, 16,", 512, 122 << 10, TENSOR, ("HMMA.16816", "LDSM.x4", "LDG.64"), False),
-    Expected(r"^conv2d_tensor_kernel<", 512, 122 << 10, TENSOR, ("HMMA.16816", "LDSM.x4", "LDG.128"), False),
+    Expected(r"^conv2d_tensor_kernel<", 512, 122 << 10, TENSOR, ("HMMA.16816", "LDSM.x4", "LDG.64"), False),
     # In the hot loop as well: the copies of two steps ahead, and the metadata.
     *(
         Expected(

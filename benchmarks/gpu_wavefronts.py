@@ -91,7 +91,8 @@ def measure(conv: torch.nn.Conv2d, mask: torch.Tensor, vector: int) -> dict:
         output = ops.conv2d_planned(input, values, plan, tiling, *[None] * 4, "none", True, *geometry)
         counted = requests()
     copies = {p for p, space, kind, size, *_ in counted if (space, kind, size) == ("shared", "write", 16)}
-    gathers = [r for r in counted if r[1:4] == ("shared", "read", 16)]
+    # What rows need at the end is read by 16 bytes, too: eight rows at once, where an ldmatrix reads 32.
+    gathers = [r for r in counted if r[1:4] == ("shared", "read", 16) and r[6] > 2 * r[4]]
     written = [r for r in counted if r[1:4] == ("shared", "write", 16)]
     # Weights, distances and whatever else: four sectors a wavefront.
     loaded = sum(
@@ -99,12 +100,9 @@ def measure(conv: torch.nn.Conv2d, mask: torch.Tensor, vector: int) -> dict:
         for place, space, kind, _, requests, sectors, _ in counted
         if (space, kind) == ("global", "read") and place not in copies
     )
-    # Results pass through shared memory at the end: those reads are of 16 bytes, too, and meet no conflicts.
-    result_bytes = 4 if vector == 8 else 8
-    results = sum(r[4] for r in counted if r[1:4] == ("shared", "write", result_bytes)) * result_bytes // 16
-    gathered, least = (sum(r[i] for r in gathers) - 4 * results for i in (5, 6))
+    gathered, least = (sum(r[i] for r in gathers) for i in (5, 6))
     copied, copied_least = sum(r[5] for r in written), sum(r[6] for r in written)
-    tensor = (sum(r[4] for r in gathers) - results) * vector / 4  # cycles of what an ldmatrix feeds
+    tensor = sum(r[4] for r in gathers) * tiling[0] / 4  # cycles of what an ldmatrix feeds
     useful = values.numel() * output[0, 0].numel() / 1024
     return {
         "columns_per_row": round(len(col) / (len(crow) - 1), 1),

@@ -35,16 +35,16 @@ class Tiling:
 
 
 @functools.cache
-def tiling(sizes: tuple[int, ...], device: tuple[int, int, int], joined: bool) -> tuple[Tiling, float]:
+def tiling(sizes: tuple[int, ...], device: tuple[int, int, int], images: bool) -> tuple[Tiling, float]:
     """The one that the library takes, and the cycles of a multiprocessor that it expects.
 
     Args:
         sizes: batch, input and output channels, V, non-zero vectors, height and width of the output, kernel, stride.
         device: major compute capability, shared memory of a block, multiprocessors.
-        joined: for results in images whose rows lie one behind the other, not in lanes.
+        images: for results in images, not in lanes.
     """
     numbers, cycles = (ctypes.c_int64 * 8)(), ctypes.c_double()
-    given = (ctypes.c_int64 * 8)(*sizes), (ctypes.c_int * 3)(*device), int(joined)
+    given = (ctypes.c_int64 * 8)(*sizes), (ctypes.c_int * 3)(*device), int(images)
     found = library().sparsekd_tensor_tiling(*given, numbers, ctypes.byref(cycles))
     if found != len(numbers):
         raise RuntimeError(f"Expected a tiling for a layer of sizes {sizes} on tensor cores, got none")

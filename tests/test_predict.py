@@ -35,8 +35,8 @@ def test_fewer_weights_take_no_longer(patterns, device):
             assert seconds(device, LAYER, 3, 0.1, True) == seconds(device, LAYER, 3, 0.1, False)  # no whole lanes
 
 
-@pytest.mark.parametrize("joined", [False, True])
-def test_the_library_expects_no_longer_time_of_fewer_weights(joined):
+@pytest.mark.parametrize("images", [False, True])
+def test_the_library_expects_no_longer_time_of_fewer_weights(images):
     r = random.Random(0)
     for _ in range(100):
         vector, kernel = r.choice([8, 16, 24, 32, 64, 80]), r.choice([1, 3, 5])
@@ -45,7 +45,7 @@ def test_the_library_expects_no_longer_time_of_fewer_weights(joined):
         size, stride = r.choice([5, 7, 13, 14, 28, 56]), r.choice([1, 2])
         device = r.choice([(8, 163 << 10, 108), (8, 99 << 10, 1), (9, 227 << 10, 132)])
         vectors = [round(channels * kernel**2 * d) * -(-filters // vector) for d in (1.0, 0.6, 0.5, 0.3, 0.1, 0.05)]
-        cycles = [tiling((*of, n, size, kernel, stride), device, joined)[1] for n in vectors]
+        cycles = [tiling((*of, n, size, kernel, stride), device, images)[1] for n in vectors]
         assert cycles == sorted(cycles, reverse=True), (of, size, kernel, stride, device)
 
 

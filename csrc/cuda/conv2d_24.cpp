@@ -40,7 +40,8 @@ const Conv2d24Variant& choose(const Conv2d24Shape& shape, int64_t pixels, const 
     // Of a warp, as nvcc 13 makes them, for a step and at the end.
     const double copies = static_cast<double>(v.rows() * 4 + v.pixels() * 8) / v.group_threads();
     const double of_step = 2 * (v.row_tiles + v.pixel_tiles + v.row_tiles * v.pixel_tiles) + 60 + 8 * copies;
-    const double of_end = 300 + v.row_tiles * (80 + v.pixel_tiles * (12.0 + 40.0 / v.depth));
+    const double of_end = v.depth == 1 ? 300 + v.row_tiles * (30 + v.pixel_tiles * 38.0)
+                                       : 300 + v.row_tiles * (80 + v.pixel_tiles * (12 + 40.0 / v.depth));
     const double instructions = of_step * static_cast<double>(ceil_div(steps, int64_t(v.depth))) + of_end;
     const double multiplied = static_cast<double>(v.rows() * v.pixels() * kStepChannels) / 2048;
     const double operands = static_cast<double>(v.group_threads() / 32 * (8 * (v.row_tiles + v.pixel_tiles) + v.row_tiles));

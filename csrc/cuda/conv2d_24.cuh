@@ -17,6 +17,7 @@
 #pragma once
 #include "conv2d.cuh"
 #include "conv2d_24.h"
+#include "fragments.cuh"
 #include "mma.cuh"
 
 namespace sparsekd::cuda {
@@ -86,6 +87,55 @@ __device__ __forceinline__ void store_channels(const Conv2d24Params& p, const fl
       for (int e = 0; e < 8; ++e) {
         if (e < count) store_vector(to + e, from_float<T>(x[e]));
       }
+    }
+  }
+}
+
+// The end of the convolution for a warp's results, from registers: of each pair of row tiles and eight pixels, a lane
+// gets 8 channels of a pixel, where it had two pixels of four channels. Rows are whole vectors of channels.
+template <class T, int kRowTiles, int kPixelTiles>
+__device__ __forceinline__ void store_from_registers(const Conv2d24Params& p, int group, int first_row,
+                                                     int64_t first_pixel,
+                                                     const float (&sums)[kRowTiles][kPixelTiles][4]) {
+  static_assert(kRowTiles % 2 == 0);
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; m += 2) {
+    float scale[4], shift[4];  // of rows g + 8 * q
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const int row = first_row + m * 16 + q * 8 + g, channel = group * p.rows + row;
+      scale[q] = p.scale && row < p.rows ? load_value(p.scale, p.dtype, channel) : 1.0f;
+      shift[q] = p.shift && row < p.rows ? load_value(p.shift, p.dtype, channel) : 0.0f;
+    }
+    const int own_row = first_row + m * 16 + t * 8;
+#pragma unroll
+    for (int n = 0; n < kPixelTiles; ++n) {
+      const int64_t pixel = first_pixel + n * 8 + g;
+      const bool there = pixel < p.pixels && own_row < p.rows;
+      const int64_t at = (pixel * p.groups * p.rows + group * p.rows + own_row) / 8;
+      float x[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[e] = sums[m + e / 4][n][e % 4] * scale[e / 2] + shift[e / 2];
+      uint32_t words[4] = {0, 0, 0, 0};
+      if (p.residual) {
+        if (there) {
+          const uint4 four = load_vector(static_cast<const uint4*>(p.residual) + at);
+          words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+        }
+        turn_over(words);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          const uint32_t word = transposed(words[q]);
+          x[2 * q] += float_of_bits<T>(word & 0xffff);
+          x[2 * q + 1] += float_of_bits<T>(word >> 16);
+        }
+      }
+      activate_all(x, p.activation);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) words[q] = transposed(word_of<T>(x[2 * q], x[2 * q + 1]));
+      turn_over(words);
+      store_vector(static_cast<uint4*>(p.output) + at, uint4{words[0], words[1], words[2], words[3]}, there);
     }
   }
 }
@@ -236,6 +286,10 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps * kDepth,
     multiply(std::integral_constant<int, 1>{});
   }
   copy_async_wait<0>();
+  if (kDepth == 1 && p.whole_vectors) {
+    return store_from_registers<T>(p, group, first_row + row_warp * kRowTiles * 16,
+                                   first_pixel + pixel_warp * kPixelTiles * 8, sums);
+  }
   __syncthreads();  // before the stages take results
 
   // ---- 16 channels of all its pixels at a time, each warp and those of the other groups that have the same to

@@ -37,18 +37,14 @@ struct Weights {
     const auto* from = static_cast<const uint16_t*>(fragments) + int64_t(octet) * kRows * 8;
     if constexpr (kRows == 8) {
       words[0][half] = load_vector(reinterpret_cast<const uint32_t*>(from) + lane);
-    } else if constexpr (kRows == 16) {
-      const uint2 two = load_vector(reinterpret_cast<const uint2*>(from) + lane);
-      words[0][2 * half] = two.x;
-      words[0][2 * half + 1] = two.y;
     } else {
+      // Eight bytes a lane, though more might come at once: those of two octets are the four registers in a row that
+      // the instruction wants, and nothing has to move.
 #pragma unroll
-      for (int m = 0; m < kMatrices; m += 2) {
-        const uint4 four = load_vector(reinterpret_cast<const uint4*>(from) + m / 2 * 32 + lane);
-        words[m][2 * half] = four.x;
-        words[m][2 * half + 1] = four.y;
-        words[m + 1][2 * half] = four.z;
-        words[m + 1][2 * half + 1] = four.w;
+      for (int m = 0; m < kMatrices; ++m) {
+        const uint2 two = load_vector(reinterpret_cast<const uint2*>(from) + m * 32 + lane);
+        words[m][2 * half] = two.x;
+        words[m][2 * half + 1] = two.y;
       }
     }
   }
@@ -132,23 +128,26 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
         begin[k] = end[k];
         end[k] = next;
       }
-      const uint32_t* four = nullptr;
-      bool upper = true;
-      Weights<kRows> ahead;
-      unsigned distances = 0, distance_ahead = 0;  // in vectors
-      auto load = [&](int octet, int last) {
-        ahead.load(p.fragments, octet, 0, lane);
-        const bool whole = octet + 1 < last;
-        if (whole) ahead.load(p.fragments, octet + 1, 1, lane);
-        upper = !upper;
-        if (!upper) four += distance_word_at(0, 4, 0);
-        if (!upper || !whole) distances = four[whole ? column16 : lane % 8];
-        distance_ahead = min(upper ? distances >> 16 : distances & 0xffff, p.most_distance);
+      // Two octets are a step, for K = 16, the last one may be left for K = 8; a word has the distances of two steps.
+      // What is loaded is used a step later: it has to come from L2.
+      Weights<kRows> even, odd;
+      unsigned distances = 0;  // in vectors
+      auto load = [&](Weights<kRows>& to, int octet) {
+        to.load(p.fragments, octet, 0, lane);
+        to.load(p.fragments, octet + 1, 1, lane);
+      };
+      auto load_one = [&](Weights<kRows>& to, int first, int octet) {
+        to.load(p.fragments, octet, 0, lane);
+        distances = p.plan.distances[distance_word_at(first, octet - first, lane % 8)];
       };
       auto load_first = [&](int k) {
-        four = p.plan.distances + distance_word_at(begin[k], -4, 0);
-        upper = true;
-        if (begin[k] < end[k]) load(begin[k], end[k]);
+        const int octets = end[k] - begin[k];
+        if (octets >= 2) {
+          load(even, begin[k]);
+          distances = p.plan.distances[distance_word_at(begin[k], 0, column16)];
+        } else if (octets == 1) {
+          load_one(even, begin[k], begin[k]);
+        }
       };
       load_first(0);  // while others copy
       copy_async_wait<1>();
@@ -157,16 +156,14 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
 #pragma unroll
       for (int k = 0; k < kGroups; ++k) {
         if (k > 0) load_first(k);
-        int i = begin[k];
-        const int last = end[k];
+        const int octet = begin[k], last = end[k], steps = (last - octet) / 2;
         if (block + 2 <= p.blocks && slice[k] >= 0) {
           begin[k] = p.plan.starts[int64_t(slice[k]) * (p.blocks + 1) + block + 2];
         }
-        if (i >= last) continue;
-        for (; i + 1 < last; i += 2) {
-          const Weights<kRows> weights = ahead;
-          const SharedAddress row = base + (distance_ahead + position16) * 16;
-          if (i + 2 < last) load(i + 2, last);  // while these are used
+        if (octet >= last) continue;
+        const bool one_left = (last - octet) % 2 != 0;
+        auto multiply = [&](const Weights<kRows>& weights, unsigned distance) {
+          const SharedAddress row = base + (min(distance, p.most_distance) + position16) * 16;
 #pragma unroll
           for (int j = 0; j < kPositions; j += 2) {
             uint32_t in[4];
@@ -182,21 +179,42 @@ __global__ __launch_bounds__(32 * kTensorWarps) void conv2d_tensor_kernel(const 
               }
             }
           }
+        };
+        int step = 0;
+        for (; step + 1 < steps; step += 2) {
+          load(odd, octet + 2 * step + 2);
+          multiply(even, distances & 0xffff);
+          const unsigned upper = distances >> 16;
+          if (step + 2 < steps) {
+            load(even, octet + 2 * step + 4);
+            distances = p.plan.distances[distance_word_at(octet, 2 * step + 4, column16)];
+          } else if (one_left) {
+            load_one(even, octet, last - 1);
+          }
+          multiply(odd, upper);
         }
-        if (i >= last) continue;
-        const SharedAddress row = base + (distance_ahead + position8) * 16;
+        if (step < steps) {
+          const unsigned lower = distances & 0xffff;
+          if (one_left) load_one(odd, octet, last - 1);
+          multiply(even, lower);
+          even = odd;
+        }
+        if (!one_left) continue;
+        const unsigned distance = min(steps % 2 ? distances >> 16 : distances & 0xffff, p.most_distance);
+        const SharedAddress row = base + (distance + position8) * 16;
 #pragma unroll
         for (int j = 0; j < kPositions; j += 4) {
           uint32_t in[4];
           load_matrices_transposed(in, row + (runs[j / kNeighbours] + j % kNeighbours * 16));
+          const auto& w = even.words;
           if constexpr (kRows == 8) {
-            mma_k8<T>(sums[k][0][j / 2], in[0], in[1], ahead.words[0][0]);
-            mma_k8<T>(sums[k][0][j / 2 + 1], in[2], in[3], ahead.words[0][0]);
+            mma_k8<T>(sums[k][0][j / 2], in[0], in[1], w[0][0]);
+            mma_k8<T>(sums[k][0][j / 2 + 1], in[2], in[3], w[0][0]);
           } else {
 #pragma unroll
             for (int m = 0; m < kMatrices; ++m) {
 #pragma unroll
-              for (int q = 0; q < 4; ++q) mma_k8<T>(sums[k][m][j + q], ahead.words[m][0], ahead.words[m][1], in[q]);
+              for (int q = 0; q < 4; ++q) mma_k8<T>(sums[k][m][j + q], w[m][0], w[m][1], in[q]);
             }
           }
         }

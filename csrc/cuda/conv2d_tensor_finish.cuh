@@ -10,6 +10,7 @@
 // To other images results go through lanes, from which from_lanes16_kernel takes them.
 #pragma once
 #include "conv2d_tensor_stage.cuh"
+#include "fragments.cuh"
 
 #include <utility>
 
@@ -37,32 +38,6 @@ __device__ __forceinline__ TensorRowEnd row_end_of(const TensorConv2dParams& p, 
   return end;
 }
 
-// Of a 4 x 4 matrix of words each of four lanes holds a row; then each holds a column.
-__device__ __forceinline__ void turn_over(uint32_t (&words)[4]) {
-  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? words[i] : words[i + 1], 1);
-    words[i] = odd ? got : words[i];
-    words[i + 1] = odd ? words[i + 1] : got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? words[i] : words[i + 2], 2);
-    words[i] = upper ? got : words[i];
-    words[i + 2] = upper ? words[i + 2] : got;
-  }
-}
-
-// Of an 8 x 8 matrix of 16-bit values a lane holds row g, columns 2 * t + {0, 1}; then it holds column g, rows 2 * t +
-// {0, 1}.
-__device__ __forceinline__ uint32_t transposed(uint32_t word) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const uint32_t low = __shfl_sync(0xffffffffu, word, 8 * t + g / 2);
-  const uint32_t high = __shfl_sync(0xffffffffu, word, 8 * t + 4 + g / 2);
-  return g % 2 ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
-}
-
 template <class T, int kRows, int kGroups, int kPositions>
 struct Finisher {
   static constexpr int kMatrices = kRows == 8 ? 1 : kRows / 16, kPlaces = kRows == 8 ? kPositions / 2 : kPositions;
@@ -87,14 +62,15 @@ struct Finisher {
   }
 
   __device__ __forceinline__ void add_residual(const TensorRowEnd& end, const TilePlace& tile,
-                                               const int (&at)[kPositions / 4], float (&x)[kPositions * 2]) const {
+                                               int at, int next_at, float (&x)[16]) const {
     const auto* from = static_cast<const uint4*>(p.residual) +
                        (tile.unit * p.out_n + max(end.channel, 0) * p.out_c) / kLanes;
 #pragma unroll
-    for (int i = 0; i < kPositions / 4; ++i) {
+    for (int i = 0; i < 2; ++i) {
+      const int vector = i == 0 ? at : next_at;
       uint32_t words[4] = {0, 0, 0, 0};
-      if (at[i] >= 0 && end.channel >= 0) {
-        const uint4 four = load_vector(from + at[i]);
+      if (vector >= 0 && end.channel >= 0) {
+        const uint4 four = load_vector(from + vector);
         words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
       }
       turn_over(words);
@@ -158,12 +134,6 @@ struct Finisher {
   __device__ __forceinline__ void run(const TilePlace& tile, int place,
                                       const float (&sums)[kGroups][kMatrices][kPlaces][4]) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    int in_lanes[kPositions / 4], in_images[kPositions / 8];
-    if (p.to_lanes) {
-      find<4>(in_lanes, tile, place, t, static_cast<int>(p.out_h / kLanes), 1);
-    } else {
-      find<8>(in_images, tile, place, 0, p.positions[1], 8);
-    }
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
       if (k >= slices) continue;
@@ -178,23 +148,32 @@ struct Finisher {
             shift[e] = __shfl_sync(0xffffffffu, end.shift, 8 * t + 4 * e);
           }
         }
-        float x[kPositions * 2];
-#pragma unroll
-        for (int i = 0; i < kPositions * 2; ++i) {
-          const float* four = kRows == 8 ? sums[k][0][i / 4] : sums[k][half / 2][i / 2];
-          x[i] = four[kRows == 8 ? i % 4 : half % 2 * 2 + i % 2] * scale[i % 2] + shift[i % 2];
-        }
-        if (p.residual) add_residual(end, tile, in_lanes, x);
-        activate_all(x, p.activation);
+        // Found for each row anew, for want of registers.
+        int in_lanes[kPositions / 4];
+        if (p.to_lanes) find<4>(in_lanes, tile, place, t, static_cast<int>(p.out_h / kLanes), 1);
         uint32_t words[kPositions];
 #pragma unroll
-        for (int i = 0; i < kPositions; ++i) {
-          words[i] = word_of<T>(x[2 * i], x[2 * i + 1]);
-          if constexpr (kRows == 8) words[i] = transposed(words[i]);
+        for (int first = 0; first < kPositions; first += 8) {  // few at a time, for want of registers
+          float x[16];
+#pragma unroll
+          for (int i = 0; i < 16; ++i) {
+            const int at = first * 2 + i;
+            const float* four = kRows == 8 ? sums[k][0][at / 4] : sums[k][half / 2][at / 2];
+            x[i] = four[kRows == 8 ? i % 4 : half % 2 * 2 + i % 2] * scale[i % 2] + shift[i % 2];
+          }
+          if (p.residual) add_residual(end, tile, in_lanes[first / 4], in_lanes[first / 4 + 1], x);
+          activate_all(x, p.activation);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            words[first + i] = word_of<T>(x[2 * i], x[2 * i + 1]);
+            if constexpr (kRows == 8) words[first + i] = transposed(words[first + i]);
+          }
         }
         if (p.to_lanes) {
           to_lanes(end, tile, in_lanes, words);
         } else {
+          int in_images[kPositions / 8];
+          find<8>(in_images, tile, place, 0, p.positions[1], 8);
           to_images(end, tile, in_images, words);
         }
       }

@@ -273,19 +273,18 @@ __global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatt
 // ---- values, at each call ----
 
 // A thread writes one word, the values of a row at two neighbouring places of an octet:
-//   8 rows:   [lane]
-//   16 rows:  [lane][half of the rows]
-//   more:     [pair of matrices][lane][matrix][half of the rows], so that a lane reads 16 bytes
+//   8 rows:  [lane]
+//   more:    [matrix][lane][half of the rows]
 template <int kRows>
 __global__ void tensor_values_kernel(const TensorValuesParams p) {
-  constexpr int kWords = kRows * 4, kTogether = kRows > 16 ? 2 : 1, kHalves = kRows > 8 ? 2 : 1;
+  constexpr int kWords = kRows * 4, kHalves = kRows > 8 ? 2 : 1;
   const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t octet = index / kWords;
   if (octet >= p.n_octets) return;
   int word = static_cast<int>(index % kWords);
   const int half = word % kHalves;
   word /= kHalves;
-  const int matrix = word / kTogether / 32 * kTogether + word % kTogether, lane = word / kTogether % 32;
+  const int matrix = word / 32, lane = word % 32;
   const int in_slice = matrix * 16 + half * 8 + lane / 4;
   uint32_t bits = 0;
 #pragma unroll
