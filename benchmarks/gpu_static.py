@@ -67,6 +67,7 @@ EXPECTED = (
     Expected(r"^conv2d_kernel<[48],", 256, 64 << 10, ("LDGSTS",), ("FFMA", "LDS.128", "LDG.128")),
     Expected(r"^conv2d_kernel<2,", 256, 64 << 10, ("LDGSTS",), ("FFMA", "LDS.128", "LDG.128")),
     Expected(r"^conv2d_kernel<1,", 256, 64 << 10, ("LDGSTS",), ("FFMA", "LDS.128", "LDG.64")),
+    Expected(r"^to_lanes_kernel<", 128),
 )
 # As instructions of other widths, where the compiler has better ones on a later architecture.
 SAME = {"FFMA": ("FFMA", "FFMA2")}

@@ -17,6 +17,7 @@ from conftest import assert_near
 from test_kernels_conv2d import random_case
 
 from sparsekd.sparse import formats, ops, reference
+from sparsekd.sparse.modules import SparseConv2d
 
 REHEARSE = os.environ.get("SPARSEKD_REHEARSE") == "1"
 DEVICE = "cpu" if REHEARSE else "cuda"
@@ -171,3 +172,32 @@ def test_2_to_4_convolutions(seed):
         got = torch.ops.sparsekd.conv2d_24(*on_device([input, values, metadata, bias]), *case.geometry)
     want = reference.conv2d_24_reference(input.double(), values.double(), metadata, bias.double(), *case.geometry)
     assert_near(got.cpu(), want, case.dtype, str(case))
+
+
+@pytest.mark.parametrize("vector", [1, 4, 16])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_module_reads_the_values_of_the_moment(vector, format):
+    """By its plan, and in a graph that was captured before they changed."""
+    torch.manual_seed(vector)
+    mask = (torch.rand(32 // vector, 24, 3, 3) < 0.2).repeat_interleave(vector, 0)
+    conv = SparseConv2d.from_dense(torch.nn.Conv2d(24, 32, 3, padding=1).to(DEVICE).eval(), mask.to(DEVICE), vector)
+    input = torch.randn(4, 24, 15, 14, device=DEVICE).contiguous(memory_format=format)
+
+    def check(got):
+        want = F.conv2d(input.double(), conv.weight.double(), conv.bias.double(), padding=1)
+        assert_near(got.cpu(), want.cpu(), torch.float32)
+
+    with torch.no_grad():
+        check(conv(input))
+        conv.values.mul_(-2)
+        check(conv(input))
+        if not REHEARSE:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = conv(input)
+            conv.values.mul_(3)
+            graph.replay()
+            check(captured)
+            assert conv._plans.by_size
+        conv.values.mul_(3)
+        check(conv(input))

@@ -48,10 +48,11 @@ int sparsekd_to_lanes(const ToLanesParams* params, void* stream) {
 }
 
 int sparsekd_records(const RecordsParams* params, int kernel_vector, void* stream) {
-  // Warps of a slice: one for so many entries, or other slices to be counted.
+  // Warps of a slice: one for so many entries, or other slices to be counted; as many as have counters in 48 KiB.
   const int entries = params->n_vectors / params->row_groups;
   const int others = params->row_groups_per_group * params->slices;
-  const int warps = std::clamp(std::max(entries / 64, others / 256), 1, kRecordsWarps);
+  const int fit = (48 << 10) / int(sizeof(int)) / (params->blocks + 1);
+  const int warps = std::max(std::min({std::max(entries / 64, others / 256), kRecordsWarps, fit}), 1);
   const dim3 grid(params->row_groups * params->slices), block(32 * warps);
   const size_t bytes = sizeof(int) * warps * (params->blocks + 1);
   auto* on = static_cast<cudaStream_t>(stream);
