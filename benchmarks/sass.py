@@ -86,8 +86,12 @@ def _blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], list[list
     return blocks, follows
 
 
-def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
-    """The natural loops that hold no other: edges back to a block that dominates where they come from."""
+def innermost_loops(code: list[Instruction], nested: bool = False) -> list[list[Instruction]]:
+    """The natural loops that hold no other: edges back to a block that dominates where they come from.
+
+    Args:
+        nested: those that hold others, too.
+    """
     blocks, follows = _blocks(code)
     before: list[list[int]] = [[] for _ in blocks]
     for i, after in enumerate(follows):
@@ -112,7 +116,7 @@ def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
                     if j not in members:
                         members.add(j)
                         open_ += before[j]
-    inner = [m for h, m in loops.items() if not any(other in m and other != h for other in loops)]
+    inner = [m for h, m in loops.items() if nested or not any(other in m and other != h for other in loops)]
     # A block that only traps (BRA to itself at the function's end) is no loop.
     result = [[instruction for i in sorted(members) for instruction in blocks[i]] for members in inner]
     return [loop for loop in result if len(loop) > 1]
