@@ -9,7 +9,7 @@ import torch
 from cases import Convolution
 from conftest import assert_near
 from test_cuda_conv2d import ACTIVATIONS, sampled
-from test_cuda_conv2d_tensor import HALVES, LARGE, SMALL, device
+from test_cuda_conv2d_tensor import HALVES, LARGE, device
 
 from sparsekd.sparse import formats_24, reference
 
