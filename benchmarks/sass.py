@@ -93,6 +93,14 @@ def innermost_loops(code: list[Instruction], nested: bool = False) -> list[list[
         nested: those that hold others, too.
     """
     blocks, follows = _blocks(code)
+    # What no edge leads to, as the slow paths of shuffles, leads nowhere.
+    reached, open_ = {0}, [0]
+    while open_:
+        for j in follows[open_.pop()]:
+            if j not in reached:
+                reached.add(j)
+                open_.append(j)
+    follows = [after if i in reached else [] for i, after in enumerate(follows)]
     before: list[list[int]] = [[] for _ in blocks]
     for i, after in enumerate(follows):
         for j in after:

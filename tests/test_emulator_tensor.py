@@ -22,8 +22,8 @@ BUGS = {
     ),
     "waits for too few copies": ("copy_async_wait<1>();", "copy_async_wait<2>();", "asynchronous copy"),
     "rows of a matrix eight bytes apart": (
-        "(distance_ahead + position16) * 16;",
-        "(2 * distance_ahead + position16) * 8;",
+        "(min(distance, p.most_distance) + position16) * 16;",
+        "(2 * min(distance, p.most_distance) + position16) * 8;",
         "misaligned",
     ),
     "zeros for the first place of a tile alone": (
@@ -37,8 +37,8 @@ BUGS = {
         "out of bounds",
     ),
     "lanes make unequal numbers of steps": (
-        "for (; i + 1 < last; i += 2) {",
-        "for (; i + 1 < last + (lane == 7 ? 2 : 0); i += 2) {",
+        "for (; step + 1 < steps; step += 2) {",
+        "for (; step + 1 < steps + (lane == 7 ? 2 : 0); step += 2) {",
         "diverge|deadlock|have ended|out of bounds|before it was written",
     ),
     "what rows need is not found for the last one": (
