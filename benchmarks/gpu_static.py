@@ -48,7 +48,7 @@ class Expected:
 TENSOR = ("LDGSTS", "LDSM", "HMMA")
 SPARSE_TENSOR = ("LDGSTS", "LDSM", "HMMA.SP")
 # kConv2d24Variants: tiles of 16 rows and of 8 pixels of a warp, warps of rows and of pixels, groups of such warps.
-TILES_24 = ((4, 4, 2, 4, 1), (4, 4, 2, 2, 2), (4, 4, 1, 2, 2), (4, 4, 2, 2, 4), (2, 4, 2, 2, 1))
+TILES_24 = ((4, 4, 2, 4, 1), (4, 4, 1, 2, 2), (4, 4, 2, 2, 3), (2, 4, 2, 2, 1))
 EXPECTED = (
     Expected(r"^conv2d_tensor_kernel<\w+, 8,", 512, 122 << 10, TENSOR, ("HMMA.16816", "LDSM.x4"), False),
     Expected(r"^conv2d_tensor_kernel<\w+, 16,", 512, 122 << 10, TENSOR, ("HMMA.16816", "LDSM.x4", "LDG.64"), False),
@@ -152,6 +152,10 @@ def hot_loop(code: list[sass.Instruction]) -> list[sass.Instruction]:
     """
     loops = sass.innermost_loops(code)
     best = max(loops, key=lambda loop: (sum(map(sass.macs, loop)), sass.mix(loop)["LDGSTS"]), default=[])
+    if any(i.name == "HMMA" for i in code) and not any(i.name == "HMMA" for i in best):
+        # Turns that have nothing to multiply became a loop of their own, in the one that multiplies.
+        holding = [loop for loop in sass.innermost_loops(code, nested=True) if any(i.name == "HMMA" for i in loop)]
+        best = min(holding, key=len, default=best)
     multiplying = sum(1 for instruction in best if sass.macs(instruction))
     # One instruction of the tensor cores is work enough.
     return best if multiplying >= 0.15 * len(best) or any(i.name == "HMMA" for i in best) else []

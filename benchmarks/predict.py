@@ -72,13 +72,8 @@ ASSUMPTIONS = {
     "l2_bytes": 32,  # of the second-level cache, a cycle and SM: the 2:4 kernel reads activations again for each tap
 }
 
-TILES_24 = (
-    (4, 4, 2, 4, 1),
-    (4, 4, 2, 2, 2),
-    (4, 4, 1, 2, 2),
-    (4, 4, 2, 2, 4),
-    (2, 4, 2, 2, 1),
-)  # of the 2:4 kernel, as in gpu_static.py
+# Of the 2:4 kernel, as in gpu_static.py.
+TILES_24 = ((4, 4, 2, 4, 1), (4, 4, 1, 2, 2), (4, 4, 2, 2, 3), (2, 4, 2, 2, 1))
 # Of conv2d_kernel by V: images or strips in the lanes, positions and rows of a warp.
 TILES_32 = {
     1: ((16, 32, 4), (8, 64, 4), (4, 128, 4), (4, 64, 4), (4, 224, 2)),

@@ -86,9 +86,21 @@ def _blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], list[list
     return blocks, follows
 
 
-def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
-    """The natural loops that hold no other: edges back to a block that dominates where they come from."""
+def innermost_loops(code: list[Instruction], nested: bool = False) -> list[list[Instruction]]:
+    """The natural loops that hold no other: edges back to a block that dominates where they come from.
+
+    Args:
+        nested: those that hold others, too.
+    """
     blocks, follows = _blocks(code)
+    # What no edge leads to, as the slow paths of shuffles, leads nowhere.
+    reached, open_ = {0}, [0]
+    while open_:
+        for j in follows[open_.pop()]:
+            if j not in reached:
+                reached.add(j)
+                open_.append(j)
+    follows = [after if i in reached else [] for i, after in enumerate(follows)]
     before: list[list[int]] = [[] for _ in blocks]
     for i, after in enumerate(follows):
         for j in after:
@@ -112,7 +124,7 @@ def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
                     if j not in members:
                         members.add(j)
                         open_ += before[j]
-    inner = [m for h, m in loops.items() if not any(other in m and other != h for other in loops)]
+    inner = [m for h, m in loops.items() if nested or not any(other in m and other != h for other in loops)]
     # A block that only traps (BRA to itself at the function's end) is no loop.
     result = [[instruction for i in sorted(members) for instruction in blocks[i]] for members in inner]
     return [loop for loop in result if len(loop) > 1]

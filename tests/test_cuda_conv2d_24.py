@@ -9,7 +9,7 @@ import torch
 from cases import Convolution
 from conftest import assert_near
 from test_cuda_conv2d import ACTIVATIONS, sampled
-from test_cuda_conv2d_tensor import HALVES, LARGE, SMALL, device
+from test_cuda_conv2d_tensor import HALVES, LARGE, device
 
 from sparsekd.sparse import formats_24, reference
 
@@ -65,23 +65,22 @@ def test_against_the_oracle(seed):
     check(draw(seed), biased=seed % 2)
 
 
-# Tiles of a block, of all its groups of warps: output channels and pixels of one, and groups; and filters, size,
-# multiprocessors and shared memory where it is the cheapest.
+# Tiles of a block: output channels and pixels, and groups of warps; and filters, kernel, size and multiprocessors where
+# it is the cheapest.
 TILES = {
-    (128, 128, 1): (128, 16, 1, LARGE),
-    (128, 64, 2): (64, 16, 108, LARGE),
-    (64, 64, 2): (64, 16, 4, SMALL),
-    (128, 64, 4): (128, 8, 108, 227 << 10),
-    (64, 64, 1): (64, 16, 1, LARGE),
+    (128, 128, 1): (128, 3, 16, 1),
+    (64, 64, 2): (64, 3, 16, 1),
+    (128, 64, 3): (128, 3, 8, 108),
+    (64, 64, 1): (64, 1, 16, 108),
 }
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_every_tile(tile):
-    (rows, pixels, groups), (filters, size, multiprocessors, shared_bytes) = tile, TILES[tile]
-    case = dataclasses.replace(draw(0), filters=filters, channels=80, kernel=(3, 3), stride=(1, 1), dilation=(1, 1))
-    case = dataclasses.replace(case, padding=(1, 1), size=(size, size), groups=1, batch=1)
-    check(case, True, multiprocessors, shared_bytes)
+    (rows, pixels, groups), (filters, kernel, size, multiprocessors) = tile, TILES[tile]
+    case = dataclasses.replace(draw(0), filters=filters, channels=80, stride=(1, 1), dilation=(1, 1), groups=1, batch=1)
+    case = dataclasses.replace(case, kernel=(kernel, kernel), padding=(kernel // 2,) * 2, size=(size, size))
+    check(case, True, multiprocessors, LARGE)
     assert emulated.emulator().functions.emulator_last_shared_bytes() == 48 * groups * (
         rows * 4 + pixels * 8 + rows // 2
     )

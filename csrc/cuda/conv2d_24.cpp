@@ -23,8 +23,8 @@ struct Limits {
 };
 
 // By cycles of an SM: the most of what the tensor cores multiply (2048 a cycle, zeros included), what shared memory
-// delivers and takes (128 bytes a cycle), what its four quarters issue, and what a warp takes that waits for nothing but
-// itself (see conv2d_tensor_tiling.cpp).
+// delivers and takes (128 bytes a cycle), what its four quarters issue, and what a warp takes that waits for nothing
+// but itself (see conv2d_tensor_tiling.cpp).
 const Conv2d24Variant& choose(const Conv2d24Shape& shape, int64_t pixels, const Limits& limits) {
   constexpr double kBetweenInstructions = 5.7, kIssued = 0.8;
   const int64_t steps = shape.conv.taps() * shape.channel_blocks;
@@ -36,7 +36,8 @@ const Conv2d24Variant& choose(const Conv2d24Shape& shape, int64_t pixels, const 
     const int64_t blocks = row_blocks * ceil_div(pixels, int64_t(v.pixels()));
     const int64_t warps = v.threads() / 32, turns = ceil_div(blocks, int64_t(limits.multiprocessors));
     const int64_t fitting = (limits.shared_bytes + 1024) / (conv2d_24_bytes(v) + 1024);
-    const int64_t together = std::clamp<int64_t>(std::min(kConv2d24Warps / warps, fitting), 1, turns);
+    const int64_t living = std::min<int64_t>(blocks_of_24(static_cast<int>(warps)), fitting);
+    const int64_t together = std::clamp<int64_t>(living, 1, turns);
     // Of a warp, as nvcc 13 makes them, for a step and at the end.
     const double copies = static_cast<double>(v.rows() * 4 + v.pixels() * 8) / v.group_threads();
     const double of_step = 2 * (v.row_tiles + v.pixel_tiles + v.row_tiles * v.pixel_tiles) + 60 + 8 * copies;
@@ -44,7 +45,8 @@ const Conv2d24Variant& choose(const Conv2d24Shape& shape, int64_t pixels, const 
                                        : 300 + v.row_tiles * (80 + v.pixel_tiles * (12 + 40.0 / v.depth));
     const double instructions = of_step * static_cast<double>(ceil_div(steps, int64_t(v.depth))) + of_end;
     const double multiplied = static_cast<double>(v.rows() * v.pixels() * kStepChannels) / 2048;
-    const double operands = static_cast<double>(v.group_threads() / 32 * (8 * (v.row_tiles + v.pixel_tiles) + v.row_tiles));
+    const int of_warp = 8 * (v.row_tiles + v.pixel_tiles) + v.row_tiles;
+    const double operands = static_cast<double>(v.group_threads() / 32 * of_warp);
     const double moved = operands + v.stage_vectors() / 8.0;
     const double throughput = std::max(static_cast<double>(steps) * std::max(multiplied, moved),
                                        instructions * static_cast<double>(warps) / 4 / kIssued);

@@ -142,7 +142,7 @@ __device__ __forceinline__ void store_from_registers(const Conv2d24Params& p, in
 
 template <class T, int kRowTiles, int kPixelTiles, int kRowWarps, int kPixelWarps, int kDepth>
 __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps * kDepth,
-                             kConv2d24Warps / (kRowWarps * kPixelWarps * kDepth)) void conv2d_24_kernel(
+                             blocks_of_24(kRowWarps * kPixelWarps * kDepth)) void conv2d_24_kernel(
     const Conv2d24Params p) {
   needs_tensor_cores();
   using Sizes = Conv2d24Sizes<Conv2d24Variant{kRowTiles, kPixelTiles, kRowWarps, kPixelWarps, kDepth}>;
@@ -163,7 +163,7 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps * kDepth,
   uint4* stages = shared_memory<uint4>() + depth * kConv2d24Stages * kStageVectors;
 
   // ---- what a thread copies: the same vector of every so many rows and pixels ----
-  const int taps = p.kernel_h * p.kernel_w, steps = taps * p.channel_blocks;
+  const int taps = p.kernel_h * p.kernel_w, steps = kDepth > 1 ? p.steps : taps * p.channel_blocks;
   const int group_vectors = p.channels / 16, pixel_vectors = p.groups * (p.channels / 8);
   const int value_row = thread / 4, value_vector = thread % 4;
   const int value_to = value_row * 4 + (value_vector ^ value_row / 2 % 4);
@@ -203,7 +203,10 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps * kDepth,
   };
   auto find_step = [&] {  // from `block`, which may lie behind the last
     const bool turned = block >= p.channel_blocks;
-    for (; block >= p.channel_blocks; block -= p.channel_blocks) {
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {  // as often as there may be taps of one block
+      if (block < p.channel_blocks) continue;
+      block -= p.channel_blocks;
       if (++tap_x < p.kernel_w) continue;
       tap_x = 0;
       ++tap_y;
@@ -258,15 +261,15 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps * kDepth,
     copy_async_wait<kConv2d24Stages - 2>();
     __syncthreads();  // what other threads copied, and the stage that is filled next was read
     // Asked of one group, too, so that the compiler doesn't mix copies and products, for which registers are missing.
-    const bool there = turn * kDepth + depth < min(steps, p.steps);
-    if ((turn + kConv2d24Stages - 1) * kDepth + depth < steps) stage(turn + kConv2d24Stages - 1);
+    const int next = (turn + kConv2d24Stages - 1) * kDepth + depth;
+    if (next < steps) stage(turn + kConv2d24Stages - 1);
     copy_async_commit();
-    if (!there) continue;
+    const bool there = next - (kConv2d24Stages - 1) * kDepth < min(steps, p.steps);
     const uint4* staged = stages + turn % kConv2d24Stages * kStageVectors;
     uint32_t words[kRowTiles];
     const auto* own_words = reinterpret_cast<const uint32_t*>(staged + kMetadataAt) + row_warp * kRowTiles * 32 + lane;
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) words[m] = load_vector(own_words + m * 32);
+    for (int m = 0; m < kRowTiles; ++m) words[m] = there ? load_vector(own_words + m * 32) : 0;
     auto multiply = [&](auto selector) {
       constexpr int kSelector = decltype(selector)::value;
       const SharedAddress row = shared_address(staged + value_at + ((kSelector * 2 + lane / 16) ^ value_turn));
@@ -282,8 +285,10 @@ __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps * kDepth,
         for (int m = 0; m < kRowTiles; ++m) mma_sparse_k32<T, kSelector>(sums[m][n], kept[m], in, words[m]);
       }
     };
-    multiply(std::integral_constant<int, 0>{});
-    multiply(std::integral_constant<int, 1>{});
+    if (there) {
+      multiply(std::integral_constant<int, 0>{});
+      multiply(std::integral_constant<int, 1>{});
+    }
   }
   copy_async_wait<0>();
   if (kDepth == 1 && p.whole_vectors) {

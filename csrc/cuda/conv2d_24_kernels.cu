@@ -14,11 +14,11 @@ cudaError_t launch_variant(const Conv2d24Params& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(int64_t(p.row_blocks) * p.groups * p.pixel_blocks));
   const size_t bytes = conv2d_24_bytes(v);
   if (p.dtype == DType::float16) {
-    return SPARSEKD_LAUNCH((conv2d_24_kernel<Half, v.row_tiles, v.pixel_tiles, v.row_warps, v.pixel_warps, v.depth>), grid,
-                           dim3(v.threads()), bytes, stream, p);
+    return SPARSEKD_LAUNCH((conv2d_24_kernel<Half, v.row_tiles, v.pixel_tiles, v.row_warps, v.pixel_warps, v.depth>),
+                           grid, dim3(v.threads()), bytes, stream, p);
   }
-  return SPARSEKD_LAUNCH((conv2d_24_kernel<BFloat16, v.row_tiles, v.pixel_tiles, v.row_warps, v.pixel_warps, v.depth>), grid,
-                         dim3(v.threads()), bytes, stream, p);
+  return SPARSEKD_LAUNCH((conv2d_24_kernel<BFloat16, v.row_tiles, v.pixel_tiles, v.row_warps, v.pixel_warps, v.depth>),
+                         grid, dim3(v.threads()), bytes, stream, p);
 }
 
 template <int... kIndex>

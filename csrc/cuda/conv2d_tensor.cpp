@@ -47,7 +47,8 @@ at::Tensor lanes_of_images(Call& call, const Lanes& layout, const TapAxis (&axes
   const int64_t threads = layout.plane * (channels_last ? channel_blocks * 16 : int64_t(layout.channels));
   TORCH_CHECK_VALUE(threads < kLimit / 2, "Expected fewer than 2^30 activations of a unit of eight images or strips, ",
                     "each, got ", threads);
-  const at::Tensor lanes = at::empty({int64_t(layout.units) * layout.channels * layout.plane, kLanes}, images.options());
+  const int64_t vectors = int64_t(layout.units) * layout.channels * layout.plane;
+  const at::Tensor lanes = at::empty({vectors, kLanes}, images.options());
   call.writes(lanes, name);
   const ToLanes16Params p{layout, {axes[0], axes[1]}, images.const_data_ptr(), images.stride(0), images.stride(1),
                           images.stride(2), images.stride(3), channels_last, int(threads), Divisor(layout.plane),

@@ -106,7 +106,8 @@ struct Finisher {
   }
 
   __device__ __forceinline__ void to_images(const TensorRowEnd& end, const TilePlace& tile,
-                                            const int (&at)[kPositions / 8], const uint32_t (&words)[kPositions]) const {
+                                            const int (&at)[kPositions / 8],
+                                            const uint32_t (&words)[kPositions]) const {
     const bool odd = threadIdx.x & 1;
     const int own = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -120,7 +121,8 @@ struct Finisher {
         const bool next_there = end.channel >= 0 && image + 2 < p.batch;
 #pragma unroll
         for (int i = 0; i < kPositions / 8; i += 2) {
-          const uint4 low = vector_of(words + i * 8, e), high = vector_of(words + i * 8 + 8, e), give = odd ? low : high;
+          const uint4 low = vector_of(words + i * 8, e), high = vector_of(words + i * 8 + 8, e);
+          const uint4 give = odd ? low : high;
           const uint4 got{__shfl_xor_sync(0xffffffffu, give.x, 1), __shfl_xor_sync(0xffffffffu, give.y, 1),
                           __shfl_xor_sync(0xffffffffu, give.z, 1), __shfl_xor_sync(0xffffffffu, give.w, 1)};
           const int own_at = odd ? at[i + 1] : at[i];

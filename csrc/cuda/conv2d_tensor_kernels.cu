@@ -43,7 +43,8 @@ cudaError_t launch_values(const TensorValuesParams& params, cudaStream_t stream)
 
 constexpr int kCopyThreads = 256;
 dim3 grid_of_units(int threads, int units) {
-  return {static_cast<unsigned>((threads + kCopyThreads - 1) / kCopyThreads), static_cast<unsigned>(units < 65535 ? units : 65535)};
+  return {static_cast<unsigned>((threads + kCopyThreads - 1) / kCopyThreads),
+          static_cast<unsigned>(units < 65535 ? units : 65535)};
 }
 
 }  // namespace

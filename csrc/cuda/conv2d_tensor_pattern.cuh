@@ -121,7 +121,9 @@ __global__ __launch_bounds__(32 * kPlanesWarps) void tensor_planes_kernel(const 
   for (int plane = threadIdx.x; plane < planes; plane += blockDim.x) {
     const int own = weights[plane];
     int rank = 0;
-    for (int other = 0; other < planes; ++other) rank += weights[other] > own || (weights[other] == own && other < plane);
+    for (int other = 0; other < planes; ++other) {
+      rank += weights[other] > own || (weights[other] == own && other < plane);
+    }
     by_weight[rank] = plane;
   }
   __syncthreads();  // by_weight
@@ -177,9 +179,9 @@ __global__ __launch_bounds__(32 * kPlanesWarps) void tensor_planes_kernel(const 
   }
 }
 
-// One warp per slice. Columns are counted by block of planes and residue; that one is the i-th of its block, in the order
-// of residues, is its place: of n octets, it goes to octet i % n. So columns of a residue that are no more than octets go
-// to different ones, and each octet has about as many.
+// One warp per slice. Columns are counted by block of planes and residue; that one is the i-th of its block, in the
+// order of residues, is its place: of n octets, it goes to octet i % n. So columns of a residue that are no more than
+// octets go to different ones, and each octet has about as many.
 __global__ __launch_bounds__(128, 4) void tensor_columns_kernel(const TensorPatternParams p) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;

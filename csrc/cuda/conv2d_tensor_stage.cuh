@@ -67,7 +67,8 @@ __global__ void from_lanes16_kernel(const FromLanes16Params p) {
       const int64_t slot = int64_t(unit) * kLanes + lane;
       const int64_t image = p.strips == 1 ? slot : static_cast<int>(slot) / p.strips;
       const int first_row = static_cast<int>(slot - image * p.strips) * p.strip_rows;
-      store_vector(to + image * p.out_n + first_row * p.out_h, static_cast<uint16_t>(words[lane / 2] >> 16 * (lane % 2)),
+      store_vector(to + image * p.out_n + first_row * p.out_h,
+                   static_cast<uint16_t>(words[lane / 2] >> 16 * (lane % 2)),
                    image < p.batch && first_row + y < p.rows);
     }
   }

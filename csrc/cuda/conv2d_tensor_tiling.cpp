@@ -137,15 +137,16 @@ Instructions instructions_of(const TensorVariant& v, const Tile& tile, double wa
   const double steps = columns / 16 + blocks / 2;  // of a slice; the last one of a block may be half a step
   const double products = v.rows == 8 ? 1 : v.rows / 8.0;  // of two positions
   const double copies = 20 + 8 * std::ceil(tile.plane / 32.0);
-  return {blocks * 150 + read_planes / warps * copies, v.groups * (steps * (16 + places / 2 * (1 + products)) + blocks * 30),
+  return {blocks * 150 + read_planes / warps * copies,
+          v.groups * (steps * (14 + places / 2 * (1 + products)) + blocks * 30),
           200 + v.groups * v.rows / 8.0 * (70 + places * (v.rows == 8 ? 15 : 10))};
 }
 
 // By cycles of an SM: the most of what its four quarters issue, what shared memory delivers (128 bytes a cycle) to the
-// operands and takes from the copies, what the tensor cores multiply, what L2 delivers, and what a warp takes that waits
-// for nothing but itself. As an H100 showed, that is what counts where few warps share a quarter: from one instruction of
-// a warp to the next are 5.7 cycles in the mean. No term falls with the number of columns, so that a sparser pattern
-// never costs more. benchmarks/predict.py makes its times of it.
+// operands and takes from the copies, what the tensor cores multiply, what L2 delivers, and what a warp takes that
+// waits for nothing but itself. As an H100 showed, that is what counts where few warps share a quarter: from one
+// instruction of a warp to the next are 5.7 cycles in the mean. No term falls with the number of columns, so
+// that a sparser pattern never costs more. benchmarks/predict.py makes its times of it.
 constexpr double kBetweenInstructions = 5.7, kIssued = 0.8, kL2Bytes = 32, kFirstBytes = 1000;
 double cycles_of(const TensorProblem& problem, const TensorDevice& device, Results results, const Cut& cut,
                  const Tiling& tiling, const Tile& tile) {
@@ -226,7 +227,10 @@ void look_at(const TensorProblem& problem, const TensorDevice& device, Results r
   int64_t last = 0;
   for (const int64_t parts : {0, 1, 2, 4}) {
     int64_t most = one.planes;
-    if (parts > 0) most = std::min(most, ((device.shared_bytes / 2 / parts - 1024) / 16 - one.zeros - one.block_slices * tiling.variant.rows) / int64_t(one.pitch));
+    if (parts > 0) {
+      const int64_t others = one.zeros + one.block_slices * tiling.variant.rows;
+      most = std::min(most, ((device.shared_bytes / 2 / parts - 1024) / 16 - others) / one.pitch);
+    }
     if (most < 1) continue;
     const int64_t blocks = ceil_div(one.planes, std::min<int64_t>(most, kMostBlockPlanes));
     if (blocks == last) continue;
