@@ -48,7 +48,7 @@ class Expected:
 TENSOR = ("LDGSTS", "LDSM", "HMMA")
 SPARSE_TENSOR = ("LDGSTS", "LDSM", "HMMA.SP")
 # kConv2d24Variants: tiles of 16 rows and of 8 pixels of a warp, warps of rows and of pixels, groups of such warps.
-TILES_24 = ((4, 4, 2, 4, 1), (4, 4, 1, 2, 2), (4, 4, 2, 2, 3), (2, 4, 2, 2, 1))
+TILES_24 = ((4, 8, 2, 2, 1), (4, 4, 2, 4, 1), (4, 4, 1, 2, 2), (4, 4, 2, 2, 3), (2, 4, 2, 2, 1))
 EXPECTED = (
     Expected(r"^conv2d_tensor_kernel<\w+, 8,", 512, 122 << 10, TENSOR, ("HMMA.16816", "LDSM.x4"), False),
     Expected(r"^conv2d_tensor_kernel<\w+, 16,", 512, 122 << 10, TENSOR, ("HMMA.16816", "LDSM.x4", "LDG.64"), False),
@@ -64,9 +64,8 @@ EXPECTED = (
         )
         for m, n, rows, pixels, depth in TILES_24
     ),
-    Expected(r"^conv2d_kernel<[48],", 256, 64 << 10, ("LDGSTS",), ("FFMA", "LDS.128", "LDG.128")),
-    Expected(r"^conv2d_kernel<2,", 256, 64 << 10, ("LDGSTS",), ("FFMA", "LDS.128", "LDG.128")),
-    Expected(r"^conv2d_kernel<1,", 256, 64 << 10, ("LDGSTS",), ("FFMA", "LDS.128", "LDG.64")),
+    Expected(r"^conv2d_kernel<[248],", 256, 72 << 10, ("LDGSTS",), ("FFMA", "LDS.128")),
+    Expected(r"^conv2d_kernel<1,", 256, 72 << 10, ("LDGSTS",), ("FFMA", "LDS.128", "LDS.64")),
     Expected(r"^to_lanes_kernel<", 128),
 )
 # As instructions of other widths, where the compiler has better ones on a later architecture.

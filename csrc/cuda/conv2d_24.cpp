@@ -36,7 +36,7 @@ const Conv2d24Variant& choose(const Conv2d24Shape& shape, int64_t pixels, const 
     const int64_t blocks = row_blocks * ceil_div(pixels, int64_t(v.pixels()));
     const int64_t warps = v.threads() / 32, turns = ceil_div(blocks, int64_t(limits.multiprocessors));
     const int64_t fitting = (limits.shared_bytes + 1024) / (conv2d_24_bytes(v) + 1024);
-    const int64_t living = std::min<int64_t>(blocks_of_24(static_cast<int>(warps)), fitting);
+    const int64_t living = std::min<int64_t>(blocks_of_24(static_cast<int>(warps), v.row_tiles * v.pixel_tiles), fitting);
     const int64_t together = std::clamp<int64_t>(living, 1, turns);
     // Of a warp, as nvcc 13 makes them, for a step and at the end.
     const double copies = static_cast<double>(v.rows() * 4 + v.pixels() * 8) / v.group_threads();

@@ -142,7 +142,7 @@ __device__ __forceinline__ void store_from_registers(const Conv2d24Params& p, in
 
 template <class T, int kRowTiles, int kPixelTiles, int kRowWarps, int kPixelWarps, int kDepth>
 __global__ __launch_bounds__(32 * kRowWarps * kPixelWarps * kDepth,
-                             blocks_of_24(kRowWarps * kPixelWarps * kDepth)) void conv2d_24_kernel(
+                             blocks_of_24(kRowWarps * kPixelWarps * kDepth, kRowTiles * kPixelTiles)) void conv2d_24_kernel(
     const Conv2d24Params p) {
   needs_tensor_cores();
   using Sizes = Conv2d24Sizes<Conv2d24Variant{kRowTiles, kPixelTiles, kRowWarps, kPixelWarps, kDepth}>;

@@ -28,8 +28,10 @@ struct Conv2d24Sizes {
   static constexpr int kStageVectors = kVariant.stage_vectors();
 };
 // Of so many warps, the blocks of threads that a multiprocessor has registers for: 12 to 16 warps.
-constexpr int blocks_of_24(int warps) { return warps == 4 ? 3 : warps <= 8 ? 2 : 1; }
-constexpr Conv2d24Variant kConv2d24Variants[] = {{4, 4, 2, 4, 1}, {4, 4, 1, 2, 2}, {4, 4, 2, 2, 3}, {2, 4, 2, 2, 1}};
+// Where a warp has more than 16 tiles, half as many.
+constexpr int blocks_of_24(int warps, int tiles) { return warps == 4 ? (tiles > 16 ? 2 : 3) : warps <= 8 ? 2 : 1; }
+constexpr Conv2d24Variant kConv2d24Variants[] = {{4, 8, 2, 2, 1}, {4, 4, 2, 4, 1}, {4, 4, 1, 2, 2}, {4, 4, 2, 2, 3},
+                                                {2, 4, 2, 2, 1}};
 constexpr int kConv2d24Stages = 3;
 constexpr int kStepChannels = 64;
 constexpr int kResultPitch = 20;  // floats from pixel to pixel, at the end: 16 channels, and 4 for the banks
