@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import machine
+
 __all__ = [
     "Speedup",
     "Timing",
@@ -233,11 +235,11 @@ def speedup(baseline: Timing, other: Timing, confidence: float = 0.95) -> Speedu
 def device_of(model: torch.nn.Module, inputs: object) -> torch.device:
     """Where the work happens: the first tensor found among the inputs, then the parameters."""
     if isinstance(inputs, torch.Tensor):
-        return inputs.device
+        return machine.place(inputs)
     values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
     for value in (*values, *model.parameters()):
         if isinstance(value, torch.Tensor):
-            return value.device
+            return machine.place(value)
     return torch.device("cpu")
 
 

@@ -1,8 +1,9 @@
 """What a swapped layer does with inputs of other shapes than it was converted with (detection, serving).
 
 By the cost model, set right by what was measured at the shape of the conversion; by measurement, when such a shape is
-first seen, under SPARSEKD_TUNE=full. Where dense is faster, the layer runs dense: with a dense weight that is made
-once, and again when the values have changed.
+first seen, under SPARSEKD_TUNE=full. On a GPU, of which the cost model knows nothing, a shape that is not measured runs
+sparse. Where dense is faster, the layer runs dense: with a dense weight that is made once, and again when the values
+have changed.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..measure import tuned
-from ..measure.machine import identity
+from ..measure import machine, tuned
+from . import cost_model
 from .dispatch import Choice, choose, predict_layer
 from .modules import SparseModule
 
@@ -25,7 +26,7 @@ MOST = 1000  # shapes that are remembered
 class Shapes:
     """Chooses between sparse and dense for each shape that one layer meets.
 
-    ``made`` holds the choices, by input shape and dtype.
+    ``made`` holds the choices, by input shape, dtype and kind of device.
 
     Args:
         choice: of the conversion, for ``layer`` on ``inputs``.
@@ -34,8 +35,9 @@ class Shapes:
     def __init__(self, choice: Choice, layer: SparseModule, inputs: Sequence[Tensor]) -> None:
         self.converted = choice
         self.made: dict[tuple, Choice] = {_key(x): choice for x in inputs}
-        # By how much the cost model is off at the shape that was measured.
-        self._right = choice.speedup / predict_layer(choice.name, layer, inputs).speedup
+        # By how much the cost model is off at the shape that was measured, on the processor.
+        predicted = predict_layer(choice.name, layer, inputs)
+        self._right = choice.speedup / predicted.speedup if predicted.speedup else None
         self._dense: nn.Module | None = None
         self._values: Tensor | None = None
 
@@ -59,9 +61,13 @@ class Shapes:
 
     def _choose(self, layer: SparseModule, x: Tensor) -> Choice:
         name = self.converted.name
-        if tuned.mode() == "full":
+        on_gpu = machine.place(x).type == "cuda"
+        captured = on_gpu and torch.cuda.is_current_stream_capturing()  # into a graph, where nothing can be timed
+        if tuned.mode() == "full" and not captured:
             made = choose(name, self.dense(layer), layer, [x])
-            tuned.of(identity()).flush()
+            tuned.flush()
+        elif (unknown := cost_model.unknown(machine.place(x))) is not None:
+            made = replace(predict_layer(name, layer, [x]), kernel="sparse", reason=f"sparse as converted: {unknown}")
         else:
             made = self._predicted(predict_layer(name, layer, [x]))
         if made.kernel == "dense":
@@ -75,6 +81,8 @@ class Shapes:
         return made
 
     def _predicted(self, made: Choice) -> Choice:
+        if self._right is None:
+            return made  # it was converted on a GPU
         gain = made.speedup * self._right
         said = f"predicted {gain:.2g}x at this shape from {self.converted.speedup:.2g}x at that of the conversion"
         low, high = made.speedup_low * self._right, made.speedup_high * self._right
@@ -86,7 +94,7 @@ class Shapes:
 
 
 def _key(x: Tensor) -> tuple:
-    return (x.shape, x.dtype)
+    return (x.shape, x.dtype, machine.place(x).type)
 
 
 def _same(one: Tensor | None, other: Tensor) -> bool:
