@@ -5,6 +5,7 @@ No GPU takes part: tensors on the CPU are said to be on one, and its events tell
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import sparsekd
+from sparsekd import bench, reporting
 from sparsekd.measure import machine, timing
 from sparsekd.sparse.modules import SparseConv2d
 from sparsekd.sparse.ops import registered
@@ -24,7 +26,7 @@ class Gpu:
 
     def __init__(self) -> None:
         self.now, self.clocks = 0.0, []
-        self.dense, self.sparse, self.launch = 1.0, 0.5, 0.01
+        self.dense, self.sparse = 1.0, 0.5
 
     def works(self, kind: str, method):
         def run(*args, **kwargs):
@@ -41,7 +43,7 @@ class Event:
         assert enable_timing
 
     def record(self, stream: object) -> None:
-        self.at = self.gpu.now = self.gpu.now + self.gpu.launch  # no call takes no time
+        self.at = self.gpu.now = self.gpu.now + 0.001  # no call takes no time
 
     def elapsed_time(self, end: Event) -> float:
         return end.at - self.at
@@ -60,8 +62,8 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", made.works("dense", nn.Conv2d._conv_forward))
     monkeypatch.setattr(SparseConv2d, "forward", _sparse_forward(made))
-    repeats = timing._repeats_for
-    monkeypatch.setattr(timing, "_repeats_for", lambda *args: made.clocks.append(args[2]) or repeats(*args))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(timing, "_repeats_for", lambda engine, min_time, clock, device: made.clocks.append(clock) or 1)
     return made
 
 
@@ -177,3 +179,65 @@ def test_other_devices_are_refused(gpu, monkeypatch):
     fast = sparsekd.convert(model, x)
     assert sparse_layers(fast) == 0
     assert "only layers on the CPU and on CUDA" in sparsekd.choices(fast)["0"].reason
+
+
+def test_all_that_builds_on_it_asks_its_clock(gpu, monkeypatch):
+    monkeypatch.setattr(reporting, "peak_flops", lambda *_, **__: 1e12)
+    model, x = network()
+    fast = sparsekd.optimize_for_inference(model, x)
+    assert sparse_layers(fast) == 2 and sparsekd.choices(fast)
+    made = sparsekd.report(sparsekd.convert(model, x), x)
+    assert made.machine["GPU"] == "a GPU" and made.machine["clock"] == "CUDA events"
+    assert {layer.kernel for layer in made.layers} == {"sparse"} and made.network[0].speedup > 1
+    foretold = sparsekd.would_it_be_faster(model, 0.9, tuple(x.shape))
+    assert [choice.dense_ms for choice in foretold.values()] == pytest.approx([1.0, 1.0], rel=0.02)
+    assert sparsekd.latency_budget(model, x, "1.5x").network_ms == pytest.approx(2.0, rel=0.02)
+    assert bench.run(model, x, against=["eager"], rounds=2, min_time=0.005)["clock"] == "cuda"
+    assert gpu.clocks and set(gpu.clocks) == {"cuda"}
+
+
+def test_without_measuring_nothing_is_foretold(gpu, monkeypatch):
+    monkeypatch.setenv("SPARSEKD_TUNE", "off")
+    model, x = network()
+    for choice in sparsekd.would_it_be_faster(model, 0.9, tuple(x.shape)).values():
+        assert choice.kernel == "dense" and not choice.dense_ms and "the cost model knows CPUs alone" in choice.reason
+    with pytest.raises(ValueError, match="the cost model knows CPUs alone, got cuda"):
+        sparsekd.latency_budget(model, x, "1.5x")
+    assert not gpu.clocks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode, kernel", [("cached", "sparse"), ("full", "dense")])
+def test_other_shapes_are_measured_or_stay_sparse(gpu, monkeypatch, mode, kernel):
+    model, x = network()
+    fast = sparsekd.convert(model, x)
+    monkeypatch.setenv("SPARSEKD_TUNE", mode)
+    gpu.sparse, other = 3.0, torch.randn(3, 8, 6, 6)
+    with contextlib.nullcontext() if mode == "cached" else pytest.warns(UserWarning, match="runs dense at a shape"):
+        got = fast(other)
+    torch.testing.assert_close(got, model(other), rtol=1e-4, atol=1e-5)
+    for met in sparsekd.choices_by_shape(fast).values():
+        assert [choice.kernel for choice in met] == ["sparse", kernel]
+        assert met[1].dense_ms == pytest.approx(0.0 if mode == "cached" else 1.0, rel=0.02)
+
+
+def test_sparse_layers_stay_with_their_choices_when_optimised(gpu):
+    model, x = network()
+    mapping = {"0": {"kernel": "sparse"}, "3": {"kernel": "dense"}}
+    with pytest.warns(UserWarning, match="asked for by mapping"):
+        converted = sparsekd.convert(model, x, mapping=mapping)
+    fast = sparsekd.optimize_for_inference(converted, x)
+    reasons = [choice.reason for choice in sparsekd.choices(fast).values()]
+    assert sparse_layers(fast) == 2 and reasons[0] == "asked for by mapping" and "beats dense" in reasons[1]
+
+
+def test_random_numbers_go_on_as_if_nothing_was_measured(monkeypatch):
+    """torch.manual_seed seeds GPUs as well."""
+    kept = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    fork = contextlib.nullcontext
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: kept.append(list(devices)) or fork())
+    model, x = network()
+    sparsekd.convert(model, x, mapping={"*": {"kernel": "sparse"}})
+    assert kept == [[0, 1]] * len(kept) and len(kept) >= 3

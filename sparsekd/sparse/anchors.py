@@ -57,13 +57,24 @@ def predict(layer: nn.Module, inputs: Sequence[Tensor], vector: int, density: fl
     if figures is None or "dense_ms" not in figures:
         figures = measured(layer, inputs, vector)
         known.put(key, figures)
-    return read_off(figures, density), "measured"
+    error = ERROR if machine.place(inputs[0]).type == "cpu" else unevenness(figures)
+    return read_off(figures, density, error), "measured"
 
 
-def read_off(figures: tuned.Figures, density: float) -> Prediction:
+def read_off(figures: tuned.Figures, density: float, error: float = ERROR) -> Prediction:
     """What figures of :func:`measured` say of a density."""
-    points = sorted((float(name), ms) for name, ms in figures.items() if name != "dense_ms")
-    return Prediction(figures["dense_ms"], _between(points, density), ERROR)
+    return Prediction(figures["dense_ms"], _between(_points(figures), density), error)
+
+
+def unevenness(figures: tuned.Figures) -> float:
+    """How far, relatively, a density between others is off the line through its neighbours, at the most."""
+    points = _points(figures)
+    left_out = ((points[:at] + points[at + 1 :], *points[at]) for at in range(1, len(points) - 1))
+    return max((abs(_between(others, density) / ms - 1) for others, density, ms in left_out), default=0.0)
+
+
+def _points(figures: tuned.Figures) -> list[tuple[float, float]]:
+    return sorted((float(name), ms) for name, ms in figures.items() if name != "dense_ms")
 
 
 def measured(
