@@ -191,7 +191,7 @@ def test_all_that_builds_on_it_asks_its_clock(gpu, monkeypatch):
     assert {layer.kernel for layer in made.layers} == {"sparse"} and made.network[0].speedup > 1
     foretold = sparsekd.would_it_be_faster(model, 0.9, tuple(x.shape))
     assert [choice.dense_ms for choice in foretold.values()] == pytest.approx([1.0, 1.0], rel=0.02)
-    assert sparsekd.latency_budget(model, x, "1.5x").network_ms == pytest.approx(2.0, rel=0.02)
+    assert sparsekd.latency_budget(model, x, "1.1x").network_ms == pytest.approx(2.0, rel=0.02)
     assert bench.run(model, x, against=["eager"], rounds=2, min_time=0.005)["clock"] == "cuda"
     assert gpu.clocks and set(gpu.clocks) == {"cuda"}
 
