@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from .measure import tuned
-from .measure.machine import identity
+from .measure.machine import TIMED
+from .measure.timing import device_of
 from .pruning.latency import LEVELS, LatencyBudget, Spending
 from .pruning.layers import Ignored, find_prunable
 from .pruning.patterns import Units
@@ -51,7 +52,7 @@ def measure_layers(model: nn.Module, example_inputs: object, pattern: str = "uns
     """Times of the Conv1d, Conv2d and Linear layers of a model, at the inputs that reach them.
 
     As :func:`sparsekd.would_it_be_faster` tells them: from four densities measured here and kept on disk, or by the
-    cost model under ``SPARSEKD_TUNE=off``.
+    cost model under ``SPARSEKD_TUNE=off`` (ValueError on a GPU, which it does not know).
     """
     vector = vector_of(pattern.removesuffix("-permuted"))
     names = {module: name for name, module in reversed(list(model.named_modules()))}
@@ -59,15 +60,14 @@ def measure_layers(model: nn.Module, example_inputs: object, pattern: str = "uns
     for module, inputs in record_inputs(model, example_inputs).items():
         if type(module) not in KINDS or module.weight.numel() == 0:
             continue
-        if module.weight.device.type != "cpu":
-            raise ValueError(f"Expected a model on the CPU, where sparse layers are timed, got {module.weight.device}")
+        if (device := device_of(module, inputs)).type not in TIMED:
+            raise ValueError(f"Expected a model on the CPU or on CUDA, where sparse layers are timed, got {device}")
         made = [anchors.predict(module, inputs, vector, 1 - level)[0] for level in LEVELS]
         dense = made[0].dense_ms
         found[names[module]] = [
             dense if level < MIN_SPARSITY else min(dense, of.sparse_ms) for level, of in zip(LEVELS, made, strict=True)
         ]
-    if tuned.mode() != "off":
-        tuned.of(identity()).flush()
+    tuned.flush()
     return LatencyTable(LEVELS, found)
 
 
@@ -78,7 +78,7 @@ def latency_budget(
     pattern: str = "unstructured",
     ignored_layers: Ignored = "first_last",
 ) -> LatencyBudget:
-    """A budget for :class:`sparsekd.Pruner` that spends sparsity where it buys time on this machine.
+    """A budget for :class:`sparsekd.Pruner` that spends sparsity where it buys time on this machine, or on its GPU.
 
     Each layer is timed (:func:`measure_layers`), and so is the whole network, dense and with zeros at random places:
     what is not in its layers counts as fixed. Under ``SPARSEKD_TUNE=off`` nothing is measured; the network then is its
@@ -93,7 +93,7 @@ def latency_budget(
 
     Raises:
         TypeError, ValueError: another target or pattern; a model without layers that have sparse twins, or elsewhere
-            than on the CPU; a target out of reach.
+            than on the CPU and on CUDA; a target out of reach; SPARSEKD_TUNE=off on CUDA.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")

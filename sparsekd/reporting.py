@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .measure import tuned
-from .measure.machine import clock, identity, processor, timed_on
+from .measure.machine import clock, processor, timed_on
 from .measure.progress import track
 from .measure.report import AccuracyPoint, LayerReport, NetworkReport, Report
-from .measure.timing import compare, peak_flops, speedup
+from .measure.timing import compare, device_of, peak_flops, speedup
 from .measure.timing import threads as using_threads
-from .sparse import anchors, ops
+from .sparse import anchors, cost_model, ops
 from .sparse.convert import choices, to_dense
 from .sparse.cost_model import Prediction
 from .sparse.dispatch import KINDS, MIN_SPARSITY, Choice, evaluating, measure_layer, sparsity_of
@@ -22,15 +22,18 @@ from .sparse.modules import SparseModule
 from .sparse.problem import Problem
 from .sparse.surgery import call, copied, record_inputs
 
+CLOCKS = {"cpu": "process CPU time", "wall": "wall time", "cuda": "CUDA events"}
 
-def machine() -> dict[str, str]:
-    """Where figures come from: processor, instruction set, threads, torch."""
-    return {
+
+def machine(device: torch.device | None = None) -> dict[str, str]:
+    """Where figures come from: GPU, if the device is one, processor, instruction set, threads, torch."""
+    on_gpu = device is not None and device.type == "cuda"
+    return ({"GPU": torch.cuda.get_device_name(device)} if on_gpu else {}) | {
         "processor": processor(),
         "kernels": ops.cpu_isa(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "clock": "process CPU time" if clock() == "cpu" else "wall time",
+        "clock": CLOCKS[clock(device)],
         "precision": str(torch.get_default_dtype()).removeprefix("torch."),
     }
 
@@ -51,10 +54,6 @@ def _resized(example_inputs: object, batch: int) -> object:
     return example_inputs
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters(), torch.empty(0)).device
-
-
 def _dense_engines(dense: nn.Module, example_inputs: object) -> tuple[dict[str, Callable], nn.Module]:
     """The dense ways to run a network, as it is and in channels_last, and the copy that the second one runs."""
     engines = {"as it is": lambda: call(dense, example_inputs)}
@@ -66,11 +65,15 @@ def _dense_engines(dense: nn.Module, example_inputs: object) -> tuple[dict[str, 
     return engines, turned
 
 
+def _timed_on(model: nn.Module, example_inputs: object) -> dict[str, object]:
+    return timed_on(device_of(model, example_inputs))
+
+
 def time_dense(model: nn.Module, example_inputs: object, rounds: int = 9) -> float:
     """Milliseconds of a network as it is or in channels_last, whichever is faster."""
     engines, turned = _dense_engines(model, example_inputs)
     with evaluating(model), evaluating(turned):
-        timings = compare(engines, rounds=rounds, min_time=0.005, warmup=2, **timed_on(_device(model)))
+        timings = compare(engines, rounds=rounds, min_time=0.005, warmup=2, **_timed_on(model, example_inputs))
     return min(timing.min for timing in timings.values()) * 1e3
 
 
@@ -79,7 +82,7 @@ def compare_networks(dense: nn.Module, sparse: nn.Module, example_inputs: object
     engines, turned = _dense_engines(dense, example_inputs)
     engines["sparse"] = lambda: call(sparse, example_inputs)
     with evaluating(dense), evaluating(sparse), evaluating(turned):
-        timings = compare(engines, rounds=rounds, min_time=0.005, warmup=2, **timed_on(_device(dense)))
+        timings = compare(engines, rounds=rounds, min_time=0.005, warmup=2, **_timed_on(dense, example_inputs))
     best = min((name for name in timings if name != "sparse"), key=lambda name: timings[name].min)
     gain = speedup(timings[best], timings["sparse"])
     first = example_inputs
@@ -122,9 +125,10 @@ def report(
         raise TypeError(f"Expected a torch.nn.Module, got {type(model).__name__}")
     seen = record_inputs(model, example_inputs)
     made: dict[str, Choice] = choices(model)
-    peak = peak_flops()
+    device = device_of(model, example_inputs)
+    peak = peak_flops() if device.type == "cpu" else peak_flops(device, _dtype(model), size=4096)
     points = [AccuracyPoint(name, float(value), float(ms)) for name, (value, ms) in (accuracy or {}).items()]
-    found = Report({**machine(), "FMA peak": f"{peak / 1e9:.0f} GFLOP/s"}, accuracy=points)
+    found = Report({**machine(device), "FMA peak": f"{peak / 1e9:.0f} GFLOP/s"}, accuracy=points)
     for name, module in track(list(model.named_modules()), "timing layers", progress):
         if isinstance(module, SparseModule) and module in seen:
             dense = module.to_dense()
@@ -149,6 +153,11 @@ def report(
     return found
 
 
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Of the layers, which are what is told of the peak."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 def _shares(module: nn.Module, choice: Choice, inputs: Sequence[Tensor], peak: float) -> dict[str, float]:
     """What part of the FMA peak the useful work of a layer's ways reaches."""
     if not inputs or not choice.sparse_ms:
@@ -167,7 +176,8 @@ def would_it_be_faster(
 
     From times of this machine: the first question about a layer's size measures the dense layer and four densities
     with positions at random, which are kept on disk, and every sparsity is read off them. Under ``SPARSEKD_TUNE=off``
-    nothing is measured, and the cost model (``sparse/cost_model.py``) answers.
+    nothing is measured, and the cost model (``sparse/cost_model.py``) answers; of a GPU it knows nothing: choices there
+    have no times.
 
     Args:
         layer_or_model: a plain layer or network; left as it is.
@@ -178,7 +188,8 @@ def would_it_be_faster(
     Returns:
         Name (``""`` for a layer given directly) to the choice: ``.kernel``, ``.speedup``, ``.dense_ms``,
         ``.sparse_ms``, ``.reason``. ``.error``: in half of the layers that ``benchmarks/cost_model.py`` checked, the
-        speed-up was off by less, relatively.
+        speed-up was off by less, relatively; on a GPU, how far the layer's own densities are off the line through
+        their neighbours.
 
     Raises:
         ValueError: a sparsity or pattern out of these.
@@ -192,10 +203,14 @@ def would_it_be_faster(
     found = {}
     for module, inputs in record_inputs(layer_or_model, example).items():
         if type(module) in KINDS:
+            name, unknown = names[module], cost_model.unknown(device_of(module, inputs))
+            if tuned.mode() == "off" and unknown is not None:
+                kind, shape = type(module).__name__, tuple(inputs[0].shape)
+                found[name] = Choice(name, kind, "dense", unknown, shape, sparsity, vector)
+                continue
             predicted, source = anchors.predict(module, inputs, vector, 1 - sparsity)
-            found[names[module]] = _foretold(names[module], module, inputs, sparsity, vector, predicted, source)
-    if tuned.mode() != "off":
-        tuned.of(identity(parameter.device)).flush()
+            found[name] = _foretold(name, module, inputs, sparsity, vector, predicted, source)
+    tuned.flush()
     return found
 
 

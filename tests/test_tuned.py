@@ -149,4 +149,4 @@ def test_a_time_of_a_gpu_is_of_that_gpu_and_by_its_clock(monkeypatch):
         layer, x = nn.Linear(3, 3, device=cuda), torch.empty(2, 3, device=cuda)
         assert reporting.time_dense(layer, x) == 1e3
     reporting.time_dense(nn.Linear(3, 3), torch.empty(2, 3))
-    assert asked == [(cuda, None), (torch.device("cpu"), machine.clock())]
+    assert asked == [(cuda, "cuda"), (torch.device("cpu"), machine.clock())]

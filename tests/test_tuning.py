@@ -10,6 +10,7 @@ from torch import nn
 
 import sparsekd
 from sparsekd.measure import tuned
+from sparsekd.measure.timing import Speedup
 from sparsekd.sparse import dispatch, fusion
 from sparsekd.sparse.modules import FusedConv2d
 from sparsekd.sparse.shapes import Shapes
@@ -181,6 +182,23 @@ def test_full_measures_a_shape_when_it_comes(linear, measured, monkeypatch):
     other = sparsekd.convert(layer, torch.randn(1, 64))
     other(x)
     assert len(measured.shapes) == 3 and met(other)[-1] == (5, "dense", "kept")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gain, kernel", [(0.5, "dense"), (2.0, "sparse")])
+def test_what_is_measured_when_it_comes_is_the_sparse_layer(monkeypatch, tmp_path, gain, kernel):
+    monkeypatch.setenv("SPARSEKD_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("SPARSEKD_TUNE", "full")
+    layer = nn.Conv2d(4, 4, 3).eval()
+    layer.weight[torch.rand_like(layer.weight) < 0.8] = 0
+    monkeypatch.setattr("sparsekd.sparse.convert._check_whole", lambda model, inputs, sparse, made: (made, False))
+    said = iter([2.0, gain])
+    monkeypatch.setattr(dispatch, "speedup", lambda *_: Speedup(value := next(said), value, value, value, 0.95))
+    fast = sparsekd.convert(layer, torch.randn(1, 4, 8, 8))
+    x = torch.randn(2, 4, 8, 8)
+    first, second = fast(x), fast(x)
+    assert met(fast)[1] == (2, kernel, "measured")
+    assert torch.equal(first, second) and torch.equal(first, layer(x)) == (kernel == "dense")
 
 
 @torch.no_grad()

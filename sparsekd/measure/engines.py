@@ -44,6 +44,8 @@ def exported(model: nn.Module, x: Tensor) -> bytes:
 
 
 def onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Engine:
+    if x.device.type != "cpu":
+        raise ImportError(f"for {x.device.type} (it takes part on the CPU alone)")
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -55,6 +57,8 @@ def onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Engine:
 
 
 def openvino(model: nn.Module, x: Tensor, threads: int) -> Engine:
+    if x.device.type != "cpu":
+        raise ImportError(f"for {x.device.type} (it takes part on the CPU alone)")
     import openvino as ov
 
     core = ov.Core()

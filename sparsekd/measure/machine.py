@@ -11,7 +11,19 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["clock", "extension_file", "generates_code", "identity", "loaded_isa", "processor"]
+__all__ = [
+    "TIMED",
+    "clock",
+    "extension_file",
+    "generates_code",
+    "identity",
+    "loaded_isa",
+    "place",
+    "processor",
+    "timed_on",
+]
+
+TIMED = ("cpu", "cuda")  # the types of devices whose clocks are known
 
 
 @functools.cache
@@ -76,11 +88,20 @@ def identity(device: torch.device | None = None) -> dict[str, str]:
     }
 
 
-def clock() -> str:
-    """CPU time does not see the neighbours, but it adds up over threads."""
+def clock(device: torch.device | None = None) -> str:
+    """A GPU's events, as it works on after the call; else CPU time, which does not see neighbours, but adds up over
+    threads.
+    """
+    if device is not None and device.type == "cuda":
+        return "cuda"
     return "cpu" if torch.get_num_threads() == 1 else "wall"
+
+
+def place(tensor: torch.Tensor) -> torch.device:
+    """Where a tensor's work is done, and timed. All that chooses between sparse and dense asks here."""
+    return tensor.device
 
 
 def timed_on(device: torch.device) -> dict[str, object]:
     """What :func:`sparsekd.measure.timing.compare` is told of a device, whose work a CPU's clock need not see."""
-    return {"device": device, "clock": clock() if device.type == "cpu" else None}
+    return {"device": device, "clock": clock(device)}

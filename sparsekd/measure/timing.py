@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import machine
+
 __all__ = [
     "Speedup",
     "Timing",
@@ -233,11 +235,11 @@ def speedup(baseline: Timing, other: Timing, confidence: float = 0.95) -> Speedu
 def device_of(model: torch.nn.Module, inputs: object) -> torch.device:
     """Where the work happens: the first tensor found among the inputs, then the parameters."""
     if isinstance(inputs, torch.Tensor):
-        return inputs.device
+        return machine.place(inputs)
     values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
     for value in (*values, *model.parameters()):
         if isinstance(value, torch.Tensor):
-            return value.device
+            return machine.place(value)
     return torch.device("cpu")
 
 
@@ -272,34 +274,29 @@ def measure_latency(
     return statistics.fmean(seconds), statistics.stdev(seconds) if len(seconds) > 1 else 0.0
 
 
-def _clock_for_peak(device: torch.device) -> str:
-    """CPU time would add up over threads."""
-    if device.type == "cuda":
-        return "cuda"
-    return "cpu" if torch.get_num_threads() == 1 else "wall"
-
-
 def peak_flops(
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024, rounds: int = 7
 ) -> float:
     """The peak: floating-point operations per second of torch's best dense product on its present threads.
 
     What a kernel's GFLOP/s are to be read against, when both are measured in one run: it is a little under what the
-    multipliers could do, and follows the clock frequency of the moment. The better of a large square matmul and, on the
-    CPU, a 3x3 convolution counts: not every library behind torch.mm takes the widest vectors that a processor has.
+    multipliers could do, and follows the clock frequency of the moment. The better of a large square matmul and a 3x3
+    convolution counts: not every library behind torch.mm takes the widest vectors that a processor has, and on a GPU
+    the two have settings of their own for TF32.
     """
     device = torch.device(device)
     a = torch.randn(size, size, device=device, dtype=dtype)
     b, out = torch.randn_like(a), torch.empty_like(a)
     products, flops = {"matmul": lambda: torch.mm(a, b, out=out)}, {"matmul": 2 * size**3}
-    if device.type == "cpu" and dtype.is_floating_point:
+    if dtype.is_floating_point:
         channels, side = max(size // 4, 1), 28
-        x = torch.randn(1, channels, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        weight = torch.randn(channels, channels, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        made = dict(device=device, dtype=dtype)
+        x = torch.randn(1, channels, side, side, **made).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(channels, channels, 3, 3, **made).contiguous(memory_format=torch.channels_last)
         products["convolution"] = lambda: torch.conv2d(x, weight, padding=1)
         flops["convolution"] = 2 * (channels * (3 * side - 2)) ** 2  # without the taps on padding
     with torch.no_grad():
-        timings = compare(products, rounds, clock=_clock_for_peak(device), device=device)
+        timings = compare(products, rounds, **machine.timed_on(device))
     return max(flops[name] / timing.min for name, timing in timings.items())
 
 
@@ -308,5 +305,5 @@ def copy_bandwidth(device: torch.device | str = "cpu", megabytes: int = 128, rou
     device = torch.device(device)
     source = torch.ones(megabytes << 18, device=device)  # float32, touched so that its pages are there
     target = torch.zeros_like(source)
-    timing = compare({"copy": lambda: target.copy_(source)}, rounds, clock=_clock_for_peak(device), device=device)
+    timing = compare({"copy": lambda: target.copy_(source)}, rounds, **machine.timed_on(device))
     return 2 * source.numel() * source.element_size() / timing["copy"].min

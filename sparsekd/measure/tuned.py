@@ -23,7 +23,7 @@ from pathlib import Path
 
 from .report import write_text
 
-__all__ = ["MODES", "Tuned", "folder", "mode", "of", "read"]
+__all__ = ["MODES", "Tuned", "flush", "folder", "mode", "of", "read"]
 
 MODES = ("off", "cached", "full")
 VERSION = 1
@@ -145,3 +145,9 @@ def of(machine: Mapping[str, str]) -> Tuned:
     if path not in _open:
         _open[path] = Tuned(path, machine)
     return _open[path]
+
+
+def flush() -> None:
+    """Writes what is new of every machine: of the processor, and of each GPU that was measured."""
+    for known in _open.values():
+        known.flush()

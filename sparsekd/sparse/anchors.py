@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..measure import tuned
+from ..measure import machine, tuned
 from ..measure.machine import identity, timed_on
 from ..measure.timing import compare
 from . import cost_model
@@ -43,24 +43,38 @@ def random_mask(weight: Tensor, sparsity: float, vector: int, groups: int, seed:
 def predict(layer: nn.Module, inputs: Sequence[Tensor], vector: int, density: float) -> tuple[Prediction, str]:
     """What the layer takes on its inputs, dense and at a density in vectors of V, and how that is known.
 
-    From densities that were measured, now or before; from the cost model where SPARSEKD_TUNE=off.
+    From densities that were measured, now or before; from the cost model where SPARSEKD_TUNE=off, and then ValueError
+    on a device that it does not know.
     """
     problems = [Problem.of(layer, x) for x in inputs]
     if tuned.mode() == "off":
+        if (unknown := cost_model.unknown(machine.place(inputs[0]))) is not None:
+            raise ValueError(f"Expected layers that were measured, or may be, got: {unknown}")
         return cost_model.predict(problems, vector, density), "predicted"
-    known = tuned.of(identity(inputs[0].device))
+    known = tuned.of(identity(machine.place(inputs[0])))
     key = f"{json.dumps([list(p.as_row().values()) for p in problems])} V={vector} anchors"
     figures = known.get(key)
     if figures is None or "dense_ms" not in figures:
         figures = measured(layer, inputs, vector)
         known.put(key, figures)
-    return read_off(figures, density), "measured"
+    error = ERROR if machine.place(inputs[0]).type == "cpu" else unevenness(figures)
+    return read_off(figures, density, error), "measured"
 
 
-def read_off(figures: tuned.Figures, density: float) -> Prediction:
+def read_off(figures: tuned.Figures, density: float, error: float = ERROR) -> Prediction:
     """What figures of :func:`measured` say of a density."""
-    points = sorted((float(name), ms) for name, ms in figures.items() if name != "dense_ms")
-    return Prediction(figures["dense_ms"], _between(points, density), ERROR)
+    return Prediction(figures["dense_ms"], _between(_points(figures), density), error)
+
+
+def unevenness(figures: tuned.Figures) -> float:
+    """How far, relatively, a density between others is off the line through its neighbours, at the most."""
+    points = _points(figures)
+    left_out = ((points[:at] + points[at + 1 :], *points[at]) for at in range(1, len(points) - 1))
+    return max((abs(_between(others, density) / ms - 1) for others, density, ms in left_out), default=0.0)
+
+
+def _points(figures: tuned.Figures) -> list[tuple[float, float]]:
+    return sorted((float(name), ms) for name, ms in figures.items() if name != "dense_ms")
 
 
 def measured(
@@ -77,7 +91,7 @@ def measured(
     for name, twin in twins.items():
         engines[name] = lambda twin=twin: [twin(x) for x in inputs]
     with evaluating(dense):
-        on = timed_on(inputs[0].device)
+        on = timed_on(machine.place(inputs[0]))
         timings = compare({**engines, **(beside or {})}, rounds=9, min_time=0.002, warmup=2, **on)
     ms = {name: timing.min * 1e3 for name, timing in timings.items()}
     dense_ms = min(ms[name] for name in engines if name not in twins)

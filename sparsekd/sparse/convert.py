@@ -17,14 +17,15 @@ from torch import Tensor, fx, nn
 from torch._prims_common import suggest_memory_format
 from torch.nn.utils import parametrize
 
-from ..measure import tuned
-from ..measure.machine import clock, identity
+from ..measure import machine, tuned
 from ..measure.progress import track
-from ..measure.timing import compare
+from ..measure.timing import compare, device_of
 from .dispatch import KINDS, MIN_SPARSITY, Choice, best_grouping, choose, evaluating, from_dense, kind_of, sparsity_of
 from .modules import DTYPES, MaxPool2d, SparseModule, SqueezeExcite
+from .ops import registered
+from .problem import rounding_of
 from .shapes import Shapes
-from .surgery import bare, call, carry_hooks, copied, put_in_place, record_inputs, unhooked
+from .surgery import bare, call, carry_hooks, copied, put_in_place, random_kept, record_inputs, unhooked
 
 KEPT = "_sparsekd_choices"  # the attribute of a converted model
 SETTINGS = {"kernel": ("auto", "sparse", "dense"), "vector": None}
@@ -68,8 +69,10 @@ def _obstacle(module: nn.Module, owners: dict[int, list[str]], parents: dict, se
     weight = module._parameters.get("weight", module._parameters.get("weight_orig"))
     if weight is None:
         return "its weight is no parameter"
-    if weight.device.type != "cpu":
-        return f"only layers on the CPU are measured and swapped, got {weight.device.type}: use from_dense"
+    if (device := machine.place(weight).type) not in machine.TIMED:
+        return f"only layers on the CPU and on CUDA are measured and swapped, got {device}: use from_dense"
+    if device == "cuda" and ("linear" if isinstance(module, nn.Linear) else "conv2d") not in registered.ON_CUDA:
+        return "no sparse kernel is built for CUDA"
     if weight.dtype not in DTYPES:
         return f"no sparse kernel is built for {weight.dtype}"
     return None
@@ -98,11 +101,12 @@ def convert(
     """Swaps pruned ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Linear`` for sparse ones where that is measured to be faster.
 
     Each candidate (exact type, sparsity of at least 0.3) is timed on the inputs that ``example_inputs`` bring to it,
-    dense against sparse, unless such a layer was before (``SPARSEKD_TUNE``, see ``measure/tuned.py``); then the whole
-    network is, and goes back to dense when that is faster. Where pruned layers were timed and it helps, convolutions
-    that stay dense are stored in channels_last, so that they answer in it. The choices, with reasons, are in
-    ``choices(model)``; what swapped layers do at other shapes in ``choices_by_shape(model)``. ``SPARSEKD_TUNE=off``
-    measures nothing, nor the network.
+    where they lie (on a GPU by its events, ``dispatch.py``), dense against sparse, unless such a layer was before
+    (``SPARSEKD_TUNE``, see ``measure/tuned.py``); then the whole network is, and goes back to dense when that is
+    faster. Where pruned layers were timed and it helps, convolutions that stay dense are stored in channels_last, so
+    that they answer in it. The choices, with reasons, are in ``choices(model)``; what swapped layers do at other shapes
+    in ``choices_by_shape(model)``. ``SPARSEKD_TUNE=off`` measures nothing, nor the network: the cost model decides, and
+    on a GPU, which it does not know, layers stay dense unless ``mapping`` asks for them.
 
     Args:
         example_inputs: a tensor, or a tuple of positional, or a dict of named arguments of the forward.
@@ -136,6 +140,7 @@ def convert(
     for parent in model.modules():
         for child in parent._modules.values():
             parents.setdefault(child, []).append(parent)
+    before = choices(model)  # of layers that are sparse already, and stay
     made: dict[str, Choice] = _scripted(model)
     sparse: dict[str, SparseModule] = {}
     for name, module in track(list(model.named_modules()), "measuring layers", progress):
@@ -170,8 +175,7 @@ def convert(
             if settings["kernel"] == "auto":
                 twin._shapes = Shapes(choice, twin, seen[module])
     del seen
-    if tuned.mode() != "off":
-        tuned.of(identity()).flush()
+    tuned.flush()
     channels_last = False
     if sparse or any(choice.sparse_ms for choice in made.values()):
         made, channels_last = _check_whole(model, example_inputs, sparse, made)
@@ -183,11 +187,14 @@ def convert(
             raise RuntimeError(f"Expected every pruned layer to become sparse, got: {said}")
         warnings.warn(said, stacklevel=2)
     target = model if inplace else copied(model)
-    names = {name: target.get_submodule(name) for name, choice in made.items() if choice.kernel == "sparse"}
+    names = {name: target.get_submodule(name) for name in sparse if made[name].kernel == "sparse"}
+    stay = {name for name, module in target.named_modules() if isinstance(module, SparseModule)} & before.keys()
     # Hooks of the copy, which may be bound to what was copied with it.
     target = put_in_place(target, {old: carry_hooks(old, unhooked(sparse[name])) for name, old in names.items()})
     turned = _to_channels_last(target) if channels_last else []
-    keep_choices(target, Choices(made, time.perf_counter() - began, turned))
+    made = {name: before[name] for name in before if name in stay} | made
+    turned = [*before.turned, *turned]
+    keep_choices(target, Choices(made, before.seconds + time.perf_counter() - began, turned))
     logging.getLogger("sparsekd").info("%s", choices(target).summary())
     return target
 
@@ -223,7 +230,8 @@ def _check_whole(
         if not sparse:
             networks = {key: network for key, network in networks.items() if key[0] == "dense"}
         engines = {key: partial(call, network, example_inputs) for key, network in networks.items()}
-        timings = compare(engines, rounds=7, min_time=0.005, warmup=2, clock=clock())
+        on = machine.timed_on(device_of(model, example_inputs))
+        timings = compare(engines, rounds=7, min_time=0.005, warmup=2, **on)
     best = {
         kind: min((key for key in timings if key[0] == kind), key=lambda key: timings[key].min)
         for kind in ("dense", "sparse")[: 2 if sparse else 1]
@@ -268,7 +276,7 @@ def _check_outputs(model: nn.Module, swapped: nn.Module, example_inputs: object)
     """
 
     def answer(network):
-        with torch.random.fork_rng(devices=[]):
+        with random_kept():
             torch.manual_seed(0)
             return call(network, example_inputs)
 
@@ -290,7 +298,7 @@ def _check_outputs(model: nn.Module, swapped: nn.Module, example_inputs: object)
 
 def _rounded_otherwise(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     noise = torch.empty_like(output).uniform_(-1, 1)
-    return output + noise * (output.abs().amax() * 8 * torch.finfo(output.dtype).eps)
+    return output + noise * (output.abs().amax() * 8 * rounding_of(output))
 
 
 def _check_equal(expected: object, got: object, what: str) -> None:
@@ -304,7 +312,7 @@ def _check_equal(expected: object, got: object, what: str) -> None:
         scale = float(expected.abs().max())
         error = float((expected - got).abs().max())
         # Rounding differs from layer to layer; a wrong kernel would be off by the size of the result.
-        tolerance = 1e-2 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        tolerance = 1e-2 if rounding_of(expected) > 1e-4 else 1e-3
         if error > tolerance * scale + 1e-6:
             raise RuntimeError(
                 f"Expected sparse results of {what} within {tolerance:g} of dense ones, got {error / scale:.3g} off"

@@ -19,8 +19,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import safe_open
 
+from ..measure import tuned
 from .problem import Problem
 
 FILE = Path(__file__).with_name("cost_model.safetensors")
@@ -136,6 +138,13 @@ def fitted() -> tuple[dict[tuple[str, str], Law], dict]:
             parts = (file.get_tensor(f"{name}.{way}.{part.name}") for part in fields(Law))
             laws[name, way] = Law(*(part.astype(np.float64) for part in parts))
     return laws, facts
+
+
+def unknown(device: torch.device) -> str | None:
+    """Why nothing is predicted on a device; None where it is."""
+    if device.type == "cpu":
+        return None
+    return f"not measured (SPARSEKD_TUNE={tuned.mode()}), and the cost model knows CPUs alone, got {device.type}"
 
 
 def predict(problems: Sequence[Problem], vector: int, density: float) -> Prediction:

@@ -2,7 +2,11 @@
 
 Dense as the model runs it, dense in channels_last (layout changes counted in), and sparse take turns in one run. Sparse
 is chosen when it beats both. What was measured is kept on disk (``measure/tuned.py``) under the layer's sizes, V and
-density to two digits. Where nothing may be measured, the cost model decides (``cost_model.py``).
+density to two digits, for each GPU by its name. Where nothing may be measured, the cost model decides on the CPU
+(``cost_model.py``); of GPUs it knows nothing, and layers stay as they are.
+
+On a GPU the clock is its events around many calls in a row, as eager code makes them: a layer so small that its launch
+takes longer than its work counts by its launch, dense as sparse. fp32 is TF32 where the user's settings say so.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..measure import tuned
+from ..measure import machine, tuned
 from ..measure.machine import identity, timed_on
 from ..measure.report import LayerTimes
 from ..measure.timing import compare, speedup
@@ -112,7 +116,7 @@ def choose(name: str, dense: nn.Module, sparse: SparseModule, inputs: Sequence[T
     """The same by what SPARSEKD_TUNE allows: times kept on disk, or measured and kept, or predicted ones."""
     if tuned.mode() == "off":
         return predict_layer(name, sparse, inputs)
-    known, key = tuned.of(identity(inputs[0].device)), _key(dense, sparse, inputs)
+    known, key = tuned.of(identity(machine.place(inputs[0]))), _key(dense, sparse, inputs)
     figures = known.get(key)
     if figures is not None and figures.keys() >= FIGURES:
         return _choice(name, sparse, inputs, figures, "kept")
@@ -122,7 +126,9 @@ def choose(name: str, dense: nn.Module, sparse: SparseModule, inputs: Sequence[T
 
 
 def predict_layer(name: str, sparse: SparseModule, inputs: Sequence[Tensor]) -> Choice:
-    """The same without measuring, by the cost model."""
+    """The same without measuring, by the cost model; dense, without times, on a device that it does not know."""
+    if (unknown := cost_model.unknown(machine.place(inputs[0]))) is not None:
+        return _unknown(name, sparse, inputs, unknown)
     problems = [Problem.of(sparse, x) for x in inputs]
     found = cost_model.predict(problems, sparse.vector, sparse.density)
     figures = {
@@ -136,13 +142,26 @@ def predict_layer(name: str, sparse: SparseModule, inputs: Sequence[Tensor]) -> 
     return replace(_choice(name, sparse, inputs, figures, "predicted"), error=found.error)
 
 
+def _unknown(name: str, sparse: SparseModule, inputs: Sequence[Tensor], reason: str) -> Choice:
+    return replace(
+        Choice(name, type(sparse).__name__.removeprefix("Sparse"), "dense", reason),
+        shape=tuple(inputs[0].shape),
+        sparsity=sparse.sparsity,
+        vector=sparse.vector,
+        dense_bytes=_dense_bytes(sparse),
+        sparse_bytes=_bytes(sparse),
+    )
+
+
 FIGURES = {"dense_ms", "dense_as", "sparse_ms", "speedup", "median", "low", "high"}
 
 
 def _key(dense: nn.Module, sparse: SparseModule, inputs: Sequence[Tensor]) -> str:
     permuted = "" if sparse.row_indices is None else ", permuted"
     calls = [list(Problem.of(dense, x).as_row().values()) for x in inputs]
-    return f"{json.dumps(calls)} V={sparse.vector} density={sparse.density:.2g}{permuted}"
+    # The user's setting lets cuDNN try its algorithms, so that dense is another.
+    tried = ", cudnn.benchmark" if machine.place(inputs[0]).type == "cuda" and torch.backends.cudnn.benchmark else ""
+    return f"{json.dumps(calls)} V={sparse.vector} density={sparse.density:.2g}{permuted}{tried}"
 
 
 def _measured(
@@ -151,7 +170,7 @@ def _measured(
     if dense.training or sparse.training:
         raise ValueError(f"Expected layers in eval mode to be timed, got {name} in training mode")
     engines = {**dense_engines(dense, inputs), "sparse": lambda: [sparse(x) for x in inputs]}
-    timed = dict(min_time=0.002, **timed_on(inputs[0].device))
+    timed = dict(min_time=0.002, **timed_on(machine.place(inputs[0])))
     with torch.no_grad():
         with tuning_tiles(lambda call: compare({"": call}, rounds=3, warmup=1, **timed)[""].min):
             engines["sparse"]()

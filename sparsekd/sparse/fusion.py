@@ -30,7 +30,7 @@ from torch import fx, nn
 from torch.nn.utils import fusion as folding
 from torch.nn.utils import parametrize
 
-from ..measure.machine import clock
+from ..measure.machine import timed_on
 from ..measure.timing import compare, device_of
 from . import ops
 from .arena import hooked_by_others, reuse_memory, reuses
@@ -90,14 +90,16 @@ def optimize_for_inference(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a torch.nn.Module, got {type(model).__name__}")
-    # Layers that are sparse were chosen where they are measured, on the CPU; on a GPU they stay.
-    chosen = choices(model) and device_of(model, example_inputs).type == "cpu"
+    # On the CPU layers are chosen anew, with batch-norm folded; on a GPU those that are sparse stay so.
+    made = choices(model)
+    chosen = made and device_of(model, example_inputs).type == "cpu"
     model = (to_dense(model) if chosen else copied(model)).eval().requires_grad_(False)
     untraced: dict[str, str] = {}
     traced = _traced(model, "", lambda: call(model, example_inputs), untraced)
     if untraced:
         said = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(untraced.items())[:3])
         warnings.warn(f"batch-norm and activations are not fused where torch.fx can't trace: {said}", stacklevel=2)
+    keep_choices(traced, None if chosen else made)
     converted = convert(traced, example_inputs, inplace=True, mapping=mapping)
     for module in converted.modules():
         if isinstance(module, SparseConv2d):
@@ -367,8 +369,7 @@ def _fastest(converted: nn.Module, example_inputs: object) -> nn.Module:
     for piece in [piece for network in networks.values() for piece in network.modules()]:
         if isinstance(piece, fx.GraphModule):
             run_in_sequence(piece)
-    device = device_of(converted, example_inputs)  # where the host's clocks tell nothing, events do
-    timed = dict(rounds=9, min_time=0.005, device=device, clock=clock() if device.type == "cpu" else None)
+    timed = dict(rounds=9, min_time=0.005, **timed_on(device_of(converted, example_inputs)))
     with torch.no_grad():
         expected = call(converted, cloned(example_inputs))
         for network in networks.values():

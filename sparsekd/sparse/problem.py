@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from ..kernels import checks
+from ..measure import machine
 from .modules import SparseModule
 from .ops import same_padding
 
@@ -30,12 +32,12 @@ class Problem:
     weight_layout: str = "nchw"
     bias: bool = True
     padding_mode: str = "zeros"
-    precision: str = "float32"  # "float32, autocast bfloat16" where autocast is on
+    precision: str = "float32"  # "float32, autocast bfloat16" under autocast, "float32 as tf32" where a GPU may
 
     @classmethod
     def of(cls, layer: nn.Module, x: Tensor) -> Problem:
         """The call ``layer(x)`` of a plain or sparse layer."""
-        bias, precision = layer.bias is not None, precision_of(x)
+        bias, precision = layer.bias is not None, precision_of(x, not hasattr(layer, "in_features"))
         if isinstance(x, Tensor) and hasattr(layer, "in_features"):
             rows = x.numel() // max(x.shape[-1], 1)
             return cls("linear", rows, layer.in_features, layer.out_features, bias=bias, precision=precision)
@@ -92,12 +94,23 @@ class Problem:
         return asdict(self)
 
 
-def precision_of(x: Tensor) -> str:
+def in_tf32(x: Tensor, convolution: bool = True) -> bool:
+    """Whether fp32 on this tensor's device keeps TF32's 10 bits of a factor, by the user's settings."""
+    return machine.place(x).type == "cuda" and x.dtype == torch.float32 and checks.uses_tf32(convolution)
+
+
+def rounding_of(x: Tensor) -> float:
+    """The rounding of a result, or of its factors where that is more: TF32 keeps as many digits as float16."""
+    return torch.finfo(torch.float16 if in_tf32(x) or in_tf32(x, False) else x.dtype).eps
+
+
+def precision_of(x: Tensor, convolution: bool = True) -> str:
     """The input's dtype, and autocast's where it is on."""
-    name = str(x.dtype).removeprefix("torch.")
-    if not torch.is_autocast_enabled(x.device.type):
+    name = str(x.dtype).removeprefix("torch.") + (" as tf32" if in_tf32(x, convolution) else "")
+    device = machine.place(x).type
+    if not torch.is_autocast_enabled(device):
         return name
-    return f"{name}, autocast {str(torch.get_autocast_dtype(x.device.type)).removeprefix('torch.')}"
+    return f"{name}, autocast {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}"
 
 
 def _layout(x: Tensor) -> str:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .problem import rounding_of
+
 
 def record_calls(module: nn.Module, run: Callable[[], object]) -> list[tuple[tuple, dict, object]]:
     """Arguments and results of each call of the module, as they were before anything changed them in place."""
@@ -56,7 +58,7 @@ def check_near(expected: object, got: object) -> None:
             scale, error = float(one.where(finite, 0).abs().max()), float((one - other).where(finite, 0).abs().max())
             # Rounding differs from layer to layer, of a half type by its last bits; a wrong graph would be off by the
             # size of the result.
-            rounding = max(1e-3, 8 * torch.finfo(one.dtype).eps)
+            rounding = max(1e-3, 8 * rounding_of(one))
             if not error <= rounding * scale + 1e-6:
                 raise RuntimeError(f"Expected the results of the original, got {error:.3g} off (largest {scale:.3g})")
 

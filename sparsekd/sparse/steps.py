@@ -149,7 +149,7 @@ def _of_torch(node: fx.Node, module: nn.Module | None, shapes: Shapes) -> Step |
     if type(module) is nn.Linear:
         return _Linear(node, "dense_linear", module, ("weight", "bias"))
     if type(module) is SparseLinear and len(shapes[node.args[0]]) == 2:
-        chosen = module._shapes and module._shapes.made.get((shapes[node.args[0]], torch.float32))
+        chosen = module._shapes and module._shapes.made.get((shapes[node.args[0]], torch.float32, "cpu"))
         sparse = module._shapes is None or (chosen is not None and chosen.kernel != "dense")
         names = ("values", "crow_indices", "col_indices", "row_indices", "bias")
         return _Linear(node, "linear", module, names, ("out_features",)) if sparse else None

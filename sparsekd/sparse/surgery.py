@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,12 @@ def call(model: nn.Module, example_inputs: object) -> object:
     return model(example_inputs)
 
 
+def random_kept() -> AbstractContextManager:
+    """Random numbers go on afterwards, on every device, as if nothing had been drawn or seeded within."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return torch.random.fork_rng(devices=gpus)
+
+
 def record_inputs(model: nn.Module, example_inputs: object) -> dict[nn.Module, list[Tensor]]:
     """What each convolution, Linear and sparse module is given in one forward (eval mode, no gradients)."""
     seen: dict[nn.Module, list[Tensor]] = {}
@@ -44,7 +51,7 @@ def record_inputs(model: nn.Module, example_inputs: object) -> dict[nn.Module, l
     layers = [module for module in model.modules() if isinstance(module, (*KINDS, SparseModule))]
     handles = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
-        with evaluating(model), torch.random.fork_rng(devices=[]):
+        with evaluating(model), random_kept():
             call(model, example_inputs)
     finally:
         for handle in handles:

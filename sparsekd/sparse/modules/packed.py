@@ -187,7 +187,7 @@ class SparseModule(nn.Module):
         """Whether inference on an input of this shape is left to the dense layer, which is faster there."""
         if self._shapes is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
             return False
-        return input.is_cpu and input.numel() > 0 and self._shapes.prefers_dense(self, input)
+        return input.device.type in ("cpu", "cuda") and input.numel() > 0 and self._shapes.prefers_dense(self, input)
 
     @staticmethod
     def _check_input(input: Tensor) -> None:
