@@ -25,8 +25,9 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes. The slow path of shuffles (BRA.DIV) is left out: it makes loops that are none."""
-        if self.name not in ("BRA", "JMP") or ".DIV" in self.opcode:
+        """Where a branch goes, or a call, which nvcc also leaves loops by. The slow path of shuffles (BRA.DIV) is left
+        out: it makes loops that are none."""
+        if self.name not in ("BRA", "JMP", "CALL") or ".DIV" in self.opcode:
             return None
         found = _TARGET.findall(self.operands)
         return int(found[-1], 16) if found else None
@@ -79,7 +80,8 @@ def _blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], list[list
         last, after = block[-1], []
         if last.target in block_at:
             after.append(block_at[last.target])
-        falls = last.conditional or not (last.target is not None or last.name in ENDS)
+        goes = (last.target is not None and last.name != "CALL") or last.name in ENDS
+        falls = last.conditional or not goes
         if falls and i + 1 < len(blocks):
             after.append(i + 1)
         follows.append(after)

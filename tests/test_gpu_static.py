@@ -223,3 +223,16 @@ def test_the_bound_of_2_to_4_convolutions():
             assert "bound" not in r
             continue
         assert r["bound"] / gpu_static.ARCHITECTURES[r["arch"]].sync_share >= 0.6, r
+
+
+def test_a_loop_may_be_left_by_a_call():
+    code = """
+        /*0000*/                   FADD R0, R0, R1 ;
+        /*0010*/              @!P0 CALL.REL.NOINC 0x30 ;
+        /*0020*/                   BRA 0x0 ;
+        /*0030*/                   FFMA R0, R0, R1, R2 ;
+        /*0040*/               @P1 BRA 0x30 ;
+        /*0050*/                   EXIT ;
+    """
+    (code,) = sass.parse_sass("Function : f\n" + code).values()
+    assert [[i.address for i in loop] for loop in sass.innermost_loops(code)] == [[0x0, 0x10, 0x20], [0x30, 0x40]]
