@@ -145,12 +145,13 @@ def compile_source(source: Path, architecture: str, home: Path, folder: Path) ->
 
 
 def hot_loop(code: list[sass.Instruction]) -> list[sass.Instruction]:
-    """The innermost loop with the most multiply-adds, or [] where multiplying is not what the kernel does.
+    """The innermost loop with the most multiply-adds, times their share of it, or [] where multiplying is not what the
+    kernel does: an activation at the end has some, too, among many others.
 
     Of a loop that the compiler cut in two, while there is something to copy and after that, the one that copies.
     """
     loops = sass.innermost_loops(code)
-    best = max(loops, key=lambda loop: (sum(map(sass.macs, loop)), sass.mix(loop)["LDGSTS"]), default=[])
+    best = max(loops, key=lambda loop: (sum(map(sass.macs, loop)) ** 2 / len(loop), sass.mix(loop)["LDGSTS"]), default=[])
     if any(i.name == "HMMA" for i in code) and not any(i.name == "HMMA" for i in best):
         # Turns that have nothing to multiply became a loop of their own, in the one that multiplies.
         holding = [loop for loop in sass.innermost_loops(code, nested=True) if any(i.name == "HMMA" for i in loop)]

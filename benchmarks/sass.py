@@ -25,9 +25,10 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes, or a call, which nvcc also leaves loops by. The slow path of shuffles (BRA.DIV) is left
-        out: it makes loops that are none."""
-        if self.name not in ("BRA", "JMP", "CALL") or ".DIV" in self.opcode:
+        """Where a branch goes, or a call under a condition, by which nvcc leaves loops. The slow path of shuffles
+        (BRA.DIV) is left out: it makes loops that are none."""
+        leaves = self.name == "CALL" and self.conditional
+        if not (leaves or self.name in ("BRA", "JMP")) or ".DIV" in self.opcode:
             return None
         found = _TARGET.findall(self.operands)
         return int(found[-1], 16) if found else None

@@ -59,8 +59,16 @@ __device__ __forceinline__ void add_sums_of_other(float* sums) {
   }
 }
 
+// For these nvcc 13 keeps registers in memory where a third of them, or half with results stored from them, is to do.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1000)
+constexpr bool kFewRegisters = true;
+#else
+constexpr bool kFewRegisters = false;
+#endif
+
 template <int kV, int kG, int kGroups, int kPlane, int kRun, int kParts>
-__global__ __launch_bounds__(32 * kConv2dWarps, conv2d_resident(kV * kG * kGroups * kRun * kParts, kV, kParts)) void
+__global__ __launch_bounds__(32 * kConv2dWarps,
+                             kFewRegisters ? 2 : conv2d_resident(kV * kG * kGroups * kRun * kParts, kV, kParts)) void
 conv2d_kernel(const Conv2dParams p) {
   constexpr int kOwn = kRun * kParts, kApart = 32 / kParts;  // places of a lane in the loop
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -193,7 +201,7 @@ conv2d_kernel(const Conv2dParams p) {
         const unsigned char* from = records + part * kRecordBytes<kV>;
         Record<kV> ahead = load_record<kV>(from);
         if constexpr (kParts == 1) {
-#pragma unroll 2
+#pragma unroll kFewRegisters && kV <= 2 ? 1 : 2
           for (; rounds > 1; --rounds) {
             const Record<kV> record = ahead;
             from += kStep;
@@ -242,9 +250,6 @@ conv2d_kernel(const Conv2dParams p) {
     }
   }
 
-  int slice[kGroups];
-#pragma unroll
-  for (int k = 0; k < kGroups; ++k) slice[k] = slice_of(k);
   // Sums go through shared memory, so that one rolled loop can finish them: the buffers are free.
   constexpr int kRows = kGroups * kV, kLanes = kG * 4, kPositions = 32 * kRun;
   float* results = shared_memory<float>() + warp * kRows * kLanes * kPositions;  // [kRows][kLanes][kPositions]
@@ -281,7 +286,7 @@ conv2d_kernel(const Conv2dParams p) {
           }
         }
       }
-      const RowEnd row_end(p, slice[0], group, 0, 1);
+      const RowEnd row_end(p, slice_of(0), group, 0, 1);
       __syncwarp();  // interleaved results
       if (p.joined) {
         const Span span = span_of_rows(p, first_row, tile_rows);
@@ -293,10 +298,11 @@ conv2d_kernel(const Conv2dParams p) {
     }
   }
   const ResultStore store(p);
-  if (store.plain) {  // from registers
+  constexpr bool kFromRegisters = !kFewRegisters || kV * kG * kGroups * kRun <= 8;
+  if (store.plain && (kFromRegisters || (kG == 1 && p.flat))) {
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
-      const RowEnd row_end(p, slice[k], group, lane % kV, kV);
+      const RowEnd row_end(p, slice_of(k), group, lane % kV, kV);
 #pragma unroll
       for (int v = 0; v < kV; ++v) {
         const int channel = __shfl_sync(0xffffffffu, row_end.channel, v);
@@ -308,7 +314,9 @@ conv2d_kernel(const Conv2dParams p) {
           const float* sum = &sums[k][v][j * 4];
           const bool there = inside(j) && (kRun == 1 || j * 32 + lane < p.step);
           if (kG > 1 || !p.flat) {
-            store_position<kLanes, kRun>(store, p, sum, channel, scale, shift, unit, row_of(j), column_of(j), there);
+            if constexpr (kFromRegisters) {
+              store_position<kLanes, kRun>(store, p, sum, channel, scale, shift, unit, row_of(j), column_of(j), there);
+            }
             continue;
           }
           if (there) {
@@ -321,7 +329,6 @@ conv2d_kernel(const Conv2dParams p) {
     }
     return;
   }
-  int mine = -1;  // the slice of row `lane`
   const Span span = kRun > 1 ? span_of_run(p, first) : span_of_rows(p, first_row, tile_rows);
   const int lane_pitch = strip ? strip : kPositions;
 #pragma unroll
@@ -340,10 +347,8 @@ conv2d_kernel(const Conv2dParams p) {
         }
       }
     }
-    // Not by `?:`, which becomes slice[lane / kV], and what a lane indexes lies in local memory.
-    mine = max(mine, slice[k] | -int(lane / kV != k));
   }
-  const RowEnd row_end(p, mine, group, lane % kV, kV);
+  const RowEnd row_end(p, lane < kRows ? slice_of(lane / kV) : -1, group, lane % kV, kV);
   if (kRun > 1 || p.joined) {
     __syncwarp();  // results
     store_span<kLanes>(p, results, kRows, kLanes * kPositions, lane_pitch, row_end, unit, span);

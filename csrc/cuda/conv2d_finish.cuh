@@ -94,11 +94,10 @@ __device__ __forceinline__ void store_flat(const ResultStore& store, const Conv2
 
 // The images and strips that lie in a unit's lanes, one after another.
 struct Slot {
-  int64_t image;
-  int strip;
+  int image, strip;
 
   __device__ __forceinline__ Slot(const Conv2dParams& p, int64_t first)
-      : image(first / p.lanes.strips), strip(static_cast<int>(first - image * p.lanes.strips)) {}
+      : image(static_cast<int>(first) / p.lanes.strips), strip(static_cast<int>(first) - image * p.lanes.strips) {}
   __device__ __forceinline__ void next(const Conv2dParams& p) {
     if (++strip == p.lanes.strips) {
       strip = 0;
