@@ -19,7 +19,7 @@ from ..measure.machine import identity, timed_on
 from ..measure.timing import compare
 from . import cost_model
 from .cost_model import Prediction
-from .dispatch import dense_engines, evaluating, from_dense
+from .dispatch import dense_engines, dense_settings, evaluating, from_dense
 from .problem import Problem
 
 DENSITIES = (0.02, 0.1, 0.2, 0.4)
@@ -52,7 +52,7 @@ def predict(layer: nn.Module, inputs: Sequence[Tensor], vector: int, density: fl
             raise ValueError(f"Expected layers that were measured, or may be, got: {unknown}")
         return cost_model.predict(problems, vector, density), "predicted"
     known = tuned.of(identity(machine.place(inputs[0])))
-    key = f"{json.dumps([list(p.as_row().values()) for p in problems])} V={vector} anchors"
+    key = f"{json.dumps([list(p.as_row().values()) for p in problems])} V={vector} anchors{dense_settings(inputs[0])}"
     figures = known.get(key)
     if figures is None or "dense_ms" not in figures:
         figures = measured(layer, inputs, vector)

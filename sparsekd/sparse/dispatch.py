@@ -156,12 +156,15 @@ def _unknown(name: str, sparse: SparseModule, inputs: Sequence[Tensor], reason: 
 FIGURES = {"dense_ms", "dense_as", "sparse_ms", "speedup", "median", "low", "high"}
 
 
+def dense_settings(x: Tensor) -> str:
+    """What else the dense time depends on: whether cuDNN tries its algorithms, by the user's setting."""
+    return ", cudnn.benchmark" if machine.place(x).type == "cuda" and torch.backends.cudnn.benchmark else ""
+
+
 def _key(dense: nn.Module, sparse: SparseModule, inputs: Sequence[Tensor]) -> str:
     permuted = "" if sparse.row_indices is None else ", permuted"
     calls = [list(Problem.of(dense, x).as_row().values()) for x in inputs]
-    # The user's setting lets cuDNN try its algorithms, so that dense is another.
-    tried = ", cudnn.benchmark" if machine.place(inputs[0]).type == "cuda" and torch.backends.cudnn.benchmark else ""
-    return f"{json.dumps(calls)} V={sparse.vector} density={sparse.density:.2g}{permuted}{tried}"
+    return f"{json.dumps(calls)} V={sparse.vector} density={sparse.density:.2g}{permuted}{dense_settings(inputs[0])}"
 
 
 def _measured(

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from ..kernels import checks
 from ..measure import machine
 from .modules import SparseModule
-from .ops import same_padding
+from .ops import same_padding, uses_tf32
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Problem:
 
 def in_tf32(x: Tensor, convolution: bool = True) -> bool:
     """Whether fp32 on this tensor's device keeps TF32's 10 bits of a factor, by the user's settings."""
-    return machine.place(x).type == "cuda" and x.dtype == torch.float32 and checks.uses_tf32(convolution)
+    return machine.place(x).type == "cuda" and x.dtype == torch.float32 and uses_tf32(convolution)
 
 
 def rounding_of(x: Tensor) -> float:

@@ -24,7 +24,7 @@ from .kd_loss import kd_loss
 from .linear import linear
 from .linear_kd_loss import linear_kd_loss
 from .max_pool2d import max_pool2d
-from .registered import cpu_isa, fallbacks, only_backend, strict_backends, tuning_tiles
+from .registered import cpu_isa, fallbacks, only_backend, strict_backends, tuning_tiles, uses_tf32
 from .squeeze_excite import squeeze_excite
 
 __all__ = [
@@ -52,4 +52,5 @@ __all__ = [
     "to_lanes",
     "transpose_pattern",
     "tuning_tiles",
+    "uses_tf32",
 ]

@@ -13,7 +13,7 @@ except ImportError as error:
         f"{torch.__version__}, got: {error}. Build it with `pip install --no-build-isolation .`"
     ) from error
 
-from ...kernels import registration
+from ...kernels import checks, registration
 from . import dense
 
 _backends_on_cuda = registration.register(), dense.register()  # kept, as they are gone with it
@@ -25,6 +25,7 @@ ON_CUDA = frozenset(
 )
 fallbacks, strict_backends = registration.fallbacks, registration.strict
 only_backend, tuning_tiles, backend_of = registration.only, registration.tuning, registration.backend_of
+uses_tf32 = checks.uses_tf32
 
 OPS = torch.ops.sparsekd
 
