@@ -151,7 +151,9 @@ def hot_loop(code: list[sass.Instruction]) -> list[sass.Instruction]:
     Of a loop that the compiler cut in two, while there is something to copy and after that, the one that copies.
     """
     loops = sass.innermost_loops(code)
-    best = max(loops, key=lambda loop: (sum(map(sass.macs, loop)) ** 2 / len(loop), sass.mix(loop)["LDGSTS"]), default=[])
+    best = max(
+        loops, key=lambda loop: (sum(map(sass.macs, loop)) ** 2 / len(loop), sass.mix(loop)["LDGSTS"]), default=[]
+    )
     if any(i.name == "HMMA" for i in code) and not any(i.name == "HMMA" for i in best):
         # Turns that have nothing to multiply became a loop of their own, in the one that multiplies.
         holding = [loop for loop in sass.innermost_loops(code, nested=True) if any(i.name == "HMMA" for i in loop)]
