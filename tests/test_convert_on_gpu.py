@@ -137,12 +137,13 @@ def test_figures_are_kept_under_its_name(gpu, tmp_path):
     assert {choice.source for choice in sparsekd.choices(again).values()} == {"kept"}
 
 
-def test_figures_of_other_settings_are_others(gpu, monkeypatch):
+def test_figures_of_other_settings_are_others(gpu):
     model, x = network()
     sparsekd.convert(model, x)
-    for setting in ("benchmark", "allow_tf32"):
-        monkeypatch.setattr(torch.backends.cudnn, setting, not getattr(torch.backends.cudnn, setting))
-        changed = sparsekd.convert(model, x)
+    now = {setting: getattr(torch.backends.cudnn, setting) for setting in ("benchmark", "allow_tf32")}
+    for setting in now:
+        with torch.backends.cudnn.flags(enabled=True, **now | {setting: not now[setting]}):
+            changed = sparsekd.convert(model, x)
         assert {choice.source for choice in sparsekd.choices(changed).values()} == {"measured"}, setting
 
 

@@ -147,14 +147,14 @@ def test_the_module_keeps_its_plan_and_reads_its_values(on_the_cpu, vector, chan
 
 @pytest.mark.parametrize("tf32", [False, True])
 def test_what_triton_or_tensor_cores_compute_takes_no_such_plan(monkeypatch, tf32):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     monkeypatch.setattr(conv2d_planned, "_built_for", lambda device: True)
-    takes = {
-        (dtype, vector)
-        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-        for vector in (1, 4, 8, 32)
-        if ops.takes_core_plans(torch.device("cuda"), dtype, vector)
-    }
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+        takes = {
+            (dtype, vector)
+            for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+            for vector in (1, 4, 8, 32)
+            if ops.takes_core_plans(torch.device("cuda"), dtype, vector)
+        }
     narrow = {(torch.float32, v) for v in (1, 4)}  # of half types results don't leave flat planes as they lie
     assert takes == narrow | (set() if tf32 else {(torch.float32, 8), (torch.float32, 32)})
     with ops.only_backend("triton"):

@@ -36,15 +36,33 @@ BUGS = {
     ),
     "records begin four bytes late": (
         "conv2d.cuh",
-        "p.records + int64_t(i + part) * kRecordBytes<kV>;",
-        "p.records + int64_t(i + part) * kRecordBytes<kV> + 4;",
+        "p.records + int64_t(begin) * kRecordBytes<kV>;",
+        "p.records + int64_t(begin) * kRecordBytes<kV> + 4;",
         "misaligned",
     ),
     "one record too many": (
         "conv2d.cuh",
-        "int rounds = (end - i) / kParts;",
-        "int rounds = (end - i) / kParts + 1;",
+        "int rounds = staged / kParts;",
+        "int rounds = staged / kParts + 1;",
         "out of bounds|before it was",
+    ),
+    "one record too few is copied": (
+        "conv2d.cuh",
+        "at < count * kRecordBytes<kV>;",
+        "at < (count - 1) * kRecordBytes<kV>;",
+        "before it was",
+    ),
+    "results from registers one column too far": (
+        "conv2d.cuh",
+        "column_of(j) < p.axes[1].positions; };",
+        "column_of(j) <= p.axes[1].positions; };",
+        "written by another block|out of bounds|no barrier between",
+    ),
+    "results of strips one row too far apart": (
+        "conv2d_finish.cuh",
+        "const int64_t to_strip = int64_t(p.lanes.strip_rows) *",
+        "const int64_t to_strip = int64_t(p.lanes.strip_rows + 1) *",
+        "written by another block|out of bounds|never written|no barrier between",
     ),
     "one record too many for all parts of a warp": (
         "conv2d.cuh",
@@ -54,7 +72,7 @@ BUGS = {
     ),
     "no barrier after the places of a plane": (
         "conv2d.cuh",
-        "  __syncthreads();  // places\n",
+        "  __syncthreads();  // places and starts\n",
         "",
         "no barrier between|before it was written",
     ),
@@ -120,8 +138,8 @@ BUGS = {
     ),
     "run without what lies before a sector": (
         "conv2d_finish.cuh",
-        "begin = -static_cast<int>(at % sector);",
-        "begin = static_cast<int>(-at % sector + sector) % sector;",
+        "begin = -static_cast<int>(at & (sector - 1));",
+        "begin = static_cast<int>(-at & (sector - 1));",
         "never written",
     ),
     "strips stored again one by one": (
@@ -129,12 +147,6 @@ BUGS = {
         "(merged && strip > 0 && i > 0)) continue;",
         "false) continue;",
         "out of bounds|before it was written|never written|written by",
-    ),
-    "strips one row too far apart": (
-        "conv2d_finish.cuh",
-        "p.lanes.strip_rows * p.out_size[1] *",
-        "(p.lanes.strip_rows + 1) * p.out_size[1] *",
-        "out of bounds|before it was written|no barrier between",
     ),
     "interleaved rows of the next tile": (
         "conv2d.cuh",
@@ -265,27 +277,28 @@ IN_MAKE_TEST = ("no barrier after the copies", "last column never written", "bor
 # Several blocks of channels, two groups, odd sizes, borders; whole images, and strips of them, in the lanes; with
 # channels last, too.
 CONV2D = """
-for vector, dtype in ((1, torch.float32), (4, torch.float32), (2, torch.float32)):
+for vector, dtype in ((1, torch.float32), (4, torch.float32), (4, torch.float16), (2, torch.float32)):
     mask = (torch.rand(48 // vector, 20, 3, 3) < 0.3).repeat_interleave(vector, 0)
-    values, crow, col, rows = formats.pack(torch.randn(48, 20, 3, 3), mask, vector, 2)
+    values, crow, col, rows = formats.pack(torch.randn(48, 20, 3, 3).to(dtype), mask, vector, 2)
     for batch, height, seed in ((3, 11, 0), (16, 7, 1), (1, 11, 1)):
         emulator.functions.emulator_set_seed(seed)
         for format in (torch.contiguous_format, torch.channels_last):
-            input = torch.randn(batch, 40, height, 9).contiguous(memory_format=format)
+            input = torch.randn(batch, 40, height, 9).to(dtype).contiguous(memory_format=format)
             run("conv2d", input, values, crow, col, rows, None, None, 48, (3, 3), (1, 1), (1, 1), (1, 1), 2)
 """
 
-# Tiles that are rectangles, of a wide map and of stride 3's gradient.
+# Tiles that are rectangles, of a wide map and of stride 3's gradient. Results of float32 are stored from registers,
+# others by way of shared memory.
 IN_RECTANGLES = """
 mask = torch.rand(6, 5, 3, 3) < 0.3
-values, crow, col, rows = formats.pack(torch.randn(6, 5, 3, 3), mask, 1, 1)
-for batch, seed in ((2, 0), (16, 1)):
+for batch, seed, dtype in ((2, 0, torch.float32), (16, 1, torch.float32), (2, 1, torch.float16), (16, 0, torch.half)):
+    values, crow, col, rows = formats.pack(torch.randn(6, 5, 3, 3).to(dtype), mask, 1, 1)
     emulator.functions.emulator_set_seed(seed)
-    input = torch.randn(batch, 5, 11, 37).contiguous(memory_format=torch.channels_last)
+    input = torch.randn(batch, 5, 11, 37).to(dtype).contiguous(memory_format=torch.channels_last)
     run("conv2d", input, values, crow, col, rows, None, None, 6, (3, 3), (1, 1), (1, 1), (1, 1), 1)
     size = (batch, 5, 11, 20)
-    run("conv2d_input_grad", torch.randn(batch, 6, 4, 7), values, crow, col, rows, None, size, (3, 3), (3, 3), (1, 1),
-        (1, 1), 1)
+    grad = torch.randn(batch, 6, 4, 7).to(dtype)
+    run("conv2d_input_grad", grad, values, crow, col, rows, None, size, (3, 3), (3, 3), (1, 1), (1, 1), 1)
 """
 
 # Interleaved results, in rectangles and in runs.
@@ -322,7 +335,8 @@ for height, dtype, seed in ((7, torch.float16, 0), (21, torch.float32, 1)):
 
 # Tiles that are runs: of whole rows and of others, of four images and of eight.
 IN_RUNS = """
-for vector, height, width, batch, dtype in ((1, 13, 29, 4, torch.float32), (2, 7, 7, 8, torch.float16)):
+SIZES = ((1, 13, 29, 4), (2, 7, 7, 8), (1, 7, 7, 1))
+for (vector, height, width, batch), dtype in [(s, d) for s in SIZES for d in (torch.float32, torch.float16)]:
     mask = (torch.rand(16 // vector, 8, 3, 3) < 0.3).repeat_interleave(vector, 0)
     values, crow, col, rows = formats.pack(torch.randn(16, 8, 3, 3).to(dtype), mask, vector, 1)
     for seed in (0, 1):
