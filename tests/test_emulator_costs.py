@@ -50,10 +50,10 @@ MOST_WAVEFRONTS, MOST_SECTORS = 1.05, 1.15
 # Sums over lanes come by 16 and 32 bytes, which begin wherever the first of their non-zeros lies. It is one store for
 # four reads and more of the staged tile.
 MOST_OF_SUMS = 1.5
-# The convolution on CUDA cores stores float32 from registers, wherever in a sector a lane's position lies: on an H200 that
-# took less time than the way through shared memory, which has whole sectors, since L2 puts the parts together. Narrow
-# results still go that way, but by tiles that were chosen for float32's times. What the parts of a warp read of records
-# are several places at once.
+# The convolution on CUDA cores stores float32 from registers, wherever in a sector a lane's position lies: an H200 took
+# less time for that than for the way through shared memory, which has whole sectors, since L2 puts the parts together.
+# Narrow results still go that way, but by tiles that were chosen for float32's times. What the parts of a warp read of
+# records are several places at once.
 MOST_OF_REGISTERS, MOST_OF_NARROW, MOST_OF_RECORDS = 1.85, 2.75, 1.2
 
 # batch, channels, filters, size, stride, V: ResNet's 3 x 3 layers with fewer channels
