@@ -1,7 +1,10 @@
 """conv2d's CUDA kernels, run by the emulator and checked, against nn.functional.conv2d in float64."""
 
+import contextlib
+import ctypes
 import dataclasses
 import random
+import re
 
 import emulated
 import pytest
@@ -118,6 +121,48 @@ def test_runs_against_the_oracle(seed):
         input.double(), values.double(), crow, col, rows, scale.double(), shift.double(), added, "relu", *geometry
     )
     assert_near(got, want, case.dtype, str(case))
+
+
+HEADER = (emulated.ROOT / "csrc" / "cuda" / "conv2d.h").read_text()
+VARIANTS = re.findall(r"\{(\d[\d, ]*)\}", HEADER.partition("kConv2dVariants[] = {")[2].partition("};")[0])
+
+
+@contextlib.contextmanager
+def variant_alone(index):
+    chosen = ctypes.c_int.in_dll(emulated.emulator().functions, "emulator_conv2d_variant")
+    chosen.value = index
+    try:
+        yield
+    finally:
+        chosen.value = -1
+
+
+@pytest.mark.parametrize("seed", sampled(range(60), 2))
+@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=lambda i: VARIANTS[i].replace(", ", "-"))
+def test_each_variant_against_the_oracle(index, seed):
+    """Whatever the host side would choose; what a variant can't take (runs are of rows side by side) is drawn anew."""
+    vector = int(VARIANTS[index].partition(",")[0])
+    for attempt in range(20):
+        r = random.Random(1000 * attempt + 100 * index + seed)
+        case = dataclasses.replace(
+            draw_wide(r.randrange(10**6)),
+            vector=r.choice({1: [1], 2: [2], 4: [3, 4], 8: [5, 8, 16]}[vector]),
+            channels_last=False,
+            filters=r.choice([5, 16, 40]),
+            density=r.choice([0.1, 0.5, 1.0]),
+        )
+        if vector == 8:
+            case = dataclasses.replace(case, dtype=torch.float32)
+        input, values, crow, col, rows, geometry, _ = operands(case)
+        with variant_alone(index):
+            try:
+                got = emulated.in_two_orders("conv2d", input, values, crow, col, rows, None, None, *geometry)
+            except NotImplementedError:
+                continue
+        want = reference.conv2d_reference(input.double(), values.double(), crow, col, rows, None, *geometry)
+        assert_near(got, want, case.dtype, str(case))
+        return
+    raise AssertionError("Expected a case for the variant, got none")
 
 
 @pytest.mark.parametrize("vector", [1, 2, 4, 8])

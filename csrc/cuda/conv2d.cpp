@@ -24,6 +24,13 @@
 #include "planar_host.h"
 #include "weight_grad.h"
 
+#ifdef SPARSEKD_EMULATED
+// Of kConv2dVariants, the one that a test wants to see at work, or all.
+extern "C" __attribute__((visibility("default"))) int emulator_conv2d_variant = -1;
+#else
+static constexpr int emulator_conv2d_variant = -1;
+#endif
+
 namespace sparsekd::cuda {
 namespace {
 
@@ -117,6 +124,7 @@ std::optional<Choice> choose_tile(const TensorDevice& device, const Problem& pro
   for (const Conv2dVariant& variant : stores ? std::span<const Conv2dVariant>(kConv2dVariants)
                                               : std::span<const Conv2dVariant>(kWeightGradVariants)) {
     if (variant.vector != vector || (variant.run > 1 && !(stores && stores->joined))) continue;
+    if (stores && emulator_conv2d_variant >= 0 && &variant != &kConv2dVariants[emulator_conv2d_variant]) continue;
     if ((problem.interleaved && variant.groups != 4) || (problem.flat && variant.lane_groups != 1)) continue;
     const int64_t row_vectors = problem.flat ? columns : lane_columns(columns);
     const int64_t slots = 4 * variant.lane_groups;
@@ -234,6 +242,7 @@ std::optional<Choice> choose(const TensorDevice& device, const Problem& problem,
     joined = joined && (problem.interleaved || (y.out_step == 1 && x.out_step == 1));
     stores = {output.element_size(), width, joined};
   }
+  if (emulator_conv2d_variant >= 0) return choose_tile(device, problem, n_vectors, stores);
   // Hundreds are compared, and a layer is called with the same sizes over and over.
   std::vector<int64_t> key{device.major, device.shared_bytes, device.multiprocessors, problem.batch,
                            problem.in_channels, problem.out_channels, problem.groups, problem.vector,
