@@ -303,13 +303,18 @@ for batch, seed, dtype in ((2, 0, torch.float32), (16, 1, torch.float32), (2, 1,
 
 # Interleaved results, in rectangles and in runs.
 INTERLEAVED = """
+import ctypes
+only = ctypes.c_int.in_dll(emulator.functions, "emulator_conv2d_variant")
 mask = torch.rand(6, 5, 3, 3) < 0.3
 values, crow, col, rows = formats.pack(torch.randn(6, 5, 3, 3), mask, 1, 1)
-for batch, height, width, seed in ((1, 56, 56, 0), (4, 9, 28, 1), (16, 9, 131, 1)):
-    emulator.functions.emulator_set_seed(seed)
+# The last: of kConv2dVariants.
+SIZES = ((1, 56, 56, -1), (4, 9, 28, -1), (16, 9, 131, -1), (4, 28, 28, 4), (4, 28, 28, 5))
+for seed, (batch, height, width, only.value) in enumerate(SIZES):
+    emulator.functions.emulator_set_seed(seed % 2)
     grad_output = torch.randn(batch, 6, (height + 1) // 2, (width + 1) // 2)
     size = (batch, 5, height, width)
     run("conv2d_input_grad", grad_output, values, crow, col, rows, None, size, (3, 3), (2, 2), (1, 1), (1, 1), 1)
+only.value = -1
 """
 
 # By plans for CUDA cores.
@@ -333,16 +338,19 @@ for height, dtype, seed in ((7, torch.float16, 0), (21, torch.float32, 1)):
     run("conv2d", input, values, crow, col, rows, None, None, 40, (1, 1), (1, 1), (0, 0), (1, 1), 1)
 """
 
-# Tiles that are runs: of whole rows and of others, of four images and of eight.
+# Tiles that are runs: of whole rows and of others, of four images and of fewer.
 IN_RUNS = """
-SIZES = ((1, 13, 29, 4), (2, 7, 7, 8), (1, 7, 7, 1))
-for (vector, height, width, batch), dtype in [(s, d) for s in SIZES for d in (torch.float32, torch.float16)]:
+import ctypes
+only = ctypes.c_int.in_dll(emulator.functions, "emulator_conv2d_variant")
+SIZES = ((1, 13, 29, 4, (4, 5)), (2, 7, 7, 8, (10, 11)), (1, 7, 7, 1, (4, -1)))  # the last: of kConv2dVariants
+for (vector, height, width, batch, variants), dtype in [(s, d) for s in SIZES for d in (torch.float32, torch.float16)]:
     mask = (torch.rand(16 // vector, 8, 3, 3) < 0.3).repeat_interleave(vector, 0)
     values, crow, col, rows = formats.pack(torch.randn(16, 8, 3, 3).to(dtype), mask, vector, 1)
-    for seed in (0, 1):
+    for seed, only.value in zip((0, 1), variants):
         emulator.functions.emulator_set_seed(seed)
         input = torch.randn(batch, 8, height, width).to(dtype)
         run("conv2d", input, values, crow, col, rows, None, None, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+only.value = -1
 """
 
 # The same for the weight gradient.
