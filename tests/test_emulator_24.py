@@ -35,8 +35,8 @@ BUGS = {
     "last pixel off by one": ("first_pixel + i < p.pixels;", "first_pixel + i <= p.pixels;", "out of bounds"),
     "row of the input off by one": ("y < p.in_h &&", "y <= p.in_h &&", FOREIGN),
     "metadata beyond the last tile": (
-        "min(first_row / 16 + static_cast<int>(threadIdx.x) / 8, p.row_tiles - 1)",
-        "first_row / 16 + static_cast<int>(threadIdx.x) / 8",
+        "min(first_row / 16 + thread / 8, p.row_tiles - 1)",
+        "first_row / 16 + thread / 8",
         "out of bounds",
     ),
     "values beyond the last row": (" < p.rows;\n      copy_async16", " <= p.rows;\n      copy_async16", FOREIGN),
@@ -49,15 +49,17 @@ BUGS = {
 }
 
 # Two blocks of channels that are not full, borders, pixels and rows that don't fill a tile; and a single step, whose
-# stage is the one that the results take.
+# stage is the one that the results take, also where one group of warps takes all steps and rows are no whole vectors.
 RUN = """
 from test_conv2d_24 import mask_24
 from sparsekd.sparse import formats_24
-for seed, shape in ((0, (88, 80, 3, 3)), (1, (88, 80, 3, 3)), (0, (88, 64, 1, 1))):
-    emulator.functions.emulator_set_seed(seed)
+shapes = (88, 80, 3, 3), (88, 80, 3, 3), (88, 64, 1, 1), (150, 64, 1, 1), (150, 64, 1, 1)
+for seed, shape in enumerate(shapes):
+    emulator.functions.emulator_set_seed(seed % 2)
+    emulator.functions.emulator_set_device(8, 163 << 10, 108 if shape[0] == 88 else 1)
     values, metadata = formats_24.pack_24(torch.randn(shape).half(), mask_24(shape))
     input = torch.randn(1, shape[1], 7, 6).half().contiguous(memory_format=torch.channels_last)
-    run("conv2d_24", input, values, metadata, None, 88, shape[2:], (1, 1), (1, 1), (1, 1), 1)
+    run("conv2d_24", input, values, metadata, None, shape[0], shape[2:], (1, 1), (1, 1), (1, 1), 1)
 """
 
 

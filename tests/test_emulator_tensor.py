@@ -77,8 +77,8 @@ BUGS = {
         "no barrier between|out of bounds|written by another block",
     ),
     "column bound off by one": (
-        "x < p.positions[1];",
-        "x <= p.positions[1];",
+        "in_row < p.tile_w && y < p.strip_rows && x < p.positions[1];",
+        "in_row <= p.tile_w && y < p.strip_rows && x <= p.positions[1];",
         "written by another block|out of bounds|no barrier between",
     ),
     "row bound off by one": (
@@ -97,13 +97,14 @@ BUGS = {
 # Three blocks of channels in little shared memory, odd columns and octets, borders, two matrices of rows a warp; fewer
 # channels, which one buffer takes; strips whose last tile is not full. Blocks of threads go on from tile to tile.
 RUN = """
-cases = (8, 0, 40, 90, 9), (16, 1, 40, 90, 9), (32, 0, 40, 90, 9), (16, 0, 163, 24, 9), (16, 0, 163, 24, 13)
-for vector, seed, shared, channels, rows in cases:
+cases = (8, 0, 40, 90, 9, 9), (16, 1, 40, 90, 9, 9), (32, 0, 40, 90, 9, 9), (16, 0, 163, 24, 9, 9)
+cases += (16, 0, 163, 24, 13, 9), (16, 1, 163, 24, 9, 8)
+for vector, seed, shared, channels, rows, columns in cases:
     emulator.functions.emulator_set_device(8, shared << 10, 1)
     emulator.functions.emulator_set_seed(seed)
     mask = (torch.rand(64 // vector, channels, 3, 3) < 0.1).repeat_interleave(vector, 0)
     values, crow, col, _ = formats.pack(torch.randn(64, channels, 3, 3), mask, vector)
-    input, values = torch.randn(3, channels, rows, 9).half(), values.half()
+    input, values = torch.randn(3, channels, rows, columns).half(), values.half()
     geometry = (64, (3, 3), (1, 1), (1, 1), (1, 1), 1)
     tiling = emulator.ops.conv2d_tiling(col, vector, input.shape, *geometry)
     run("conv2d", input, values, crow, col, None, None, None, *geometry)  # by tiles of whole rows
