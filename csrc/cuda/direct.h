@@ -1,5 +1,5 @@
 // The direct convolution on CUDA cores, as its operators share it: the forward, the input gradient, the weight gradient
-// and linear's three. Its kernels are in conv2d.cuh, its host side in conv2d.cpp.
+// and linear's three. Its kernels are in conv2d.cuh, its host side in conv2d.cpp and conv2d_choice.cpp.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -49,6 +49,10 @@ struct Problem {
   bool flat = false;
   int64_t channels_per_group() const { return in_channels / groups; }
 };
+
+inline int64_t output_size(const Problem& problem, int d) {
+  return problem.interleaved ? problem.output_size[d] : problem.axes[d].positions;
+}
 
 // See Conv2dParams and RecordsParams.
 struct Choice {
