@@ -119,6 +119,27 @@ emulator = functools.cache(load)
 
 
 @contextlib.contextmanager
+def as_cpu_ops(names):
+    """Within it the emulator's kernels serve these operators on the CPU; yields how often each was called."""
+    calls = dict.fromkeys(names, 0)
+
+    def counted(name):
+        def run(*args):
+            calls[name] += 1
+            return getattr(emulator().ops, name)(*args)
+
+        return run
+
+    library = torch.library.Library("sparsekd", "IMPL")
+    for name in names:
+        library.impl(name, counted(name), "CPU")
+    try:
+        yield calls
+    finally:
+        library._destroy()
+
+
+@contextlib.contextmanager
 def lane_order(seed):
     """Blocks, warps and lanes take turns in an order drawn from ``seed``; 0 is their own."""
     emulator().functions.emulator_set_seed(seed)

@@ -84,20 +84,8 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(ops, "takes_plans", lambda *_: False)
     monkeypatch.setattr(ops, "takes_core_plans", lambda *_: True)
     monkeypatch.setattr(ops, "for_tensor_cores", lambda device: True)
-    calls = dict.fromkeys(PLANNED, 0)
-
-    def counted(name):
-        def run(*args):
-            calls[name] += 1
-            return getattr(emulated.emulator().ops, name)(*args)
-
-        return run
-
-    library = torch.library.Library("sparsekd", "IMPL")
-    for name in PLANNED:
-        library.impl(name, counted(name), "CPU")
-    yield calls
-    library._destroy()
+    with emulated.as_cpu_ops(PLANNED) as calls:
+        yield calls
 
 
 def sparse_conv(vector, seed=0):
