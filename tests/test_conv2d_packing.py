@@ -1,8 +1,12 @@
 """Images on their way into lanes (csrc/cpu/strips.h): every way in, with foreign numbers on both sides of tensors."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import printed_under_isa
+from test_generated import between_guards
 
 from sparsekd.sparse import ops
 
@@ -61,3 +65,40 @@ def test_every_way_in(first):
         with torch.no_grad():
             plan = ops.conv2d_plan(crow, col, vector=1, input_size=tuple(x.shape), **shape)
             assert torch.equal(ops.conv2d_fused(given, values, crow, col, plan=plan, **shape), got)
+
+
+@torch.no_grad()
+def check_lying(seed):
+    """A 1 x 1 kernel on images of any number of pixels, before and behind which nothing may be read."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    vector, groups, activation = (
+        draw.choice([1, 4, 4, 8]),
+        draw.choice([1, 1, 2]),
+        draw.choice(["none", "relu", "silu"]),
+    )
+    rows, channels = groups * vector * draw.randint(1, 12), groups * draw.randint(1, 70)
+    x = torch.randn(draw.randint(1, 4), channels, draw.randint(3, 15), draw.randint(3, 15))
+    kept = torch.rand(rows // vector, channels // groups) < draw.choice([0.1, 0.4])
+    values = torch.randn(int(kept.sum()), vector)
+    crow = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)]).int()
+    weight = torch.zeros(rows // vector, channels // groups, vector)
+    weight[kept] = values
+    weight = weight.transpose(1, 2).reshape(rows, channels // groups, 1, 1)
+    residual, bias = torch.randn(len(x), rows, *x.shape[2:]), torch.randn(rows)
+    want = F.conv2d(x.double(), weight.double(), bias.double(), groups=groups) + residual
+    want = {"none": lambda y: y, "relu": F.relu, "silu": F.silu}[activation](want)
+    layer = dict(out_channels=rows, kernel_size=1, groups=groups, activation=activation)
+    for last in (False, True):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            given = between_guards(x, last)
+            got = ops.conv2d_fused(
+                given, values, crow, kept.nonzero()[:, 1].int(), shift=bias, residual=residual, **layer
+            )
+            torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-5, msg=lambda m: f"seed {seed}: {m}")
+
+
+def test_pixels_that_are_read_where_they_lie(isa):
+    code = "import test_conv2d_packing as t\nfor seed in range(60): t.check_lying(seed)\nprint('fine')"
+    assert printed_under_isa(isa, code).split() == ["fine"]

@@ -42,6 +42,7 @@ struct Grid {
   bool runs = false, aligned = false;
   bool generated = false;  // whether rows have code of their own (generated.h)
   bool in_place = false;   // whether images are read where they lie (in_place.h)
+  bool lying = false;      // or by the interpreting kernel, though their vectors straddle lines of the cache
   int64_t lanes = 1, images = 1, down = 1, across = 1;
   int rows = 1;       // that a tile takes together
   int64_t bands = 1;  // of lines in which an image is packed and multiplied
@@ -176,7 +177,9 @@ inline double cycles(const Work& work, const Grid& grid) {
   const double wide = grid.strip[1] + grid.halo[1], lines_in = work.channels * phases * (grid.strip[0] + grid.halo[0]);
   const double results = work.rows * work.vector * grid.strip[0];
   double around;
-  if (grid.runs) {
+  if (grid.lying) {
+    around = 3 * results * grid.strip[1];
+  } else if (grid.runs) {
     around = (phases == 1 ? 0.25 : 1.0) * lanes * lines_in * wide + 4 * results * grid.strip[1];
   } else {
     const double squares = ceil_div(grid.strip[1], 4) * 4;
@@ -214,6 +217,7 @@ inline void choose_tiles(const Work& work, const TileShape& shape, Grid& grid) {
   Grid tried = grid;
   auto attempt = [&](const Pair& tiles) {
     tried.tiles = tiles;
+    if (grid.lying && tried.largest() * grid.lanes > work.pixels[0] * work.pixels[1]) return;
     tried.blocks = blocks_of(work, tried);
     tried.cost = cycles(work, tried);
     if (tried.cost < grid.cost) grid = tried;
@@ -251,6 +255,23 @@ inline Grid flat_grid(const Work& work, const TileShape& shape, int64_t pixels) 
   Grid grid;
   grid.runs = grid.aligned = true;
   grid.strip = {1, ceil_div(pixels, shape.lanes)};
+  choice.consider(grid);
+  return choice.grid;
+}
+
+// Those of an image where it lies. The last tile ends where the image does, and so may begin before the one ahead of it
+// ends.
+inline Grid lying_grid(const Work& work, const TileShape& shape, int64_t pixels) {
+  const int64_t line = 64 * shape.lanes / work.bytes, vectors = pixels / shape.lanes;  // a line's elements
+  int64_t straddling = 0;  // in as many channels as there are places where one may begin
+  for (int64_t c = 0; c < line; ++c) {
+    for (int64_t v = 0; v < vectors; ++v) straddling += (c * pixels + v * shape.lanes) % line + shape.lanes > line;
+  }
+  Choice choice{work, shape, {}};
+  Grid grid;
+  grid.runs = grid.lying = true;
+  grid.strip = {1, ceil_div(pixels, shape.lanes)};
+  grid.loads = 1 + static_cast<double>(straddling) / static_cast<double>(line * vectors);
   choice.consider(grid);
   return choice.grid;
 }

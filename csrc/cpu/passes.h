@@ -296,20 +296,25 @@ struct FlatPixels {
   FlatPixels(GridKey key, const Rows<T>& rows, const Batch<const T>& source, const Pair& stride, const Pair& pixels)
       : planes{{Plane{pixels, {1, 1}, {0, 0}}}, {Tap{0, 0, 0}}, {0, 0}, {}} {
     const int64_t count = pixels[0] * pixels[1];
-    // In place if that is aligned. Channels a multiple of 1 KiB apart would share their cache sets.
+    // Channels a multiple of 1 KiB apart would share their cache sets.
+    const bool apart_well = !source.last && stride[0] == 1 && stride[1] == 1 &&
+                            count * static_cast<int64_t>(sizeof(T)) % 1024 != 0;
     auto lies_well = [&](int64_t lanes) {
-      return !source.last && stride[0] == 1 && stride[1] == 1 && count % lanes == 0 &&
-             count * static_cast<int64_t>(sizeof(T)) % 1024 != 0 &&
+      return apart_well && count % lanes == 0 &&
              reinterpret_cast<uintptr_t>(source.data) % (lanes * sizeof(T)) == 0;
     };
     key.push_back(reinterpret_cast<uintptr_t>(source.data) % 64);
     grid = best_width<T>(key, rows.generated, [&](const LaneKernels<T>& kernels) {
       const TileShape shape = shape_of(rows, kernels);
       const int64_t apart = lies_well(shape.lanes) ? source.count : 1;
-      const Work work = work_of(rows, apart, pixels, pixels[1], planes, shape.lanes);
-      return flat_grid(work, shape, source.count / apart * count);
+      Work work = work_of(rows, apart, pixels, pixels[1], planes, shape.lanes);
+      const Grid flat = flat_grid(work, shape, source.count / apart * count);
+      if (!apart_well || lies_well(shape.lanes) || rows.generated || count < 2 * shape.lanes) return flat;
+      work.batch = source.count;
+      const Grid lying = lying_grid(work, shape, count);
+      return lying.cost < flat.cost ? lying : flat;
     });
-    in_place = lies_well(grid.lanes);
+    in_place = grid.lying || lies_well(grid.lanes);
   }
 
   Planes planes;
@@ -368,7 +373,9 @@ void over_pixels(GridKey key, const Batch<const T>& source, const Pair& stride, 
           const T* input = in_place ? source.image(n) + channels : packed + channels;
           for (int64_t t = band * tiles_in_band; t < std::min((band + 1) * tiles_in_band, grid.tiles[1]); ++t) {
             SpmmTile<T> tile = tile_of<T>(grid, 0, t, init);
-            const int64_t first = grid.begin(1, t) * lanes, valid = std::min(tile.width * lanes, all - first);
+            const int64_t begins = grid.begin(1, t) * lanes;
+            const int64_t first = in_place ? std::min(begins, all - tile.width * lanes) : begins;
+            const int64_t valid = std::min(tile.width * lanes, all - first);
             tile.input = input + first - (in_place ? 0 : band_begin(band));
             store.clear();
             for (int64_t done = 0, run; done < valid; done += run) {
