@@ -69,6 +69,7 @@ struct SpmmTile {
   const T* ahead;
   int64_t ahead_pitch, ahead_channels;
   int ahead_lines;
+  int ahead_part, ahead_parts;  // of each block's channels, this part alone, if there are parts
   bool clamped;           // whether finished results are held between `low` and `high`
   T low, high;
   const struct ReadPlaces* reads;  // for code: in the place of lines; or null

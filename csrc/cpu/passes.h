@@ -384,11 +384,22 @@ void over_pixels(GridKey key, const Batch<const T>& source, const Pair& stride, 
               run = std::min(valid - done, width - x);
               store.add(done, n + image, y * step[0] * result.size[1] + x * step[1], run);
             }
-            if (in_place && t + 1 < grid.tiles[1]) {
-              // Channels lie far apart in memory, so that nothing foresees where the next tile reads.
-              tile.ahead = tile.input + tile.width * lanes;
-              tile.ahead_pitch = pitch;
-              tile.ahead_lines = static_cast<int>(ceil_div(grid.count(1, t + 1) * bytes, 64));
+            // Channels lie far apart in memory, so that nothing foresees where the next tiles read. Several tiles
+            // together fetch what as many read after them, each for a part of the channels, so that it is a few lines
+            // at a time; at an image's end, of the next one.
+            if (in_place) {
+              constexpr int64_t kTogether = 256;  // bytes of a channel
+              const int64_t together = ceil_div(kTogether, widest / lanes * bytes), set = t / together + 1;
+              const bool more = set * together < grid.tiles[1];
+              const int64_t start = more ? grid.begin(1, set * together) : 0;
+              const int64_t stop = grid.begin(1, std::min((more ? set + 1 : 1) * together, grid.tiles[1]));
+              if (more || n + 1 < source.count) {
+                tile.ahead = source.image(more ? n : n + 1) + channels + start * lanes;
+                tile.ahead_pitch = pitch;
+                tile.ahead_lines = static_cast<int>(ceil_div((stop - start) * bytes, 64));
+                tile.ahead_part = static_cast<int>(t % together);
+                tile.ahead_parts = static_cast<int>(std::min(together, grid.tiles[1] - (set - 1) * together));
+              }
             }
             store.aim(tile, scratch.get(), begin, end, lanes, count, false);
             multiply_tile(grid, rows, pass.offsets, pass.blocks, tile, begin, end, scratch.get(), cursor);

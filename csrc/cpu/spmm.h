@@ -161,9 +161,12 @@ void multiply_tile(const Grid& grid, const Rows<T>& rows, const Offsets& offsets
     } else {
       tile.limit = static_cast<uint32_t>(std::min<int64_t>(past * offsets.pitch, offsets.limit));
     }
-    const int64_t channel = rows.channels_per_group * block / blocks;
-    tile.ahead_channels = past - channel;
-    if (finished.ahead) tile.ahead = finished.ahead + channel * finished.ahead_pitch;
+    if (finished.ahead) {
+      const int64_t channel = rows.channels_per_group * block / blocks, parts = std::max(tile.ahead_parts, 1);
+      const int64_t from = channel + (past - channel) * tile.ahead_part / parts;
+      tile.ahead_channels = channel + (past - channel) * (tile.ahead_part + 1) / parts - from;
+      tile.ahead = finished.ahead + from * finished.ahead_pitch;
+    }
     if (block + 1 == blocks) {
       tile.output = finished.output;
       tile.output_pitch = finished.output_pitch;
