@@ -136,7 +136,7 @@ class PlaneCopy {
       LineCopy<T> copy = part.copy;
       copy.from = image + part.from;
       copy.to = out + part.first;
-      copy.ahead = more && copy.step > 1 ? ahead : 0;
+      copy.ahead = more ? ahead : 0;
       type_kernels<T>().copy_lines(copy);
       std::fill(out + part.past, out + plane, T(0));
       out += plane;
