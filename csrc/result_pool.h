@@ -21,7 +21,7 @@ namespace sparsekd {
 
 class ResultPool final : public at::Allocator {
  public:
-  static constexpr size_t kLeast = size_t{4} << 20;  // bytes of a block; malloc keeps smaller ones itself
+  static constexpr size_t kLeast = size_t{1} << 20;  // bytes of a result
   static constexpr size_t kMost = size_t{1} << 30;   // that wait at once
   static constexpr int64_t kPatience = 1024;
 

@@ -228,6 +228,8 @@ at::Tensor conv2d_weight_grad_cpu(const at::Tensor& input, const at::Tensor& gra
   const Conv2dShape shape =
       checked_grad_shape(grad_output, input.sizes(), kernel_size, stride, padding, dilation, groups);
   check_dim(col_indices, "col_indices", 1);
+  OptionalTensor grad = trained_weight_grad(shape, input, grad_output, crow_indices, col_indices, row_indices, vector);
+  if (grad) return *grad;
   const Pattern pattern(crow_indices, col_indices, row_indices, shape.out_channels, groups, vector);
   const bool last = lies_last(input) && lies_last(grad_output);
   const at::Tensor wide_input = last ? input : widened(input);

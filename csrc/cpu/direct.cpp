@@ -10,10 +10,14 @@
 // (Park et al., ICLR 2017) and Escoin (Chen, 2018). A 1 x 1 kernel reads its input where it lies, if it lies well.
 #include "direct.h"
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
 #include <numeric>
 
 #include "../check.h"
 #include "passes.h"
+#include "stream.h"
 
 namespace sparsekd::cpu {
 namespace {
@@ -131,6 +135,9 @@ struct InputGrad {
       pass.rows.values = pass.values.data();
     }
     const bool asked = passes[0].asked != nullptr;
+    if (is_flat(shape) && shape.stride != Pair{1, 1} && !channels_last && !passes[0].idle) {
+      return run_apart(passes, grad_output, grad_input);
+    }
     // Of a kernel smaller than the stride, most phases are reached by nothing.
     if (!asked && std::any_of(passes.begin(), passes.end(), [](const Pass<T>& pass) { return pass.idle; })) {
       std::fill(grad_input, grad_input + shape.batch * shape.in_channels * shape.input[0] * shape.input[1], T(0));
@@ -138,14 +145,54 @@ struct InputGrad {
     const Batch<const T> source{grad_output, shape.batch, shape.out_channels, shape.output, channels_last};
     const Batch<T> result{grad_input, shape.batch, shape.in_channels, shape.input, channels_last};
     const GridKey key = grid_key(kInputGradGrid, shape, passes[0].rows, channels_last);
-    // The first phase is the one that is reached.
-    if (is_flat(shape) && (shape.stride == Pair{1, 1} || !channels_last)) {
-      return over_pixels<T>(key, source, {1, 1}, shape.output, shape.stride, passes, nullptr, {}, result);
+    if (is_flat(shape) && shape.stride == Pair{1, 1}) {
+      return over_pixels<T>(key, source, {1, 1}, shape.output, {1, 1}, passes, nullptr, {}, result);
     }
     run_passes<T>(
         key, source, pixels,
         [&](const Pair& positions, std::vector<Pass<T>>* of) { return planes_for(positions, of); }, passes, nullptr, {},
         result);
+  }
+
+  // Of a 1 x 1 kernel, which reaches every stride-th pixel alone, those of the first phase. They are computed side by
+  // side, a few images at a time, and go to their places, with zeros between, while they are in the cache.
+  void run_apart(std::vector<Pass<T>>& passes, const T* grad_output, T* grad_input) {
+    constexpr int64_t kChunk = int64_t{1} << 20;  // bytes
+    const int64_t pixels = shape.output[0] * shape.output[1], plane = shape.input[0] * shape.input[1];
+    const auto bytes = static_cast<int64_t>(sizeof(T));
+    const int64_t few = std::clamp<int64_t>(kChunk / (shape.in_channels * pixels * bytes), 1, shape.batch);
+    const bool streamed = shape.batch * shape.in_channels * plane * bytes >= kStreamed;
+    const Buffer<T> side_by_side(few * shape.in_channels * pixels);
+    Conv2dShape close = shape;
+    close.input = shape.output;
+    close.stride = {1, 1};
+    for (int64_t first = 0; first < shape.batch; first += close.batch) {
+      close.batch = std::min(few, shape.batch - first);
+      const Batch<const T> source{grad_output + first * shape.out_channels * pixels, close.batch, shape.out_channels,
+                                  shape.output, false};
+      const Batch<T> result{side_by_side.get(), close.batch, shape.in_channels, shape.output, false};
+      over_pixels<T>(grid_key(kInputGradGrid, close, passes[0].rows, false), source, {1, 1}, shape.output, {1, 1},
+                     passes, nullptr, {}, result);
+      const int64_t planes = close.batch * shape.in_channels;
+      at::parallel_for(0, planes, std::max<int64_t>(kChunk / 16 / (plane * bytes), 1), [&](int64_t begin, int64_t end) {
+        const Buffer<T> whole(plane);
+        std::fill(whole.get(), whole.get() + plane, T(0));
+        for (int64_t p = begin; p < end; ++p) {
+          const T* const from = side_by_side.get() + p * pixels;
+          T* const to = grad_input + (first * shape.in_channels + p) * plane;
+          for (int64_t y = 0; y < shape.output[0]; ++y) {
+            store_apart(from + y * shape.output[1], shape.output[1], shape.stride[1],
+                        whole.get() + y * shape.stride[0] * shape.input[1]);
+          }
+          if (streamed) {
+            stream(whole.get(), plane * bytes, to);
+          } else {
+            std::copy_n(whole.get(), plane, to);
+          }
+        }
+        if (streamed) end_stream();
+      });
+    }
   }
 
   const Conv2dShape& shape;

@@ -50,6 +50,13 @@ void direct_input_grad(const Conv2dShape& shape, const InputGradPlan& plan, cons
 void direct_weight_grad(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,
                         const at::Tensor& grad_output, bool channels_last, at::Tensor& grad_values);
 
+// The same of contiguous tensors of floats by code, which is made for tensors that lie as these do.
+class GeneratedDots;
+std::unique_ptr<const GeneratedDots> generated_weight_grad(const Conv2dShape& shape, const Pattern& pattern,
+                                                           const at::Tensor& input, const at::Tensor& grad_output);
+void direct_weight_grad(const Conv2dShape& shape, const Pattern& pattern, const GeneratedDots& code,
+                        const at::Tensor& input, const at::Tensor& grad_output, at::Tensor& grad_values);
+
 // Calls body with a value of the tensor's C++ type.
 template <class Body>
 void dispatch(const at::Tensor& tensor, Body body) {

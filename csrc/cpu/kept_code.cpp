@@ -43,18 +43,46 @@ int64_t CodeStore::bytes() {
   return static_cast<int64_t>(held());
 }
 
-std::shared_ptr<const KeptCode> CodeStore::get(const at::Tensor& owner, const Key& key,
-                                               const std::vector<at::Tensor>& indices, const Maker& make) {
-  constexpr int64_t kPatience = 4096;  // calls after which a size of input may make room for another
-  const std::lock_guard<std::mutex> guard(mutex_);
-  ++calls_;
+CodeStore::Pattern& CodeStore::pattern_of(const at::Tensor& owner) {
   const c10::StorageImpl* const memory = owner.storage().unsafeGetStorageImpl();
   auto place = patterns_.find(memory);
   if (place == patterns_.end()) {
     sweep();
-    place = patterns_.emplace(memory, Pattern{owner.storage().getWeakStorageImpl(), {}}).first;
+    place = patterns_.emplace(memory, Pattern{owner.storage().getWeakStorageImpl(), {}, nullptr, {}}).first;
   }
-  std::map<Key, Entry>& entries = place->second.entries;
+  return place->second;
+}
+
+void CodeStore::note_columns(const at::Tensor& owner, const at::Tensor& col_indices) {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  Pattern& pattern = pattern_of(owner);
+  const c10::StorageImpl* const columns = col_indices.storage().unsafeGetStorageImpl();
+  if (pattern.columns_at == columns) return;
+  pattern.columns = col_indices.storage().getWeakStorageImpl();
+  pattern.columns_at = columns;
+}
+
+std::shared_ptr<const KeptCode> CodeStore::get(const at::Tensor& owner, const Key& key,
+                                               const std::vector<at::Tensor>& indices, const Maker& make) {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  return get(pattern_of(owner), key, indices, make);
+}
+
+std::shared_ptr<const KeptCode> CodeStore::get_by_columns(const at::Tensor& col_indices, const Key& key,
+                                                          const std::vector<at::Tensor>& indices, const Maker& make) {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  const c10::StorageImpl* const columns = col_indices.storage().unsafeGetStorageImpl();
+  for (auto& [memory, pattern] : patterns_) {
+    if (pattern.columns_at == columns && !pattern.memory.expired()) return get(pattern, key, indices, make);
+  }
+  return nullptr;
+}
+
+std::shared_ptr<const KeptCode> CodeStore::get(Pattern& pattern, const Key& key,
+                                               const std::vector<at::Tensor>& indices, const Maker& make) {
+  constexpr int64_t kPatience = 4096;  // calls after which a size of input may make room for another
+  ++calls_;
+  std::map<Key, Entry>& entries = pattern.entries;
   if (const auto known = entries.find(key); known != entries.end()) {
     known->second.used = calls_;
     const auto& code = known->second.code;
@@ -68,7 +96,6 @@ std::shared_ptr<const KeptCode> CodeStore::get(const at::Tensor& owner, const Ke
     if (calls_ - oldest->second.used < kPatience) return nullptr;
     entries.erase(oldest);
   }
-  if (held() >= kMost) sweep();
   if (held() >= kMost) return nullptr;
   std::shared_ptr<const KeptCode> code = make();
   entries.emplace(key, Entry{code, calls_});

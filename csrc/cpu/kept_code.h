@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 namespace sparsekd::cpu {
@@ -43,6 +44,12 @@ class CodeStore {
   std::shared_ptr<const KeptCode> get(const at::Tensor& owner, const Key& key, const std::vector<at::Tensor>& indices,
                                       const Maker& make);
 
+  // The same of the pattern with these columns, for whose transposed plan a forward had code kept or looked for; null
+  // for one that is not trained.
+  std::shared_ptr<const KeptCode> get_by_columns(const at::Tensor& col_indices, const Key& key,
+                                                 const std::vector<at::Tensor>& indices, const Maker& make);
+  void note_columns(const at::Tensor& owner, const at::Tensor& col_indices);
+
   // Bytes of code of patterns that are alive.
   int64_t bytes();
 
@@ -53,11 +60,16 @@ class CodeStore {
   };
   struct Pattern {
     c10::weak_intrusive_ptr<c10::StorageImpl> memory;
+    std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> columns;
+    const c10::StorageImpl* columns_at = nullptr;
     std::map<Key, Entry> entries;
   };
 
   // Drops what belongs to patterns that ended.
   void sweep();
+  Pattern& pattern_of(const at::Tensor& owner);
+  std::shared_ptr<const KeptCode> get(Pattern& pattern, const Key& key, const std::vector<at::Tensor>& indices,
+                                      const Maker& make);
   size_t held() const;
 
   std::mutex mutex_;

@@ -9,15 +9,16 @@
 #include "../check.h"
 #include "../resident.h"
 #include "generated_conv2d.h"
+#include "generated_dots.h"
 #include "kept_code.h"
 
 namespace sparsekd::cpu {
 namespace {
 
-enum Kind : int64_t { kForward, kInputGrad };
+enum Kind : int64_t { kForward, kInputGrad, kWeightGrad };
 
-CodeStore::Key key_of(Kind kind, const Conv2dShape& shape, const at::Tensor& values) {
-  CodeStore::Key key{kind, values.size(0), values.size(1), shape.batch, shape.in_channels, shape.out_channels, shape.groups};
+CodeStore::Key key_of(Kind kind, const Conv2dShape& shape, int64_t count, int64_t vector) {
+  CodeStore::Key key{kind, count, vector, shape.batch, shape.in_channels, shape.out_channels, shape.groups};
   for (const Pair& pair : {shape.input, shape.kernel, shape.stride, shape.padding, shape.dilation}) {
     key.insert(key.end(), pair.begin(), pair.end());
   }
@@ -89,6 +90,29 @@ struct InputGradCode final : KeptCode {
   std::vector<int32_t> places;              // of conv's values in the order of its code
 };
 
+struct WeightGradCode final : KeptCode {
+  WeightGradCode(const Conv2dShape& shape, const std::vector<at::Tensor>& given, int64_t vector,
+                 const at::Tensor& input, const at::Tensor& grad_output)
+      : KeptCode(given),
+        pattern(indices()[0], indices()[1],
+                indices()[2].defined() ? std::optional<at::Tensor>(indices()[2]) : std::nullopt, shape.out_channels,
+                shape.groups, vector) {
+    if (can_generate(shape, pattern)) dots = generated_weight_grad(shape, pattern, input, grad_output);
+  }
+  size_t bytes() const override { return dots->bytes(); }
+  const Pattern pattern;
+  std::unique_ptr<const GeneratedDots> dots;
+};
+
+// The indices of a pattern, checked as far as comparing them needs it.
+std::vector<at::Tensor> indices_of(const at::Tensor& crow_indices, const at::Tensor& col_indices,
+                                   const std::optional<at::Tensor>& row_indices) {
+  check_indices(crow_indices, "crow_indices", crow_indices);
+  check_indices(col_indices, "col_indices", crow_indices);
+  if (row_indices) check_indices(*row_indices, "row_indices", crow_indices);
+  return {crow_indices, col_indices, row_indices.value_or(at::Tensor())};
+}
+
 }  // namespace
 
 std::optional<at::Tensor> trained_forward(const Conv2dShape& shape, const at::Tensor& input, const at::Tensor& values,
@@ -98,12 +122,10 @@ std::optional<at::Tensor> trained_forward(const Conv2dShape& shape, const at::Te
   if (!generates_code() || !plain_floats(input) || !plain_floats(values) || (bias && !plain_floats(*bias))) {
     return std::nullopt;
   }
-  check_indices(crow_indices, "crow_indices", crow_indices);
-  check_indices(col_indices, "col_indices", crow_indices);
-  if (row_indices) check_indices(*row_indices, "row_indices", crow_indices);
+  const std::vector<at::Tensor> indices = indices_of(crow_indices, col_indices, row_indices);
   const int64_t vector = values.size(1);
-  const std::vector<at::Tensor> indices{crow_indices, col_indices, row_indices.value_or(at::Tensor())};
-  const auto kept = CodeStore::shared().get(transpose, key_of(kForward, shape, values), indices, [&] {
+  CodeStore::shared().note_columns(transpose, col_indices);
+  const auto kept = CodeStore::shared().get(transpose, key_of(kForward, shape, values.size(0), vector), indices, [&] {
     auto made = std::make_shared<ForwardCode>(shape, indices, vector);
     return made->conv ? made : nullptr;
   });
@@ -119,7 +141,7 @@ std::optional<at::Tensor> trained_input_grad(const Conv2dShape& shape, const at:
   if (!generates_code() || !plain_floats(grad_output) || !plain_floats(values)) return std::nullopt;
   check_indices(transpose, "transpose", transpose);
   const auto kept = CodeStore::shared().get(
-      transpose, key_of(kInputGrad, shape, values), {transpose},
+      transpose, key_of(kInputGrad, shape, values.size(0), values.size(1)), {transpose},
       [&]() -> std::shared_ptr<const KeptCode> {
         Transposed(transpose, shape.in_channels, values.numel());  // checks the places
         auto made = std::make_shared<InputGradCode>(shape, transpose);
@@ -135,6 +157,25 @@ std::optional<at::Tensor> trained_input_grad(const Conv2dShape& shape, const at:
   at::Tensor grad_input = empty_result({shape.batch, shape.in_channels, shape.input[0], shape.input[1]}, at::kFloat);
   direct_input_grad(shape, *code.phases, grad_output, values, grad_input);
   return grad_input;
+}
+
+std::optional<at::Tensor> trained_weight_grad(const Conv2dShape& shape, const at::Tensor& input,
+                                              const at::Tensor& grad_output, const at::Tensor& crow_indices,
+                                              const at::Tensor& col_indices,
+                                              const std::optional<at::Tensor>& row_indices, int64_t vector) {
+  if (!generates_code() || !plain_floats(input) || !plain_floats(grad_output)) return std::nullopt;
+  const std::vector<at::Tensor> indices = indices_of(crow_indices, col_indices, row_indices);
+  const auto kept = CodeStore::shared().get_by_columns(
+      col_indices, key_of(kWeightGrad, shape, col_indices.size(0), vector), indices,
+      [&]() -> std::shared_ptr<const KeptCode> {
+        auto made = std::make_shared<WeightGradCode>(shape, indices, vector, input, grad_output);
+        return made->dots && made->dots->bytes() > 0 ? made : nullptr;
+      });
+  if (!kept) return std::nullopt;
+  const auto& code = static_cast<const WeightGradCode&>(*kept);
+  at::Tensor grad_values = at::empty({code.pattern.n_vectors, vector}, input.options());
+  direct_weight_grad(shape, code.pattern, *code.dots, input, grad_output, grad_values);
+  return grad_values;
 }
 
 }  // namespace sparsekd::cpu

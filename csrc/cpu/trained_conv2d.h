@@ -1,4 +1,4 @@
-// conv2d of a pattern that is trained, and its input gradient, by code that is kept with its transposed plan
+// conv2d of a pattern that is trained, and its gradients, by code that is kept with its transposed plan
 // (kept_code.h): values are brought into the order of the code at each call.
 #pragma once
 #include <ATen/core/Tensor.h>
@@ -16,5 +16,10 @@ std::optional<at::Tensor> trained_forward(const Conv2dShape& shape, const at::Te
                                           const std::optional<at::Tensor>& bias);
 std::optional<at::Tensor> trained_input_grad(const Conv2dShape& shape, const at::Tensor& grad_output,
                                              const at::Tensor& values, const at::Tensor& transpose);
+// For a pattern that a forward had as one that is trained.
+std::optional<at::Tensor> trained_weight_grad(const Conv2dShape& shape, const at::Tensor& input,
+                                              const at::Tensor& grad_output, const at::Tensor& crow_indices,
+                                              const at::Tensor& col_indices,
+                                              const std::optional<at::Tensor>& row_indices, int64_t vector);
 
 }  // namespace sparsekd::cpu
