@@ -50,8 +50,8 @@ void direct_input_grad(const Conv2dShape& shape, const InputGradPlan& plan, cons
 void direct_weight_grad(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,
                         const at::Tensor& grad_output, bool channels_last, at::Tensor& grad_values);
 
-// The same of contiguous tensors of floats by code, which is made for tensors that lie as these do.
 class GeneratedDots;
+// The same of contiguous tensors of floats by code, which is made for tensors that lie as these do.
 std::unique_ptr<const GeneratedDots> generated_weight_grad(const Conv2dShape& shape, const Pattern& pattern,
                                                            const at::Tensor& input, const at::Tensor& grad_output);
 void direct_weight_grad(const Conv2dShape& shape, const Pattern& pattern, const GeneratedDots& code,

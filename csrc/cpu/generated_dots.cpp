@@ -57,13 +57,11 @@ GeneratedDots::GeneratedDots(const Rows<float>& rows, Tiling tiling, int64_t gra
   }
 
   Assembler assembler;
-  // How a run begins: jmp r9, with the rest of the arguments where they are wanted.
-  const size_t begin = assembler.size();
+  // How a run begins, at 0: jmp r9, with the rest of the arguments where they are wanted.
   assembler.load_argument(kLeft);
   assembler.copy(kFirst, kPlace);
   for (int i = 0; i < kDots; ++i) assembler.clear(i);
   assembler.jump(Register::r9);
-  (void)begin;  // which is 0
   // What follows each chunk.
   assembler.align(64);
   const size_t finish = assembler.size();

@@ -164,6 +164,8 @@ std::optional<at::Tensor> trained_weight_grad(const Conv2dShape& shape, const at
                                               const at::Tensor& col_indices,
                                               const std::optional<at::Tensor>& row_indices, int64_t vector) {
   if (!generates_code() || !plain_floats(input) || !plain_floats(grad_output)) return std::nullopt;
+  // Measured: with the phases of a stride code takes as long as interpretation does.
+  if (shape.stride != Pair{1, 1} && shape.taps() > 1 && !generates_always()) return std::nullopt;
   const std::vector<at::Tensor> indices = indices_of(crow_indices, col_indices, row_indices);
   const auto kept = CodeStore::shared().get_by_columns(
       col_indices, key_of(kWeightGrad, shape, col_indices.size(0), vector), indices,
