@@ -100,7 +100,7 @@ void pack_flat(const Batch<const T>& batch, const Pair& stride, const Pair& pixe
     } else {
       for (int64_t c = begin; c < end; ++c) {
         type_kernels<T>().copy_lines({image + c * plane + at, stride[0] * batch.size[1], out + c * pitch + done, run,
-                                      together, run, stride[1], 0, run, c + 1 < end ? plane : 0});
+                                      together, run, stride[1], 0, run, c + kAhead < end ? kAhead * plane : 0});
       }
     }
     done += run * together;
