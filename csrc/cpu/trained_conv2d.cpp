@@ -27,6 +27,14 @@ CodeStore::Key key_of(Kind kind, const Conv2dShape& shape, int64_t count, int64_
 
 bool plain_floats(const at::Tensor& tensor) { return tensor.scalar_type() == at::kFloat && tensor.is_contiguous(); }
 
+// Whether a step takes so long that code, which takes memory and as much time as a few steps to be made, saves some of
+// it: of fewer multiply-adds the way through the operators takes longer.
+bool worth_code(const Conv2dShape& shape, int64_t weights) {
+  constexpr int64_t kLeast = int64_t{1} << 22;
+  return generates_code() &&
+         (generates_always() || weights * shape.batch * shape.output[0] * shape.output[1] >= kLeast);
+}
+
 // Vectors of values, [places.size(), V], that lie at the places.
 at::Tensor in_order(const at::Tensor& values, const int32_t* places, int64_t count, int64_t vector) {
   at::Tensor ordered = at::empty({count, vector}, values.options());
@@ -119,7 +127,7 @@ std::optional<at::Tensor> trained_forward(const Conv2dShape& shape, const at::Te
                                           const at::Tensor& crow_indices, const at::Tensor& col_indices,
                                           const std::optional<at::Tensor>& row_indices, const at::Tensor& transpose,
                                           const std::optional<at::Tensor>& bias) {
-  if (!generates_code() || !plain_floats(input) || !plain_floats(values) || (bias && !plain_floats(*bias))) {
+  if (!worth_code(shape, values.numel()) || !plain_floats(input) || !plain_floats(values) || (bias && !plain_floats(*bias))) {
     return std::nullopt;
   }
   const std::vector<at::Tensor> indices = indices_of(crow_indices, col_indices, row_indices);
@@ -138,7 +146,7 @@ std::optional<at::Tensor> trained_forward(const Conv2dShape& shape, const at::Te
 
 std::optional<at::Tensor> trained_input_grad(const Conv2dShape& shape, const at::Tensor& grad_output,
                                              const at::Tensor& values, const at::Tensor& transpose) {
-  if (!generates_code() || !plain_floats(grad_output) || !plain_floats(values)) return std::nullopt;
+  if (!worth_code(shape, values.numel()) || !plain_floats(grad_output) || !plain_floats(values)) return std::nullopt;
   check_indices(transpose, "transpose", transpose);
   const auto kept = CodeStore::shared().get(
       transpose, key_of(kInputGrad, shape, values.size(0), values.size(1)), {transpose},
@@ -163,7 +171,9 @@ std::optional<at::Tensor> trained_weight_grad(const Conv2dShape& shape, const at
                                               const at::Tensor& grad_output, const at::Tensor& crow_indices,
                                               const at::Tensor& col_indices,
                                               const std::optional<at::Tensor>& row_indices, int64_t vector) {
-  if (!generates_code() || !plain_floats(input) || !plain_floats(grad_output)) return std::nullopt;
+  if (!worth_code(shape, col_indices.size(0) * vector) || !plain_floats(input) || !plain_floats(grad_output)) {
+    return std::nullopt;
+  }
   // Measured: with the phases of a stride code takes as long as interpretation does.
   if (shape.stride != Pair{1, 1} && shape.taps() > 1 && !generates_always()) return std::nullopt;
   const std::vector<at::Tensor> indices = indices_of(crow_indices, col_indices, row_indices);
