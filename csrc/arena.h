@@ -17,6 +17,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "resident.h"
+
 namespace sparsekd {
 
 class Arena : public torch::CustomClassHolder {
@@ -34,11 +36,13 @@ class Arena : public torch::CustomClassHolder {
       ++pool_->forward;
     }
     entered().push_back(pool_);
+    arenas_entered() = entered().size();
   }
 
   void leave() {
     auto& stack = entered();
     stack.erase(std::find(stack.begin(), stack.end(), pool_), stack.end());
+    arenas_entered() = stack.size();
   }
 
   // Bytes of the blocks that are idle.

@@ -8,7 +8,9 @@
 
 #include "arena.h"
 #include "check.h"
+#include "cpu/kept_code.h"
 #include "planned_sequence.h"
+#include "result_pool.h"
 
 // abi3: the same file loads in every Python from 3.10 on. Importing it only runs the registrations below.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
@@ -170,6 +172,11 @@ TORCH_LIBRARY(sparsekd, m) {
       .def("enter", &sparsekd::Arena::enter)
       .def("leave", &sparsekd::Arena::leave)
       .def("idle", &sparsekd::Arena::idle);
+  // Bytes of the code of patterns that are trained (cpu/kept_code.h).
+  m.def("kept_code_bytes() -> int", [] { return sparsekd::cpu::CodeStore::shared().bytes(); });
+  // Bytes of ended results that wait for the next ones (result_pool.h), and their return to the system.
+  m.def("results_idle() -> int", [] { return sparsekd::ResultPool::shared().idle(); });
+  m.def("results_release() -> ()", [] { sparsekd::ResultPool::shared().release(); });
   // The instruction set that the CPU kernels use: baseline, avx2 or avx512.
   m.def("cpu_isa() -> str", [] { return std::string(sparsekd::cpu_isa()); });
   // Whether final patterns get code of their own (cpu/generated.h).

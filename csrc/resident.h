@@ -1,5 +1,6 @@
 // Tensors in huge pages (pages.h): large results; and what stays, a network's packed weights and plans, side by side.
 #pragma once
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
@@ -7,6 +8,7 @@
 #include <mutex>
 
 #include "pages.h"
+#include "result_pool.h"
 
 namespace sparsekd {
 
@@ -17,10 +19,23 @@ inline at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& op
   return result;
 }
 
-// What an operator returns. Blocks of this size are mapped anew at each call, and to fill their pages one by one is a
-// fifth of a training step.
+// Arenas (arena.h) that the calling thread is in: they lend memory to all tensors.
+inline size_t& arenas_entered() {
+  thread_local size_t count = 0;
+  return count;
+}
+
+// What an operator returns: large ones in memory that is used again (result_pool.h).
 inline at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  return empty_large(sizes, options, size_t{4} << 20);
+#if !defined(__SANITIZE_ADDRESS__)  // which sees more of blocks that come and go
+  size_t bytes = options.dtype().itemsize();
+  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  if (bytes >= ResultPool::kLeast && arenas_entered() == 0) {
+    return at::detail::empty_generic(sizes, &ResultPool::shared(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                     options.dtype().toScalarType(), options.memory_format_opt());
+  }
+#endif
+  return empty_large(sizes, options, ResultPool::kLeast);
 }
 
 // An uninitialised contiguous CPU tensor that stays. Pages are shared in the order of the calls, which is that of a

@@ -7,6 +7,7 @@
 #include "../geometry.h"
 #include "../resident.h"
 #include "direct.h"
+#include "trained_conv2d.h"
 
 namespace sparsekd::cpu {
 namespace {
@@ -101,9 +102,19 @@ at::Tensor run_conv2d(const at::Tensor& input, const at::Tensor& values, const a
 }
 
 at::Tensor conv2d_cpu(const at::Tensor& input, const at::Tensor& values, const at::Tensor& crow_indices,
-                      const at::Tensor& col_indices, const OptionalTensor& row_indices, const OptionalTensor&,
+                      const at::Tensor& col_indices, const OptionalTensor& row_indices, const OptionalTensor& transpose,
                       const OptionalTensor& bias, int64_t out_channels, at::IntArrayRef kernel_size,
                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  if (transpose && transpose->has_storage()) {  // a pattern that is trained
+    check_floating(input, "input");
+    const Conv2dShape shape =
+        checked_shape(input.sizes(), out_channels, kernel_size, stride, padding, dilation, groups);
+    check_values(values, input, "input", col_indices);
+    checked_channels(bias, "bias", input, out_channels);
+    OptionalTensor output =
+        trained_forward(shape, input, values, crow_indices, col_indices, row_indices, *transpose, bias);
+    if (output) return *output;
+  }
   return run_conv2d(input, values, crow_indices, col_indices, row_indices, {}, bias, "bias", {}, Activation::none,
                     out_channels, {kernel_size, stride, padding, dilation, groups});
 }
@@ -190,6 +201,11 @@ at::Tensor conv2d_input_grad_cpu(const at::Tensor& grad_output, const at::Tensor
   const Conv2dShape shape =
       checked_grad_shape(grad_output, input_size, kernel_size, stride, padding, dilation, groups);
   check_values(values, grad_output, "grad_output", col_indices);
+  if (transpose) {
+    check_same(*transpose, "transpose", crow_indices, "crow_indices");
+    OptionalTensor grad_input = trained_input_grad(shape, grad_output, values, *transpose);
+    if (grad_input) return *grad_input;
+  }
   const at::Tensor plan = transpose ? *transpose
                                     : transpose_pattern(crow_indices, col_indices, row_indices, values.size(1),
                                                         shape.out_channels, shape.in_channels, shape.taps(), groups);
@@ -212,6 +228,8 @@ at::Tensor conv2d_weight_grad_cpu(const at::Tensor& input, const at::Tensor& gra
   const Conv2dShape shape =
       checked_grad_shape(grad_output, input.sizes(), kernel_size, stride, padding, dilation, groups);
   check_dim(col_indices, "col_indices", 1);
+  OptionalTensor grad = trained_weight_grad(shape, input, grad_output, crow_indices, col_indices, row_indices, vector);
+  if (grad) return *grad;
   const Pattern pattern(crow_indices, col_indices, row_indices, shape.out_channels, groups, vector);
   const bool last = lies_last(input) && lies_last(grad_output);
   const at::Tensor wide_input = last ? input : widened(input);

@@ -3,6 +3,8 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <memory>
+#include <vector>
 
 #include "kernels.h"
 #include "pattern.h"
@@ -29,8 +31,31 @@ void plan_offsets(const Conv2dShape& shape, const Pattern& pattern, const Tiling
                   int32_t* offset, int32_t* order);
 void direct_input_grad(const Conv2dShape& shape, const Transposed& transposed, const at::Tensor& grad_output,
                        const at::Tensor& values, bool channels_last, at::Tensor& grad_input);
+
+// An input gradient of floats by generated code, for one transposed pattern and size of input.
+struct InputGradPlan {
+  struct Phase {
+    std::vector<int32_t> crow, places;  // of the phase's rows; of each value in the order of the code
+    Tiling tiling;
+    std::unique_ptr<const GeneratedRows> code;  // null: no entry reaches these pixels
+  };
+  std::vector<Phase> phases;
+};
+// Null where nothing is gained by it.
+std::unique_ptr<InputGradPlan> plan_input_grad(const Conv2dShape& shape, const Transposed& transposed);
+// Of contiguous tensors of floats.
+void direct_input_grad(const Conv2dShape& shape, const InputGradPlan& plan, const at::Tensor& grad_output,
+                       const at::Tensor& values, at::Tensor& grad_input);
+
 void direct_weight_grad(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,
                         const at::Tensor& grad_output, bool channels_last, at::Tensor& grad_values);
+
+class GeneratedDots;
+// The same of contiguous tensors of floats by code, which is made for tensors that lie as these do.
+std::unique_ptr<const GeneratedDots> generated_weight_grad(const Conv2dShape& shape, const Pattern& pattern,
+                                                           const at::Tensor& input, const at::Tensor& grad_output);
+void direct_weight_grad(const Conv2dShape& shape, const Pattern& pattern, const GeneratedDots& code,
+                        const at::Tensor& input, const at::Tensor& grad_output, at::Tensor& grad_values);
 
 // Calls body with a value of the tensor's C++ type.
 template <class Body>

@@ -100,7 +100,7 @@ void pack_flat(const Batch<const T>& batch, const Pair& stride, const Pair& pixe
     } else {
       for (int64_t c = begin; c < end; ++c) {
         type_kernels<T>().copy_lines({image + c * plane + at, stride[0] * batch.size[1], out + c * pitch + done, run,
-                                      together, run, stride[1], 0, run, c + 1 < end ? plane : 0});
+                                      together, run, stride[1], 0, run, c + kAhead < end ? kAhead * plane : 0});
       }
     }
     done += run * together;
@@ -136,7 +136,7 @@ class PlaneCopy {
       LineCopy<T> copy = part.copy;
       copy.from = image + part.from;
       copy.to = out + part.first;
-      copy.ahead = more && copy.step > 1 ? ahead : 0;
+      copy.ahead = more ? ahead : 0;
       type_kernels<T>().copy_lines(copy);
       std::fill(out + part.past, out + plane, T(0));
       out += plane;

@@ -41,8 +41,9 @@ struct Pass {
   Offsets offsets;
   const OffsetPlan* plan = nullptr;  // offsets made before, if any
   Tiling* asked = nullptr;           // where the tiling goes if only that is wanted
-  std::vector<T> values;           // where the rows own a copy in their own order
-  std::vector<int32_t> crow, col;  // likewise
+  const int32_t* places = nullptr;  // of the values that the rows take a copy of
+  std::vector<T> values;            // where the rows own a copy in their own order
+  std::vector<int32_t> crow, col, own_places;  // likewise
 };
 
 // Runs `fill(unit, from channel, to channel, buffer)`, then `multiply(pass, unit, buffer, from row, to row)` for each
@@ -148,9 +149,9 @@ void over_strips(const Grid& grid, const Batch<const T>& source, const Pair& pix
   const Layout layout = plain_layout(planes);
   const int64_t pitch = spread<T>(layout.channel() * grid.lanes), line = layout.pitch * grid.lanes;
   choose_blocks(passes, source, pixels, planes, grid);
-  for (Pass<T>& pass : passes) {
-    if (!locate(pass, pitch, layout, grid.lanes)) return;
-  }
+  bool asked = false;
+  for (Pass<T>& pass : passes) asked |= !pass.idle && !locate(pass, pitch, layout, grid.lanes);
+  if (asked) return;
   const StripPacker<T> packer(source, planes, whole, grid);
   run_units(
       ceil_div(source.count, grid.images), source.channels, source.channels * pitch, passes,
@@ -199,9 +200,9 @@ void over_runs(const Grid& grid, const Batch<const T>& source, const Pair& pixel
   const int64_t pitch = spread<T>(layout.channel() + planes.halo[1] + 2 * grid.lanes);
   const int64_t line = layout.pitch, widest = grid.largest() * grid.lanes;
   choose_blocks(passes, source, pixels, planes, grid);
-  for (Pass<T>& pass : passes) {
-    if (!locate(pass, pitch, layout, 1)) return;
-  }
+  bool asked = false;
+  for (Pass<T>& pass : passes) asked |= !pass.idle && !locate(pass, pitch, layout, 1);
+  if (asked) return;
   auto band_begin = [&](int64_t band) { return pixels[0] * band / bands; };
   run_units(
       source.count * bands, source.channels, source.channels * pitch, passes,
@@ -277,14 +278,18 @@ Grid planes_grid(const GridKey& key, const Rows<T>& rows, const Batch<const T>& 
   });
 }
 
+// The pass that is the most work.
+template <class T>
+const Pass<T>& main_pass(const std::vector<Pass<T>>& passes) {
+  auto entries = [](const Pass<T>& pass) { return pass.rows.crow[pass.rows.packed()]; };
+  return *std::max_element(passes.begin(), passes.end(),
+                           [&](const Pass<T>& a, const Pass<T>& b) { return entries(a) < entries(b); });
+}
+
 template <class T, class PlanesFor>
 void run_passes(const GridKey& key, const Batch<const T>& source, const Pair& pixels, PlanesFor planes_for,
                 std::vector<Pass<T>>& passes, const T* init, const Epilogue<T>& epilogue, const Batch<T>& result) {
-  auto entries = [](const Pass<T>& pass) { return pass.rows.crow[pass.rows.packed()]; };
-  const Pass<T>& main = *std::max_element(passes.begin(), passes.end(), [&](const Pass<T>& a, const Pass<T>& b) {
-    return entries(a) < entries(b);
-  });
-  const Grid grid = planes_grid(key, main.rows, source, pixels, planes_for(pixels, nullptr));
+  const Grid grid = planes_grid(key, main_pass(passes).rows, source, pixels, planes_for(pixels, nullptr));
   if (grid.runs) return over_runs(grid, source, pixels, planes_for, passes, init, epilogue, result);
   over_strips(grid, source, pixels, planes_for, passes, init, epilogue, result);
 }

@@ -4,7 +4,14 @@
 //
 // Input and gradient lie in the same lanes (lanes.h), so that a tile of the gradient stays in registers for all
 // non-zeros of its row (sddmm.inc).
+#include <ATen/Parallel.h>
+
+#include <memory>
+#include <type_traits>
+#include <vector>
+
 #include "../check.h"
+#include "generated_dots.h"
 #include "passes.h"
 
 namespace sparsekd::cpu {
@@ -25,11 +32,42 @@ struct Side {
   int64_t elements() const { return in_place ? 0 : images.channels * pitch; }
 };
 
+// Adds all tiles of what is packed. Each thread has its own chunks: the result does not depend on threads.
+void add_by_code(const GeneratedDots& code, const Rows<float>& rows, const Grid& grid, const float* inputs,
+                 int64_t pitch, int64_t line, const float* grads, int64_t grad_line, float* sums) {
+  constexpr int64_t kBytes = sizeof(float);
+  const int64_t parts = at::get_num_threads();
+  std::vector<std::vector<int32_t>> places;
+  for (int64_t ty = 0; ty < grid.tiles[0]; ++ty) {
+    for (int64_t tx = 0; tx < grid.tiles[1]; ++tx) {
+      std::vector<int32_t>& of_tile = places.emplace_back();
+      for (int64_t h = grid.begin(0, ty); h < grid.begin(0, ty + 1); ++h) {
+        for (int64_t w = grid.begin(1, tx); w < grid.begin(1, tx + 1); ++w) {
+          of_tile.push_back(static_cast<int32_t>((h * line + w * grid.lanes) * kBytes));
+          of_tile.push_back(static_cast<int32_t>((h * grad_line + w * grid.lanes) * kBytes));
+        }
+      }
+    }
+  }
+  at::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
+    for (int64_t part = from; part < to; ++part) {
+      for (int64_t group = 0; group < rows.groups; ++group) {
+        for (const std::vector<int32_t>& of_tile : places) {
+          code.add(group, part, parts, inputs + group * rows.channels_per_group * pitch, grads, of_tile, sums);
+        }
+      }
+    }
+  });
+}
+
+// By code if there is some that fits; or if `make`, makes it and does no more.
 template <class T>
 void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* input, const T* grad_output,
-                 bool channels_last, T* grad_values) {
-  const Rows<T> rows = rows_of<T>(shape, pattern, nullptr);
-  std::fill(grad_values, grad_values + pattern.n_vectors * pattern.vector, T(0));
+                 bool channels_last, T* grad_values, const GeneratedDots* code = nullptr,
+                 std::unique_ptr<const GeneratedDots>* make = nullptr) {
+  Rows<T> rows = rows_of<T>(shape, pattern, nullptr);
+  rows.generated = code || make;
+  if (!make) std::fill(grad_values, grad_values + pattern.n_vectors * pattern.vector, T(0));
   if (shape.batch == 0 || shape.output[0] * shape.output[1] == 0) return;  // linear has no pixels for no rows
   const bool flat = is_flat(shape);
   const int64_t pixels = shape.output[0] * shape.output[1];
@@ -40,7 +78,7 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
     return work_of(rows, shape.batch, shape.output, shape.input[1], of_image, lanes);
   };
   const Grid grid =
-      best_width<T>(grid_key(kWeightGradGrid, shape, rows, channels_last), false, [&](const LaneKernels<T>& kernels) {
+      best_width<T>(grid_key(kWeightGradGrid, shape, rows, channels_last), rows.generated, [&](const LaneKernels<T>& kernels) {
         const TileShape tile_shape = kernels.grad_tile_shape();
         const Work work = work_for(tile_shape.lanes);
         if (flat) return flat_grid(work, tile_shape, flat_images * pixels);
@@ -78,10 +116,22 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
     if (side->in_place) side->pitch = pixels;
   }
   const int64_t blocks = grid.blocks;
-  const std::vector<int32_t> table = column_table(rows, tiling_of(in.pitch, blocks, in.planes.taps, in.layout, step));
+  const Tiling tiling = tiling_of(in.pitch, blocks, in.planes.taps, in.layout, step);
+  if constexpr (std::is_same_v<T, float>) {
+    if (make) {
+      *make = std::make_unique<GeneratedDots>(rows, tiling, grad.pitch);
+      return;
+    }
+  }
+  if (code && !code->fits(tiling, grad.pitch)) {  // tensors lie otherwise than those that it was made for
+    return weight_grad(shape, pattern, input, grad_output, channels_last, grad_values);
+  }
+  const std::vector<int32_t> table = code ? std::vector<int32_t>() : column_table(rows, tiling);
 
   const int64_t bands_in_unit = runs ? bands : 1, units = ceil_div(shape.batch, images_per_unit) * bands_in_unit;
   Buffer<T> packed(in.elements()), packed_grads(grad.elements()), zeros(grad.pitch);
+  Buffer<T> sums(code ? code->places() : 0);
+  if (code) std::fill(sums.get(), sums.get() + code->places(), T(0));
   std::fill(zeros.get(), zeros.get() + grad.pitch, T(0));
   auto pack = [&](const Side<T>& side, int64_t unit, int64_t begin, int64_t end, T* to) {
     const int64_t first = unit / bands_in_unit * images_per_unit;
@@ -103,6 +153,13 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
         pack(grad, unit, std::max(from - shape.in_channels, int64_t{0}), to - shape.in_channels, packed_grads.get());
       }
     });
+    if constexpr (std::is_same_v<T, float>) {
+      if (code) {
+        add_by_code(*code, rows, grid, inputs, in.pitch, in.layout.pitch * step, grads, grad.layout.pitch * step,
+                    sums.get());
+        continue;
+      }
+    }
     // Each thread sums its own rows over images and tiles in a fixed order: the result does not depend on threads.
     parallel_rows(rows, [&](int64_t from, int64_t to) {
       std::vector<int32_t> cursor;
@@ -137,9 +194,26 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
       });
     });
   }
+  for (int64_t i = 0; code && i < code->places(); ++i) {
+    if (code->values()[i] >= 0) grad_values[code->values()[i]] = sums.get()[i];
+  }
 }
 
 }  // namespace
+
+std::unique_ptr<const GeneratedDots> generated_weight_grad(const Conv2dShape& shape, const Pattern& pattern,
+                                                           const at::Tensor& input, const at::Tensor& grad_output) {
+  std::unique_ptr<const GeneratedDots> made;
+  weight_grad<float>(shape, pattern, input.const_data_ptr<float>(), grad_output.const_data_ptr<float>(), false, nullptr,
+                     nullptr, &made);
+  return made;
+}
+
+void direct_weight_grad(const Conv2dShape& shape, const Pattern& pattern, const GeneratedDots& code,
+                        const at::Tensor& input, const at::Tensor& grad_output, at::Tensor& grad_values) {
+  weight_grad(shape, pattern, input.const_data_ptr<float>(), grad_output.const_data_ptr<float>(), false,
+              grad_values.mutable_data_ptr<float>(), &code);
+}
 
 void direct_weight_grad(const Conv2dShape& shape, const Pattern& pattern, const at::Tensor& input,
                         const at::Tensor& grad_output, bool channels_last, at::Tensor& grad_values) {

@@ -114,7 +114,7 @@ def generated_code(made: bool | str | None, isa: str) -> Finding:
     if made == "unknown":
         return Finding("generated code", made)
     if made:
-        return Finding("generated code", "made for frozen layers where it is faster")
+        return Finding("generated code", "made for layers that are frozen or trained, where it is faster")
     if isa != "avx512":
         return Finding("generated code", "none, as it is made with AVX-512 alone")
     advice = "It is switched off by SPARSEKD_GENERATE=never, or the system gives no memory that may be executed."
