@@ -7,9 +7,9 @@ from test_cuda_conv2d_tensor import LARGE, device
 
 from sparsekd.sparse import formats
 
-# bytes a lane, distance of neighbours, offset, and, of lanes that share places, how many neighbours do and how many places
-# there are: wavefronts and the ideal. 32 banks of 4 bytes; 16-byte requests are served 8 lanes at a time, or 16 where
-# pairs of lanes want the same. The sources are in emulator/costs.cpp.
+# bytes a lane, distance of neighbours, offset, and, of lanes that share places, how many neighbours do and how many
+# places there are: wavefronts and the ideal. 32 banks of 4 bytes; 16-byte requests are served 8 lanes at a time, or 16
+# where pairs of lanes want the same. The sources are in emulator/costs.cpp.
 SHARED = {
     (4, 4, 0): (1, 1),
     (4, 0, 0): (1, 1),  # all lanes the same word
@@ -66,9 +66,8 @@ MOST_WAVEFRONTS, MOST_SECTORS = 1.05, 1.15
 MOST_OF_SUMS = 1.5
 # The convolution on CUDA cores stores float32 from registers, wherever in a sector a lane's position lies: an H200 took
 # less time for that than for the way through shared memory, which has whole sectors, since L2 puts the parts together.
-# Narrow results still go that way, but by tiles that were chosen for float32's times. What the parts of a warp read of
-# records are several places at once.
-MOST_OF_REGISTERS, MOST_OF_NARROW, MOST_OF_RECORDS = 1.85, 2.75, 1.2
+# Narrow results still go that way, but by tiles that were chosen for float32's times.
+MOST_OF_REGISTERS, MOST_OF_NARROW = 1.85, 2.75
 
 # batch, channels, filters, size, stride, V: ResNet's 3 x 3 layers with fewer channels
 LAYERS = [
@@ -123,8 +122,6 @@ def too_much(kernel, stores=MOST_SECTORS):
         if space == "global" and kind == "read" and size < 8:
             continue
         most = MOST_WAVEFRONTS if space == "shared" else stores if kind == "write" else MOST_SECTORS
-        if kernel == "conv2d_kernel" and (space, kind, size) == ("shared", "read", 16):
-            most = MOST_OF_RECORDS
         if actual > ideal * most:
             found[space, kind, size] = actual / ideal
     return found

@@ -123,8 +123,10 @@ conv2d_kernel(const Conv2dParams p) {
   __syncthreads();  // places and starts
   // Of each slice the first entries of a block.
   auto staged_records = [&](int k, int block) {
-    return memory + p.shared.records + ((block % 2 * warps + warp) * kGroups + k) * kStagedRecords<kV> * kRecordBytes<kV>;
+    constexpr int kBytes = kStagedRecords<kV> / 2 * kPairBytes<kV>;
+    return reinterpret_cast<float*>(memory + p.shared.records + ((block % 2 * warps + warp) * kGroups + k) * kBytes);
   };
+  constexpr int kPair = kPairBytes<kV> / 4;  // in floats
   auto stage = [&](int block) {
     const int first_plane = block * p.block_channels * kG;
     const int count = min(p.block_channels * kG, p.channels_per_group * kG - first_plane);
@@ -139,15 +141,19 @@ conv2d_kernel(const Conv2dParams p) {
 #pragma unroll 1
     for (int k = 0; k < kGroups; ++k) {
       const int begin = start_of(k, block), count = min(start_of(k, block + 1) - begin, kStagedRecords<kV>);
-      const unsigned char* from = p.records + int64_t(begin) * kRecordBytes<kV>;
-      unsigned char* to = staged_records(k, block);
-      constexpr int kPiece = kV == 1 ? 8 : 16;
-      for (int at = lane * kPiece; at < count * kRecordBytes<kV>; at += 32 * kPiece) {
-        if constexpr (kV == 1) {
-          copy_async8(to + at, from + at);
-        } else {
-          copy_async16(to + at, from + at, true);
-        }
+      const int mine = copied_record<kV>(lane);
+      if (mine >= count) continue;
+      const auto record = record_at<kV>(p.records, begin + mine, p.n_records);
+      float* chunk = staged_records(k, block);
+      float* to = chunk + staged_values<kV>(mine);
+      if constexpr (kV == 1) {
+        copy_async8(to, record.values);
+      } else if constexpr (kV == 2) {
+        copy_async16(to, record.values, true);
+      } else {
+#pragma unroll
+        for (int v = 0; v < kV; v += 4) copy_async16(to + v, record.values + v, true);
+        copy_async4(chunk + staged_distance<kV>(mine), record.distance);
       }
     }
   };
@@ -171,8 +177,8 @@ conv2d_kernel(const Conv2dParams p) {
     for (int k = 0; k < kGroups; ++k) {
       const int begin = start_of(k, block), end = start_of(k, block + 1);
       if (begin >= end) continue;
-      auto multiply = [&](const Record<kV>& record, auto places) {
-        const auto* at = reinterpret_cast<const float4*>(tile_data + record.distance);
+      auto multiply = [&](int distance, const Values<kV>& values, auto places) {
+        const auto* at = reinterpret_cast<const float4*>(tile_data + distance);
 #pragma unroll
         for (int g = 0; g < kG * kRun; ++g) {
 #pragma unroll
@@ -181,59 +187,57 @@ conv2d_kernel(const Conv2dParams p) {
 #pragma unroll
             for (int v = 0; v < kV; ++v) {
               float* sum = &sums[k][v][(g * kParts + q) * 4];
-              sum[0] += record.values[v] * in.x;
-              sum[1] += record.values[v] * in.y;
-              sum[2] += record.values[v] * in.z;
-              sum[3] += record.values[v] * in.w;
+              sum[0] += values.of[v] * in.x;
+              sum[1] += values.of[v] * in.y;
+              sum[2] += values.of[v] * in.z;
+              sum[3] += values.of[v] * in.w;
             }
           }
         }
       };
-      // Each part of the warp takes an entry of its own. The last ones apart: a load under a condition would cost moves
-      // of what it might leave as it is.
       constexpr std::integral_constant<int, kParts> all;
       constexpr std::integral_constant<int, 1> one;
-      constexpr int kStep = kParts * kRecordBytes<kV>;
       const int staged = min(end - begin, kStagedRecords<kV>);
-      const unsigned char* records = staged_records(k, block);
-      int rounds = staged / kParts;
-      if (kParts == 1 || rounds > 0) {
-        const unsigned char* from = records + part * kRecordBytes<kV>;
-        Record<kV> ahead = load_record<kV>(from);
-        if constexpr (kParts == 1) {
-#pragma unroll kFewRegisters && kV <= 2 ? 1 : 2
-          for (; rounds > 1; --rounds) {
-            const Record<kV> record = ahead;
-            from += kStep;
-            ahead = load_record<kV>(from);  // while this one is used
-            multiply(record, all);
-          }
-        } else {  // the same, twice, which the compiler does not see for itself
-#pragma unroll 1
-          for (; rounds > 2; rounds -= 2, from += 2 * kStep) {
-            const Record<kV> second = load_record<kV>(from + kStep);
-            multiply(ahead, all);
-            ahead = load_record<kV>(from + 2 * kStep);
-            multiply(second, all);
-          }
-          if (rounds == 2) {
-            const Record<kV> second = load_record<kV>(from + kStep);
-            multiply(ahead, all);
-            ahead = second;
-          }
+      const float* const pairs = staged_records(k, block);
+      auto multiply_staged = [&](int index, auto places) {
+        const int distance = *reinterpret_cast<const int*>(pairs + staged_distance<kV>(index));
+        multiply(distance, load_values<kV>(pairs + staged_values<kV>(index)), places);
+      };
+      // Where few products or many parts leave the loop's own instructions more than a twentieth of all.
+      constexpr int kUnrolled = (kV == 8 && kG * kOwn == 1) || (kV == 4 && kParts == 4) ? 2 : 1;
+      // Each part of the warp takes pairs of its own. The last one apart: a load under a condition would cost moves of what
+      // it might leave as it is.
+      int done = staged / (2 * kParts) * 2 * kParts;
+      if (done > 0) {
+        const float* from = pairs + part * kPair;
+        Pair<kV> pair;
+        pair.load_first(from);
+#pragma unroll kUnrolled
+        for (int left = staged / (2 * kParts) - 1; left > 0; --left, from += kParts * kPair) {
+          pair.load_second(from);
+          multiply(pair.distances[0], pair.values[0], all);
+          const int distance = pair.distances[1];
+          const Values<kV> values = pair.values[1];
+          pair.load_first(from + kParts * kPair);
+          multiply(distance, values, all);
         }
-        multiply(ahead, all);
+        pair.load_second(from);
+        multiply(pair.distances[0], pair.values[0], all);
+        multiply(pair.distances[1], pair.values[1], all);
+      }
+      if (staged - done >= kParts) {
+        multiply_staged(done + part, all);
+        done += kParts;
       }
       // Of what is left, all parts take the same at their own places.
       if constexpr (kParts > 1) {
 #pragma unroll 1
-        for (int rest = staged - staged % kParts; rest < staged; ++rest) {
-          multiply(load_record<kV>(records + rest * kRecordBytes<kV>), one);
-        }
+        for (; done < staged; ++done) multiply_staged(done, one);
       }
 #pragma unroll 1
       for (int rest = begin + staged; rest < end; ++rest) {  // than are staged
-        multiply(load_record<kV>(p.records + int64_t(rest) * kRecordBytes<kV>), one);
+        const auto record = record_at<kV>(p.records, rest, p.n_records);
+        multiply(*record.distance, load_values<kV>(record.values), one);
       }
     }
     __syncthreads();  // before the buffer is filled again

@@ -117,6 +117,14 @@ __device__ __forceinline__ void copy_async8(void* to, const void* from) {
   *static_cast<float2*>(to) = *static_cast<const float2*>(from);
 #endif
 }
+__device__ __forceinline__ void copy_async4(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+#else
+  *static_cast<float*>(to) = *static_cast<const float*>(from);
+#endif
+}
 __device__ __forceinline__ void copy_async_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;\n" ::: "memory");

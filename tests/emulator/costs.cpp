@@ -37,13 +37,16 @@ bool paired(const std::vector<Place>& places, unsigned bit) {
 }
 
 // Shared memory serves 128 bytes in 32 banks at once, and gives a warp one register, 128 bytes, in a cycle: a request of
-// 16 bytes a lane is served 8 lanes at a time. Lanes that want the same word share it. A read gives two registers in a
-// cycle where neighbours, or lanes two apart, want the same, each such pair of the warp: then twice as many lanes are
-// served at a time. So 16 bytes that all lanes want are two wavefronts, not one and not four. As NVIDIA says of 7.0 to
-// 7.5 (forums.developer.nvidia.com/t/77228, with four wavefronts of 16 bytes at lane % 4); on 8.6 and 9.0 a warp whose
-// halves want one place each was counted two, and one whose halves want the same sixteen eight
-// (forums.developer.nvidia.com/t/373160); and of our own kernels on an H100 and an H200, counts of all wavefronts with
-// and without such reads differ by 1.8 to 2.2 for each.
+// 16 bytes a lane is served 8 lanes at a time. Lanes that want the same word share it. Of a read, twice as many lanes are
+// served at a time where neighbours, or lanes two apart, want the same, each such pair of the warp: two registers of it
+// come in a cycle. So 16 bytes that all lanes want are two wavefronts, not one and not four. Known of this:
+//
+//   7.5        16 bytes at lane % 4: four. NVIDIA gives the rule, and two for 16 bytes where it is met
+//              (forums.developer.nvidia.com/t/77228)
+//   8.6, 9.0   16 bytes at two places, one of each half of the warp: two; at 16 places, which the halves share, two of
+//              each bank at lanes that are not such pairs: eight (forums.developer.nvidia.com/t/373160)
+//   9.0        our convolution with and without reads of a weight vector by all lanes, all wavefronts of four launches
+//              counted: 1.1 to 1.5 for each such read of 16 bytes, 1.1 of 8. Four are excluded, one is not
 uint64_t wavefronts(const std::vector<Place>& places, unsigned bytes, bool write) {
   const bool pairs = !write && (paired(places, 1) || paired(places, 2));
   const unsigned lanes_at_once = std::min(32u, 32 / std::max(1u, bytes / 4) * (pairs ? 2 : 1));
