@@ -1,4 +1,4 @@
-"""The tiles that the library's convolutions take of a layer, and what it expects of them, with no GPU (for predict.py)."""
+"""The tiles of the library's convolutions for a layer, and the time expected of them, with no GPU (for predict.py)."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ activations that stay in lanes from layer to layer, as they do on tensor cores a
 divisible by 8. The arithmetic follows from the models of cycles by which the library chooses its tiles
 (csrc/cuda/conv2d_choice.cpp, whose constants were fitted to launches on an H200, and conv2d_tensor_tiling.cpp), so that
 what is predicted is the least that the library sees; of 2:4 from what nvcc made of the kernel
-(`results/gpu_static.json`). ASSUMPTIONS says the rest; they are in the file too. Break-even is the sparsity from which on the sparse layer is predicted to be
-faster than the dense one in the same precision, for fp32 than the dense one in TF32 too. Dense is taken to be as fast
-on tensor cores as large matrix products, which favours it. 2:4 is 50% whatever the sparsity, so that its times don't
-fall; what it does at every call is to put its values in order.
+(`results/gpu_static.json`). ASSUMPTIONS says the rest; they are in the file too. Break-even is the sparsity from which
+on the sparse layer is predicted to be faster than the dense one in the same precision, for fp32 than the dense one in
+TF32 too. Dense is taken to be as fast on tensor cores as large matrix products, which favours it. 2:4 is 50% whatever
+the sparsity, so that its times don't fall; what it does at every call is to put its values in order.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ WITH_WEIGHTS = LISTING.replace("        /*0030*/", WEIGHTS + "        /*0030*/")
 
 @pytest.mark.parametrize("kernel, wavefronts", [("conv2d_kernel<1, 4>", 4 + 2 + 1), ("other<1, 4>", 4 + 4 + 2)])
 def test_reads_of_weights_bring_two_registers_a_cycle(kernel, wavefronts):
-    """Of the convolution on CUDA cores with V = 1 one read of 16 bytes feeds 4 multiply-adds: the others are of weights."""
+    """With V = 1 on CUDA cores one read of 16 bytes feeds 4 multiply-adds: the others are of weights."""
     found = row(WITH_WEIGHTS, kernel)
     assert found["hot_loop"] == {"BRA": 1, "FFMA": 4, "IADD3": 1, "LDS.128": 2, "LDS.64": 1}
     assert (found["bound"], found["limiter"]) == (round(2 / wavefronts, 4), "shared memory")

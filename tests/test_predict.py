@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import predict  # noqa: E402
-from library_tiles import core_cycles, tiling  # noqa: E402
+from library_tiles import tiling  # noqa: E402
 
 LAYER = predict.Layer("layer", 256, 256, 3, 1, 14, 1)
 
