@@ -78,7 +78,6 @@ conv2d_kernel(const Conv2dParams p) {
   const int y0 = tile / p.tiles_w * p.tile_h, x0 = tile % p.tiles_w * p.tile_w;
   const int first = tile * p.step;  // of a run
   const int group = blockIdx.y / p.row_blocks, row_block = blockIdx.y % p.row_blocks;
-  const int y = lane / p.tile_w, x = lane % p.tile_w;  // of the lane's position within the tile
 
   float sums[kGroups][kV][kG * kOwn * 4];
   auto slice_of = [&](int k) {
@@ -258,6 +257,7 @@ conv2d_kernel(const Conv2dParams p) {
   constexpr int kRows = kGroups * kV, kLanes = kG * 4, kPositions = 32 * kRun;
   float* results = shared_memory<float>() + warp * kRows * kLanes * kPositions;  // [kRows][kLanes][kPositions]
   const int strip = strip_results(p);
+  const int y = anew(lane) / p.tile_w, x = anew(lane) % p.tile_w;  // of the lane's position within the tile
   // A position of the lane, in its strip; past its end where a result is none.
   auto row_of = [&](int j) { return kRun > 1 ? (first + j * 32 + lane) / p.tile_columns : y0 + y; };
   auto column_of = [&](int j) { return kRun > 1 ? (first + j * 32 + lane) % p.tile_columns : x0 + x; };

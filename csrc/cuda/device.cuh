@@ -51,6 +51,13 @@ __device__ __forceinline__ float half_of_bits(unsigned bits) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
+// The same number, which the compiler does not know: what follows from it is worked out again, where else it would lie in
+// a register all the way from where it was needed before.
+__device__ __forceinline__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 2^x, within 2^-22 of it; 0 below 2^-126.
 __device__ __forceinline__ float fast_exp2(float x) {
   float result;
