@@ -57,8 +57,15 @@ DEVICES = (
 )
 
 ASSUMPTIONS = {
-    "dense_fp32": 0.85,  # share of the fp32 peak that cuDNN reaches
-    "dense_winograd": 1.5,  # times faster for 3x3 with stride 1 in fp32
+    # Share of the fp32 peak that cuDNN reaches, and how many times faster it is for 3x3 with stride 1. Of the H100 as an
+    # H200 showed at batch 32 (results/gpu-h200.json: 0.32-0.54 for 1x1, 0.41-0.78 for 3x3); of the others not measured,
+    # in favour of dense.
+    "dense_fp32": {"A100": 0.85, "H100": 0.5, "RTX 4090": 0.85},
+    "dense_winograd": {"A100": 1.5, "H100": 1.0, "RTX 4090": 1.5},
+    # What it takes at least in fp32: cycles for each input channel and tap, one after another, and microseconds beside
+    # them. At batch 1 an H200's layers took this within a third, and their sum within 1%.
+    "dense_fp32_step": 42,
+    "dense_fp32_us": 4.0,
     # Share of the tensor cores' peak that dense reaches, fp16 and TF32 (at half of fp16's): that of large matrix
     # products, which convolutions don't exceed, so that it favours dense. 298 of 312 TFLOPS on the A100, and 143 of 156
     # in TF32 (github.com/NVIDIA/cutlass/discussions/241: convolutions gain alike); 645-797 of 989 on the H100 and
@@ -137,11 +144,14 @@ def launches(count: int) -> float:
 def dense(device: Device, layer: Layer, batch: int, precision: str) -> float:
     """Seconds of cuDNN's convolution: "fp32", "tf32" or "fp16"."""
     if precision == "fp32":
-        rate = device.lanes * ASSUMPTIONS["dense_fp32"]
-        rate *= ASSUMPTIONS["dense_winograd"] if layer.kernel == 3 and layer.stride == 1 else 1.0
+        rate = device.lanes * ASSUMPTIONS["dense_fp32"][device.name]
+        rate *= ASSUMPTIONS["dense_winograd"][device.name] if layer.kernel == 3 and layer.stride == 1 else 1.0
     else:
         rate = device.tensor_macs * ASSUMPTIONS["dense_tensor"][device.name] * (0.5 if precision == "tf32" else 1.0)
     arithmetic = device.seconds(layer.macs(batch) / (rate * device.multiprocessors))
+    if precision == "fp32":
+        steps = device.seconds(ASSUMPTIONS["dense_fp32_step"] * layer.in_channels * layer.kernel**2)
+        arithmetic = max(arithmetic, steps + 1e-6 * ASSUMPTIONS["dense_fp32_us"] - launches(1))
     return max(arithmetic, moved(device, sum(layer.bytes(batch, 2 if precision == "fp16" else 4)))) + launches(1)
 
 
