@@ -49,6 +49,28 @@ __device__ __forceinline__ int source_in_run(const Conv2dParams& p, int position
   return ((phase_y * p.lanes.rows + row) * p.lanes.phases[1] + phase_x) * p.lanes.columns + column;
 }
 
+// The unit of a block of threads, and where its tile begins: a rectangle, or a run.
+struct TileOrigin {
+  int64_t unit;
+  int y0, x0, first;
+
+  __device__ __forceinline__ TileOrigin(const Conv2dParams& p, unsigned block) {
+    const int tiles = p.tiles_h * p.tiles_w, tile = block % tiles;
+    unit = block / tiles;
+    y0 = tile / p.tiles_w * p.tile_h;
+    x0 = tile % p.tiles_w * p.tile_w;
+    first = tile * p.step;
+  }
+};
+
+// The rows of a block of threads: a group of the convolution, and which of its blocks of rows.
+struct RowBlock {
+  int group, index;
+
+  __device__ __forceinline__ RowBlock(const Conv2dParams& p, int block)
+      : group(block / p.row_blocks), index(block % p.row_blocks) {}
+};
+
 // Places come in pairs, with four sums each: those of the second go to the lane kDistance apart, whose first it is. The
 // firsts move up.
 template <int kDistance, int kPairs>
@@ -73,16 +95,14 @@ conv2d_kernel(const Conv2dParams p) {
   constexpr int kOwn = kRun * kParts, kApart = 32 / kParts;  // places of a lane in the loop
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int plane = kPlane ? kPlane : p.plane;  // in shared memory
-  const int tile = blockIdx.x % (p.tiles_h * p.tiles_w);
-  const int64_t unit = blockIdx.x / (p.tiles_h * p.tiles_w);
-  const int y0 = tile / p.tiles_w * p.tile_h, x0 = tile % p.tiles_w * p.tile_w;
-  const int first = tile * p.step;  // of a run
-  const int group = blockIdx.y / p.row_blocks, row_block = blockIdx.y % p.row_blocks;
+  // What is wanted again at the end is worked out again there, and not kept in registers meanwhile.
+  const TileOrigin staged_from(p, blockIdx.x);
+  const RowBlock rows(p, blockIdx.y);
 
   float sums[kGroups][kV][kG * kOwn * 4];
-  auto slice_of = [&](int k) {
-    const int rank = (row_block * warps + warp) * kGroups + k;
-    return rank < p.slices_per_group ? p.order[group * p.slices_per_group + rank] : -1;
+  auto slice_of = [&](const RowBlock& rows, int k) {
+    const int rank = (rows.index * warps + warp) * kGroups + k;
+    return rank < p.slices_per_group ? p.order[rows.group * p.slices_per_group + rank] : -1;
   };
 #pragma unroll
   for (int k = 0; k < kGroups; ++k) {
@@ -98,11 +118,12 @@ conv2d_kernel(const Conv2dParams p) {
   const int buffer_size = p.block_channels * kG * plane;
   const int64_t planes = int64_t(p.lanes.channels) * kG;
   const float4* source = reinterpret_cast<const float4*>(p.input) +
-                         (unit * planes + int64_t(group) * p.channels_per_group * kG) * p.lanes.plane;
+                         (staged_from.unit * planes + int64_t(rows.group) * p.channels_per_group * kG) * p.lanes.plane;
   // Where each vector of a staged plane comes from. In registers it would leave too few for the loop.
   int* places = reinterpret_cast<int*>(memory + p.shared.places);  // [plane]
   for (int i = threadIdx.x; i < p.plane; i += blockDim.x) {
-    places[i] = kRun > 1 ? source_in_run(p, i, first) : source_in_rectangle(p, i, y0, x0);
+    places[i] = kRun > 1 ? source_in_run(p, i, staged_from.first)
+                         : source_in_rectangle(p, i, staged_from.y0, staged_from.x0);
   }
   // Where each block's entries of the warp's slices begin.
   int* starts = reinterpret_cast<int*>(memory + p.shared.starts) + warp * kGroups * (p.blocks + 1);
@@ -112,12 +133,12 @@ conv2d_kernel(const Conv2dParams p) {
   if (p.shared.has_starts) {
 #pragma unroll 1
     for (int k = 0; k < kGroups; ++k) {
-      const int slice = slice_of(k);
+      const int slice = slice_of(rows, k);
       for (int i = lane; i <= p.blocks; i += 32) starts[k * (p.blocks + 1) + i] = start_at(slice, i);
     }
   }
   auto start_of = [&](int k, int block) {
-    return p.shared.has_starts ? starts[k * (p.blocks + 1) + block] : start_at(slice_of(k), block);
+    return p.shared.has_starts ? starts[k * (p.blocks + 1) + block] : start_at(slice_of(RowBlock(p, anew(blockIdx.y)), k), block);
   };
   __syncthreads();  // places and starts
   // Of each slice the first entries of a block.
@@ -204,8 +225,8 @@ conv2d_kernel(const Conv2dParams p) {
       };
       // Where few products or many parts leave the loop's own instructions more than a twentieth of all.
       constexpr int kUnrolled = (kV == 8 && kG * kOwn == 1) || (kV == 4 && kParts == 4) ? 2 : 1;
-      // Each part of the warp takes pairs of its own. The last one apart: a load under a condition would cost moves of what
-      // it might leave as it is.
+      // Each part of the warp takes pairs of its own. The last one apart: a load under a condition would cost moves of
+      // what it might leave as it is.
       int done = staged / (2 * kParts) * 2 * kParts;
       if (done > 0) {
         const float* from = pairs + part * kPair;
@@ -257,6 +278,11 @@ conv2d_kernel(const Conv2dParams p) {
   constexpr int kRows = kGroups * kV, kLanes = kG * 4, kPositions = 32 * kRun;
   float* results = shared_memory<float>() + warp * kRows * kLanes * kPositions;  // [kRows][kLanes][kPositions]
   const int strip = strip_results(p);
+  const TileOrigin origin(p, anew(blockIdx.x));
+  const int64_t unit = origin.unit;
+  const RowBlock last_rows(p, anew(blockIdx.y));
+  const int group = last_rows.group;
+  const int y0 = origin.y0, x0 = origin.x0, first = origin.first;
   const int y = anew(lane) / p.tile_w, x = anew(lane) % p.tile_w;  // of the lane's position within the tile
   // A position of the lane, in its strip; past its end where a result is none.
   auto row_of = [&](int j) { return kRun > 1 ? (first + j * 32 + lane) / p.tile_columns : y0 + y; };
@@ -290,7 +316,7 @@ conv2d_kernel(const Conv2dParams p) {
           }
         }
       }
-      const RowEnd row_end(p, slice_of(0), group, 0, 1);
+      const RowEnd row_end(p, slice_of(last_rows, 0), group, 0, 1);
       __syncwarp();  // interleaved results
       if (p.joined) {
         const Span span = span_of_rows(p, first_row, tile_rows);
@@ -306,7 +332,7 @@ conv2d_kernel(const Conv2dParams p) {
   if (store.plain && (kFromRegisters || (kG == 1 && p.flat))) {
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
-      const RowEnd row_end(p, slice_of(k), group, lane % kV, kV);
+      const RowEnd row_end(p, slice_of(last_rows, k), group, lane % kV, kV);
 #pragma unroll
       for (int v = 0; v < kV; ++v) {
         const int channel = __shfl_sync(0xffffffffu, row_end.channel, v);
@@ -352,7 +378,7 @@ conv2d_kernel(const Conv2dParams p) {
       }
     }
   }
-  const RowEnd row_end(p, lane < kRows ? slice_of(lane / kV) : -1, group, lane % kV, kV);
+  const RowEnd row_end(p, lane < kRows ? slice_of(last_rows, lane / kV) : -1, group, lane % kV, kV);
   if (kRun > 1 || p.joined) {
     __syncwarp();  // results
     store_span<kLanes>(p, results, kRows, kLanes * kPositions, lane_pitch, row_end, unit, span);

@@ -1,5 +1,5 @@
-// Of the sparse convolution on CUDA cores (conv2d.cuh): what its loop reads of a pattern, a record of each entry, those of
-// a row one after another and sorted by block of channels:
+// Of the sparse convolution on CUDA cores (conv2d.cuh): what its loop reads of a pattern, a record of each entry, those
+// of a row one after another and sorted by block of channels:
 //
 //   of one value    [value | distance]
 //   of two          [value | value | distance | distance]
@@ -253,7 +253,8 @@ __device__ __forceinline__ int staged_distance(int i) {
   return kV <= 2 ? i * 2 * kV + kV : i / 2 * (kPairBytes<kV> / 4) + 2 * kV + i % 2;
 }
 
-// Which record a lane of a warp copies there, so that eight lanes, whose vectors are written at once, meet no bank twice.
+// Which record a lane of a warp copies there, so that eight lanes, whose vectors are written at once, meet no bank
+// twice.
 template <int kV>
 __device__ __forceinline__ int copied_record(int lane) {
   if (kV <= 2) return lane;
@@ -262,8 +263,8 @@ __device__ __forceinline__ int copied_record(int lane) {
   return lane ^ (differ << kBit | differ << 3);
 }
 
-// Two staged records. The first is read while the one before it is multiplied, the second while the first one is. Of many
-// values one read brings both distances.
+// Two staged records. The first is read while the one before it is multiplied, the second while the first one is. Of
+// many values one read brings both distances.
 template <int kV>
 struct Pair {
   int distances[2];

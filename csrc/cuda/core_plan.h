@@ -29,6 +29,6 @@ at::Tensor run_core_plan(const at::Tensor& input, const at::Tensor& values, cons
 }  // namespace sparsekd::cuda
 
 // The choice without a device to run it on, for float32 images and the 3 numbers of a TensorDevice: the cycles that are
-// expected, and whether planes are taken as they lie. `sizes` as sparsekd_tensor_tiling has them. 0 where no tile has the
-// reach.
+// expected, and whether planes are taken as they lie. `sizes` as sparsekd_tensor_tiling has them. 0 where no tile has
+// the reach.
 extern "C" int sparsekd_core_cycles(const int64_t* sizes, const int* device, int* flat, double* cycles);

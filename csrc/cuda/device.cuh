@@ -53,7 +53,8 @@ __device__ __forceinline__ float half_of_bits(unsigned bits) {
 
 // The same number, which the compiler does not know: what follows from it is worked out again, where else it would lie in
 // a register all the way from where it was needed before.
-__device__ __forceinline__ int anew(int x) {
+template <class T>
+__device__ __forceinline__ T anew(T x) {
   asm volatile("" : "+r"(x));
   return x;
 }

@@ -214,7 +214,10 @@ inline float half_of_bits(unsigned bits) {
   __builtin_memcpy(&x, &low, 2);
   return static_cast<float>(x);
 }
-inline int anew(int x) { return x; }
+template <class T>
+T anew(T x) {
+  return x;
+}
 inline float fast_exp2(float x) { return exp2f(x); }
 inline float not_below(float x, float least) { return x < least ? least : x; }
 inline float not_above(float x, float most) { return x > most ? most : x; }
