@@ -161,7 +161,7 @@ conv2d_kernel(const Conv2dParams p) {
 #pragma unroll 1
     for (int k = 0; k < kGroups; ++k) {
       const int begin = start_of(k, block), count = min(start_of(k, block + 1) - begin, kStagedRecords<kV>);
-      const int mine = copied_record<kV>(lane);
+      const int mine = copied_record<kV>(anew(lane));
       if (mine >= count) continue;
       const auto record = record_at<kV>(p.records, begin + mine, p.n_records);
       float* chunk = staged_records(k, block);
