@@ -42,8 +42,8 @@ BUGS = {
     ),
     "one record too many": (
         "conv2d.cuh",
-        "if (staged - done >= kParts) {",
-        "if (staged - done + 1 >= kParts) {",
+        "min(done + part, staged - 1);",
+        "min(done + part, staged);",
         "out of bounds|before it was",
     ),
     "one pair of records too many": (

@@ -138,7 +138,8 @@ conv2d_kernel(const Conv2dParams p) {
     }
   }
   auto start_of = [&](int k, int block) {
-    return p.shared.has_starts ? starts[k * (p.blocks + 1) + block] : start_at(slice_of(RowBlock(p, anew(blockIdx.y)), k), block);
+    if (p.shared.has_starts) return starts[k * (p.blocks + 1) + block];
+    return start_at(slice_of(RowBlock(p, anew(blockIdx.y)), k), block);
   };
   __syncthreads();  // places and starts
   // Of each slice the first entries of a block.
@@ -219,15 +220,18 @@ conv2d_kernel(const Conv2dParams p) {
       constexpr std::integral_constant<int, 1> one;
       const int staged = min(end - begin, kStagedRecords<kV>);
       const float* const pairs = staged_records(k, block);
-      auto multiply_staged = [&](int index, auto places) {
-        const int distance = *reinterpret_cast<const int*>(pairs + staged_distance<kV>(index));
-        multiply(distance, load_values<kV>(pairs + staged_values<kV>(index)), places);
-      };
+      auto distance_of = [&](int index) { return *reinterpret_cast<const int*>(pairs + staged_distance<kV>(index)); };
+      auto values_of = [&](int index) { return load_values<kV>(pairs + staged_values<kV>(index)); };
       // Where few products or many parts leave the loop's own instructions more than a twentieth of all.
       constexpr int kUnrolled = (kV == 8 && kG * kOwn == 1) || (kV == 4 && kParts == 4) ? 2 : 1;
       // Each part of the warp takes pairs of its own. The last one apart: a load under a condition would cost moves of
       // what it might leave as it is.
       int done = staged / (2 * kParts) * 2 * kParts;
+      // What comes after the pairs is loaded before the last entry of them is multiplied, whether it is one to take or
+      // not.
+      const int next = min(done + part, staged - 1);
+      int distance_after;
+      Values<kV> values_after;
       if (done > 0) {
         const float* from = pairs + part * kPair;
         Pair<kV> pair;
@@ -243,16 +247,21 @@ conv2d_kernel(const Conv2dParams p) {
         }
         pair.load_second(from);
         multiply(pair.distances[0], pair.values[0], all);
+        distance_after = distance_of(next);
+        values_after = values_of(next);
         multiply(pair.distances[1], pair.values[1], all);
+      } else {
+        distance_after = distance_of(next);
+        values_after = values_of(next);
       }
       if (staged - done >= kParts) {
-        multiply_staged(done + part, all);
+        multiply(distance_after, values_after, all);
         done += kParts;
       }
       // Of what is left, all parts take the same at their own places.
       if constexpr (kParts > 1) {
 #pragma unroll 1
-        for (; done < staged; ++done) multiply_staged(done, one);
+        for (; done < staged; ++done) multiply(distance_of(done), values_of(done), one);
       }
 #pragma unroll 1
       for (int rest = begin + staged; rest < end; ++rest) {  // than are staged
