@@ -57,9 +57,8 @@ DEVICES = (
 )
 
 ASSUMPTIONS = {
-    # Share of the fp32 peak that cuDNN reaches, and how many times faster it is for 3x3 with stride 1. Of the H100 as an
-    # H200 showed at batch 32 (results/gpu-h200.json: 0.32-0.54 for 1x1, 0.41-0.78 for 3x3); of the others not measured,
-    # in favour of dense.
+    # Share of the fp32 peak that cuDNN reaches, and how many times faster it is for 3x3 with stride 1. Of the H100 as
+    # an H200 showed at batch 32 (0.32-0.54 for 1x1, 0.41-0.78 for 3x3); of the others not measured, in favour of dense.
     "dense_fp32": {"A100": 0.85, "H100": 0.5, "RTX 4090": 0.85},
     "dense_winograd": {"A100": 1.5, "H100": 1.0, "RTX 4090": 1.5},
     # What it takes at least in fp32: cycles for each input channel and tap, one after another, and microseconds beside
