@@ -58,11 +58,12 @@ DEVICES = (
 
 ASSUMPTIONS = {
     # Share of the fp32 peak that cuDNN reaches, and how many times faster it is for 3x3 with stride 1. Of the H100 as
-    # an H200 showed at batch 32 (0.32-0.54 for 1x1, 0.41-0.78 for 3x3); of the others not measured, in favour of dense.
+    # an H200 showed at batch 32 (0.32-0.54 for 1x1, 0.41-0.78 for 3x3: results/gpu-h200.json, "layers"); of the others
+    # not measured, in favour of dense.
     "dense_fp32": {"A100": 0.85, "H100": 0.5, "RTX 4090": 0.85},
     "dense_winograd": {"A100": 1.5, "H100": 1.0, "RTX 4090": 1.5},
     # What it takes at least in fp32: cycles for each input channel and tap, one after another, and microseconds beside
-    # them. At batch 1 an H200's layers took this within a third, and their sum within 1%.
+    # them. At batch 1 an H200's layers took this within a third but the thin 1x1 ones, and their sum within 1%.
     "dense_fp32_step": 42,
     "dense_fp32_us": 4.0,
     # Share of the tensor cores' peak that dense reaches, fp16 and TF32 (at half of fp16's): that of large matrix
@@ -154,20 +155,30 @@ def dense(device: Device, layer: Layer, batch: int, precision: str) -> float:
     return max(arithmetic, moved(device, sum(layer.bytes(batch, 2 if precision == "fp16" else 4)))) + launches(1)
 
 
-def cuda_cores(device: Device, layer: Layer, batch: int, vector: int, density: float) -> float:
-    """Seconds of conv2d_kernel in fp32: the cycles that the library chose its tile by, which were fitted to an H200, or
-    those of the multiply-adds where units are fewer than there."""
+def core_convolution(device: Device, layer: Layer, batch: int, vector: int, density: float) -> tuple[float, bool]:
+    """Seconds of conv2d_kernel in fp32, and whether it reads images as they lie: the cycles that the library chose its
+    tile by, which were fitted to an H200, or those of the multiply-adds where units are fewer than there."""
     vectors = round(layer.in_channels * layer.kernel**2 * density) * math.ceil(layer.out_channels / vector)
     sizes = (batch, layer.in_channels, layer.out_channels, vector, vectors, layer.size, layer.kernel, layer.stride)
     major = int(device.arch.partition(".")[0])
     cycles, flat = core_cycles(sizes, (major, device.shared_bytes, device.multiprocessors))
     products = layer.macs(batch) * density / (device.lanes * device.multiprocessors)
-    read, written, weight = layer.bytes(batch, 4)
-    pattern = weight * density * (1 + 1 / vector)
-    # One launch puts values in the order of the plan and, but for planes that are taken as they lie, copies to lanes.
-    before = moved(device, (0 if flat else 2 * read) + 2 * pattern) + launches(1)
     arithmetic = device.seconds(max(cycles, products / ASSUMPTIONS["latency"]))
-    return before + max(arithmetic, moved(device, read + written + pattern)) + launches(1)
+    bytes_ = sum(layer.bytes(batch, 4)[:2]) + pattern_bytes(layer, batch, vector, density)
+    return max(arithmetic, moved(device, bytes_)) + launches(1), flat
+
+
+def pattern_bytes(layer: Layer, batch: int, vector: int, density: float) -> float:
+    """Of fp32 values and a distance for each vector of them."""
+    return layer.bytes(batch, 4)[2] * density * (1 + 1 / vector)
+
+
+def cuda_cores(device: Device, layer: Layer, batch: int, vector: int, density: float) -> float:
+    """Seconds of a call in fp32. One launch puts values in the order of the plan and, but for planes that are taken as
+    they lie, copies to lanes."""
+    seconds, flat = core_convolution(device, layer, batch, vector, density)
+    copied = 0 if flat else 2 * layer.bytes(batch, 4)[0]
+    return moved(device, copied + 2 * pattern_bytes(layer, batch, vector, density)) + launches(1) + seconds
 
 
 def tensor_cores(device: Device, layer: Layer, batch: int, vector: int, density: float, kept: bool) -> float:

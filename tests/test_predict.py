@@ -78,3 +78,21 @@ def test_the_committed_prediction():
                 assert all(math.isfinite(ms) and ms > 0 for ms in times)
             for times in (part["sparse_ms"], part["kept_ms"]):
                 assert times == sorted(times, reverse=True), part
+
+
+def test_convolutions_on_cuda_cores_are_predicted_as_an_h200_took():
+    """Single layers differ by up to a half, all of a kind together by less than a fifth."""
+    device = next(d for d in predict.DEVICES if d.name == "H100")  # of which it has the multiprocessors and clock
+    sums = {}
+    for row in json.loads((predict.RESULTS / "gpu-h200.json").read_text())["layers"]:
+        channels, filters, kernel, size = row["layer"]
+        layer = predict.Layer("", channels, filters, kernel, 1, size, 1)
+        seconds, _ = predict.core_convolution(device, layer, row["batch"], row["vector"], 0.1)
+        expected, took = 1e6 * seconds, row["sparse_us"]["conv2d"]
+        assert expected == pytest.approx(took, rel=0.5), row
+        total = sums.setdefault((row["batch"], row["vector"]), [0.0, 0.0])
+        total[0] += expected
+        total[1] += took
+    assert len(sums) == 3
+    for kind, (expected, took) in sums.items():
+        assert expected == pytest.approx(took, rel=0.2), kind
