@@ -1,5 +1,6 @@
 """benchmarks/predict.py: the model behaves as times do, and the committed file says that it is a prediction."""
 
+import itertools
 import json
 import math
 import random
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import predict  # noqa: E402
 from library_tiles import tiling  # noqa: E402
 
+AS_GOOD = 1.06  # kAsGood in csrc/cuda/direct.h
 LAYER = predict.Layer("layer", 256, 256, 3, 1, 14, 1)
 
 
@@ -76,8 +78,10 @@ def test_the_committed_prediction():
         for part in [row, *row["layers"]]:
             for times in (part["sparse_ms"], part["kept_ms"], part["dense_ms"].values()):
                 assert all(math.isfinite(ms) and ms > 0 for ms in times)
+            # Of tiles on CUDA cores that differ by less than that, the library takes the one that stores fewest sectors.
+            slack = AS_GOOD if row["pattern"].endswith("fp32") else 1.0
             for times in (part["sparse_ms"], part["kept_ms"]):
-                assert times == sorted(times, reverse=True), part
+                assert all(fewer <= more * slack for more, fewer in itertools.pairwise(times)), part
 
 
 def test_convolutions_on_cuda_cores_are_predicted_as_an_h200_took():
