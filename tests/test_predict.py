@@ -78,7 +78,7 @@ def test_the_committed_prediction():
         for part in [row, *row["layers"]]:
             for times in (part["sparse_ms"], part["kept_ms"], part["dense_ms"].values()):
                 assert all(math.isfinite(ms) and ms > 0 for ms in times)
-            # Of tiles on CUDA cores that differ by less than that, the library takes the one that stores fewest sectors.
+            # Of tiles on CUDA cores that differ by less, the library takes the one that stores fewest sectors.
             slack = AS_GOOD if row["pattern"].endswith("fp32") else 1.0
             for times in (part["sparse_ms"], part["kept_ms"]):
                 assert all(fewer <= more * slack for more, fewer in itertools.pairwise(times)), part
