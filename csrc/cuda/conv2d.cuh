@@ -223,7 +223,7 @@ conv2d_kernel(const Conv2dParams p) {
       auto distance_of = [&](int index) { return *reinterpret_cast<const int*>(pairs + staged_distance<kV>(index)); };
       auto values_of = [&](int index) { return load_values<kV>(pairs + staged_values<kV>(index)); };
       // Where few products or many parts leave the loop's own instructions more than a twentieth of all.
-      constexpr int kUnrolled = (kV == 8 && kG * kOwn == 1) || (kV == 4 && kParts == 4) ? 2 : 1;
+      constexpr int kUnrolled = kV == 8 && kG * kOwn == 1 ? 4 : kV == 4 && kParts == 4 ? 2 : 1;
       // Each part of the warp takes pairs of its own. The last one apart: a load under a condition would cost moves of
       // what it might leave as it is.
       int done = staged / (2 * kParts) * 2 * kParts;
