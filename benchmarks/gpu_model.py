@@ -41,13 +41,25 @@ def occupancy(registers: int, shared_bytes: int, threads: int, sm: SM) -> int:
     return warps * min(sm.warps // warps, sm.blocks, by_registers, sm.shared_bytes // shared)
 
 
-def wavefronts(loop: Counter, uniform_loads: bool, factor: float = 1.0) -> float:
-    """Cycles that shared memory and the first cache, which are one, need for what a warp asks of them in the loop."""
+def wavefronts(loop: Counter, uniform_loads: bool, factor: float = 1.0, own_reads: int | None = None) -> float:
+    """Cycles that shared memory and the first cache, which are one, need for what a warp asks of them in the loop.
+
+    Args:
+        uniform_loads: loads of global memory are of one address for the whole warp.
+        factor: what bank conflicts multiply reads of shared memory by.
+        own_reads: of 16-byte reads of shared memory those where each lane has an address of its own; the other reads of
+            it are of one address, or few, and come by two registers a cycle (tests/emulator/costs.cpp says how that is
+            known). None: all are the lanes' own.
+    """
     total = 0.0
+    own = Counter() if own_reads is None else Counter({"LDS.128": min(own_reads, loop["LDS.128"])})
     for name, count in loop.items():
         unit, _, width = name.partition(".")
-        if unit in ("LDS", "STS"):
-            total += count * max(1.0, int(width) / 32) * (factor if unit == "LDS" else 1.0)
+        if unit == "LDS":
+            lanes = count if own_reads is None else own[name]
+            total += lanes * max(1.0, int(width) / 32) * factor + (count - lanes) * max(1.0, int(width) / 64)
+        elif unit == "STS":
+            total += count * max(1.0, int(width) / 32)
         elif unit == "LDSM":
             total += count * int(width[1:]) * factor
         elif unit == "LDGSTS":
@@ -57,8 +69,11 @@ def wavefronts(loop: Counter, uniform_loads: bool, factor: float = 1.0) -> float
     return total
 
 
-def bound(loop: list[sass.Instruction], sm: SM, uniform_loads: bool, factor: float = 1.0) -> tuple[float, str]:
-    """(share of the peak, what limits it): cycles of an SM for the units that multiply against those for the rest."""
+def bound(
+    loop: list[sass.Instruction], sm: SM, uniform_loads: bool, factor: float = 1.0, own_reads: int | None = None
+) -> tuple[float, str]:
+    """(share of the peak, what limits it): cycles of an SM for the units that multiply against those for the rest. The
+    arguments are those of ``wavefronts``."""
     matrix = sum(sass.macs(i) for i in loop if i.name == "HMMA" and ".SP" not in i.opcode)
     matrix += sum(sass.macs(i) / 2 for i in loop if i.name == "HMMA" and ".SP" in i.opcode)
     vector = sum(sass.macs(i) for i in loop if i.name != "HMMA")
@@ -68,7 +83,7 @@ def bound(loop: list[sass.Instruction], sm: SM, uniform_loads: bool, factor: flo
     cycles = {
         units: matrix / (sm.tensor_macs * sm.sync_share) if matrix else ideal,
         "issue": len(loop) / 4,
-        "shared memory": wavefronts(sass.mix(loop), uniform_loads, factor),
+        "shared memory": wavefronts(sass.mix(loop), uniform_loads, factor, own_reads),
     }
     limiter = max(cycles, key=cycles.get)
     return ideal / cycles[limiter], limiter

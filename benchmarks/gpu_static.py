@@ -7,8 +7,8 @@ Worse is: a spill, a vector load that got narrower, a matrix instruction or asyn
 5% more instructions per multiply-add in the hot loop (the innermost loop with the most multiply-adds).
 
 The bound is what the loop could reach if nothing ever waited: of the peak of the units that multiply, limited by what
-an SM issues in a cycle (4 instructions) and by what its shared memory delivers (128 bytes). It is an upper bound, not a
-speed: it knows no latency, no cache and no memory.
+an SM issues in a cycle (4 instructions) and by what its shared memory delivers (128 bytes; of what all lanes want, two
+registers). It is an upper bound, not a speed: it knows no latency, no cache and no memory.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class Expected:
     contains: tuple[str, ...] = ()  # anywhere in the kernel
     hot: tuple[str, ...] = ()  # in the hot loop
     uniform_loads: bool = True  # global loads of the hot loop: one address for the whole warp
+    # Multiply-adds that a 16-byte read of shared memory feeds; the other reads in the hot loop are of weights, by all
+    # lanes at once. 0: all are the lanes' own.
+    products_of_read: int = 0
 
 
 TENSOR = ("LDGSTS", "LDSM", "HMMA")
@@ -64,7 +67,10 @@ EXPECTED = (
         )
         for m, n, rows, pixels, depth in TILES_24
     ),
-    Expected(r"^conv2d_kernel<", 256, 72 << 10, ("LDGSTS",), ("FFMA", "LDS.128")),
+    *(
+        Expected(rf"^conv2d_kernel<{v},", 256, 72 << 10, ("LDGSTS",), ("FFMA", "LDS.128"), products_of_read=4 * v)
+        for v in (1, 2, 4, 8)
+    ),
     Expected(r"^to_lanes_kernel<", 128),
 )
 # As instructions of other widths, where the compiler has better ones on a later architecture.
@@ -179,7 +185,8 @@ def row_of(kernel: str, architecture: str, resources: dict, code: list[sass.Inst
     row["occupancy"] = round(row["warps"] / sm.warps, 3)
     if loop:
         products = sum(2 if i.name == "FFMA2" else 1 for i in loop if sass.macs(i))
-        share, limiter = bound(loop, sm, expected.uniform_loads)
+        own_reads = products // expected.products_of_read if expected.products_of_read else None
+        share, limiter = bound(loop, sm, expected.uniform_loads, own_reads=own_reads)
         row["hot_loop"] = dict(sorted(sass.mix(loop).items()))
         row["products"] = products
         row["instructions_per_fma"] = round(len(loop) / products, 4)

@@ -130,8 +130,8 @@ def measure_24(filters: int) -> dict:
     with emulated.counting():
         output = emulated.emulator().ops.conv2d_24(input, values, metadata, None, filters, *[(3, 3), *[(1, 1)] * 3, 1])
         costs = emulated.costs("conv2d_24")
-    # What is written by 4 bytes are results, at the end, which are read by 16.
-    results = costs["shared", "write", 4][1]
+    # What is written by 4 bytes, if anything, are results, at the end, which are read by 16.
+    _, results = costs.get(("shared", "write", 4), (0, 0))
     moved = sum(actual for (space, *_), (actual, _) in costs.items() if space == "shared") - 2 * results
     shares = {arch: output.numel() * 64 * 9 / macs / moved for arch, macs in SPARSE_MACS.items()}
     return {

@@ -3,16 +3,16 @@
     python benchmarks/predict.py                   # writes benchmarks/results/predicted.json
 
 A PREDICTION, nothing here was timed. For each layer, sparsity and pattern, time is the larger of what the arithmetic
-takes and what moving bytes takes, plus launches. What the sparse kernels do before is counted as it is built: on CUDA
-cores layout and preparation of the pattern at every call; on tensor cores, where the plan is kept, the layout
-and the order of the values. "kept" is with activations that stay in lanes from layer to layer, as they do on tensor
-cores after optimize_for_inference in batches divisible by 8. The arithmetic of sparse kernels follows from what nvcc
-made of them (`results/gpu_static.json`); on tensor cores from the model of cycles by which the library chooses its
-tile (csrc/cuda/conv2d_tensor_tiling.cpp), so that what is predicted is the least that the library sees. ASSUMPTIONS
-says the rest; they are in the file too. Break-even is the sparsity from which on the sparse layer is predicted to be
-faster than the dense one in the same precision, for fp32 than the dense one in TF32 too. Dense is taken to be as fast
-on tensor cores as large matrix products, which favours it. 2:4 is 50% whatever the sparsity, so that its times don't
-fall; what it does at every call is to put its values in order.
+takes and what moving bytes takes, plus launches. What the sparse kernels do before is counted as it is built, with
+plans that are kept: the layout, where images are not taken as they lie, and the order of the values. "kept" is with
+activations that stay in lanes from layer to layer, as they do on tensor cores after optimize_for_inference in batches
+divisible by 8. The arithmetic follows from the models of cycles by which the library chooses its tiles
+(csrc/cuda/conv2d_choice.cpp, whose constants were fitted to launches on an H200, and conv2d_tensor_tiling.cpp), so that
+what is predicted is the least that the library sees; of 2:4 from what nvcc made of the kernel
+(`results/gpu_static.json`). ASSUMPTIONS says the rest; they are in the file too. Break-even is the sparsity from which
+on the sparse layer is predicted to be faster than the dense one in the same precision, for fp32 than the dense one in
+TF32 too. Dense is taken to be as fast on tensor cores as large matrix products, which favours it. 2:4 is 50% whatever
+the sparsity, so that its times don't fall; what it does at every call is to put its values in order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from tensor_tiles import tiling
+from library_tiles import core_cycles, tiling
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -57,8 +57,15 @@ DEVICES = (
 )
 
 ASSUMPTIONS = {
-    "dense_fp32": 0.85,  # share of the fp32 peak that cuDNN reaches
-    "dense_winograd": 1.5,  # times faster for 3x3 with stride 1 in fp32
+    # Share of the fp32 peak that cuDNN reaches, and how many times faster it is for 3x3 with stride 1. Of the H100 as
+    # an H200 showed at batch 32 (0.32-0.54 for 1x1, 0.41-0.78 for 3x3: results/gpu-h200.json, "layers"); of the others
+    # not measured, in favour of dense.
+    "dense_fp32": {"A100": 0.85, "H100": 0.5, "RTX 4090": 0.85},
+    "dense_winograd": {"A100": 1.5, "H100": 1.0, "RTX 4090": 1.5},
+    # What it takes at least in fp32: cycles for each input channel and tap, one after another, and microseconds beside
+    # them. At batch 1 an H200's layers took this within a third but the thin 1x1 ones, and their sum within 1%.
+    "dense_fp32_step": 42,
+    "dense_fp32_us": 4.0,
     # Share of the tensor cores' peak that dense reaches, fp16 and TF32 (at half of fp16's): that of large matrix
     # products, which convolutions don't exceed, so that it favours dense. 298 of 312 TFLOPS on the A100, and 143 of 156
     # in TF32 (github.com/NVIDIA/cutlass/discussions/241: convolutions gain alike); 645-797 of 989 on the H100 and
@@ -74,13 +81,6 @@ ASSUMPTIONS = {
 
 # Of the 2:4 kernel, as in gpu_static.py.
 TILES_24 = ((4, 8, 2, 2, 1), (4, 4, 2, 4, 1), (4, 4, 1, 2, 2), (4, 4, 2, 2, 3), (2, 4, 2, 2, 1))
-# Of conv2d_kernel by V: images or strips in the lanes, positions and rows of a warp.
-TILES_32 = {
-    1: ((16, 32, 4), (8, 32, 2), (4, 32, 4), (4, 64, 4), (4, 128, 4)),
-    2: ((16, 32, 4), (8, 32, 2), (4, 32, 8), (4, 32, 4), (4, 64, 4), (4, 128, 4)),
-    4: ((16, 32, 4), (8, 32, 4), (4, 32, 4), (4, 32, 8), (4, 64, 4), (4, 128, 4)),
-    8: ((8, 32, 8), (4, 32, 8), (4, 64, 8)),
-}
 LANES = 8  # of the tensor-core kernel
 TENSOR_VECTORS = (8, 16, 32, 64)
 
@@ -144,43 +144,41 @@ def launches(count: int) -> float:
 def dense(device: Device, layer: Layer, batch: int, precision: str) -> float:
     """Seconds of cuDNN's convolution: "fp32", "tf32" or "fp16"."""
     if precision == "fp32":
-        rate = device.lanes * ASSUMPTIONS["dense_fp32"]
-        rate *= ASSUMPTIONS["dense_winograd"] if layer.kernel == 3 and layer.stride == 1 else 1.0
+        rate = device.lanes * ASSUMPTIONS["dense_fp32"][device.name]
+        rate *= ASSUMPTIONS["dense_winograd"][device.name] if layer.kernel == 3 and layer.stride == 1 else 1.0
     else:
         rate = device.tensor_macs * ASSUMPTIONS["dense_tensor"][device.name] * (0.5 if precision == "tf32" else 1.0)
     arithmetic = device.seconds(layer.macs(batch) / (rate * device.multiprocessors))
+    if precision == "fp32":
+        steps = device.seconds(ASSUMPTIONS["dense_fp32_step"] * layer.in_channels * layer.kernel**2)
+        arithmetic = max(arithmetic, steps + 1e-6 * ASSUMPTIONS["dense_fp32_us"] - launches(1))
     return max(arithmetic, moved(device, sum(layer.bytes(batch, 2 if precision == "fp16" else 4)))) + launches(1)
 
 
-def strips(layer: Layer, batch: int, slots: int) -> tuple[int, int]:
-    """(units of `slots` images or strips, rows of a strip), as the host side cuts them."""
-    wanted = min(max(math.ceil(slots / batch), 1), layer.size)
-    rows = math.ceil(layer.size / wanted)
-    return math.ceil(batch * math.ceil(layer.size / rows) / slots), rows
+def core_convolution(device: Device, layer: Layer, batch: int, vector: int, density: float) -> tuple[float, bool]:
+    """Seconds of conv2d_kernel in fp32, and whether it reads images as they lie: the cycles that the library chose its
+    tile by, which were fitted to an H200, or those of the multiply-adds where units are fewer than there."""
+    vectors = round(layer.in_channels * layer.kernel**2 * density) * math.ceil(layer.out_channels / vector)
+    sizes = (batch, layer.in_channels, layer.out_channels, vector, vectors, layer.size, layer.kernel, layer.stride)
+    major = int(device.arch.partition(".")[0])
+    cycles, flat = core_cycles(sizes, (major, device.shared_bytes, device.multiprocessors))
+    products = layer.macs(batch) * density / (device.lanes * device.multiprocessors)
+    arithmetic = device.seconds(max(cycles, products / ASSUMPTIONS["latency"]))
+    bytes_ = sum(layer.bytes(batch, 4)[:2]) + pattern_bytes(layer, batch, vector, density)
+    return max(arithmetic, moved(device, bytes_)) + launches(1), flat
 
 
-def cuda_cores(device: Device, layer: Layer, batch: int, vector: int, density: float, static) -> float:
-    """Seconds of conv2d_kernel in fp32."""
-    name = f"conv2d_kernel<{vector}, "
-    bound = max(row["bound"] for (kernel, arch), row in static.items() if arch == device.arch and name in kernel)
-    arithmetic = math.inf
-    for slots, positions, rows_of_warp in TILES_32[vector]:
-        units, rows = strips(layer, batch, slots)
-        if positions == 32:
-            shapes = ((4, 8), (2, 16), (1, 32))
-            of_unit = min(math.ceil(rows / h) * math.ceil(layer.size / w) for h, w in shapes)
-        else:  # runs of rows that share the zeros between them
-            of_unit = math.ceil(rows * (layer.size + layer.kernel // 2) / positions)
-        block_rows = min(layer.out_channels, 8 * rows_of_warp)
-        blocks = units * of_unit * math.ceil(layer.out_channels / block_rows)
-        macs = layer.in_channels * layer.kernel**2 * density * block_rows * positions * slots
-        # What a block of threads does at best, two of which share an SM.
-        cycles = macs / (device.lanes * bound * ASSUMPTIONS["latency"])
-        arithmetic = min(arithmetic, device.seconds(cycles * max(math.ceil(blocks / device.multiprocessors), 1)))
-    read, written, weight = layer.bytes(batch, 4)
-    pattern = weight * density * (1 + 1 / vector)
-    before = moved(device, 2 * read) + launches(2)
-    return before + max(arithmetic, moved(device, read + written + pattern)) + launches(1)
+def pattern_bytes(layer: Layer, batch: int, vector: int, density: float) -> float:
+    """Of fp32 values and a distance for each vector of them."""
+    return layer.bytes(batch, 4)[2] * density * (1 + 1 / vector)
+
+
+def cuda_cores(device: Device, layer: Layer, batch: int, vector: int, density: float) -> float:
+    """Seconds of a call in fp32. One launch puts values in the order of the plan and, but for planes that are taken as
+    they lie, copies to lanes."""
+    seconds, flat = core_convolution(device, layer, batch, vector, density)
+    copied = 0 if flat else 2 * layer.bytes(batch, 4)[0]
+    return moved(device, copied + 2 * pattern_bytes(layer, batch, vector, density)) + launches(1) + seconds
 
 
 def tensor_cores(device: Device, layer: Layer, batch: int, vector: int, density: float, kept: bool) -> float:
@@ -247,7 +245,7 @@ def patterns(static: dict) -> dict[str, tuple]:
     for vector in (1, 2, 4, 8):
         found[f"V={vector} fp32"] = (
             "fp32",
-            lambda *of, v=vector: cuda_cores(*of[:3], v, of[3], static),  # nothing is kept
+            lambda *of, v=vector: cuda_cores(*of[:3], v, of[3]),  # nothing is kept
         )
     for vector in TENSOR_VECTORS:
         found[f"V={vector} fp16"] = (

@@ -36,20 +36,32 @@ BUGS = {
     ),
     "records begin four bytes late": (
         "conv2d.cuh",
-        "p.records + int64_t(begin) * kRecordBytes<kV>;",
-        "p.records + int64_t(begin) * kRecordBytes<kV> + 4;",
+        "record_at<kV>(p.records, begin + mine,",
+        "record_at<kV>(p.records + 4, begin + mine,",
         "misaligned",
     ),
     "one record too many": (
         "conv2d.cuh",
-        "int rounds = staged / kParts;",
-        "int rounds = staged / kParts + 1;",
+        "min(done + part, staged - 1);",
+        "min(done + part, staged);",
         "out of bounds|before it was",
+    ),
+    "one pair of records too many": (
+        "conv2d.cuh",
+        "left > 0; --left,",
+        "left >= 0; --left,",
+        "out of bounds|before it was",
+    ),
+    "distances are not copied": (
+        "conv2d.cuh",
+        "copy_async4(chunk + staged_distance<kV>(mine), record.distance);",
+        "",
+        "before it was",
     ),
     "one record too few is copied": (
         "conv2d.cuh",
-        "at < count * kRecordBytes<kV>;",
-        "at < (count - 1) * kRecordBytes<kV>;",
+        "if (mine >= count) continue;",
+        "if (mine + 1 >= count) continue;",
         "before it was",
     ),
     "results from registers one column too far": (

@@ -78,6 +78,21 @@ def test_the_hot_loop_is_the_innermost():
     assert row(arch="9.0")["bound"] == 0.25
 
 
+WEIGHTS = """
+        /*0028*/                   LDS.128 R20, [R5] ;                      /* 0x0 */
+        /*002c*/                   LDS.64 R24, [R5+0x20] ;                  /* 0x0 */
+"""
+WITH_WEIGHTS = LISTING.replace("        /*0030*/", WEIGHTS + "        /*0030*/")
+
+
+@pytest.mark.parametrize("kernel, wavefronts", [("conv2d_kernel<1, 4>", 4 + 2 + 1), ("other<1, 4>", 4 + 4 + 2)])
+def test_reads_of_weights_bring_two_registers_a_cycle(kernel, wavefronts):
+    """With V = 1 on CUDA cores one read of 16 bytes feeds 4 multiply-adds: the others are of weights."""
+    found = row(WITH_WEIGHTS, kernel)
+    assert found["hot_loop"] == {"BRA": 1, "FFMA": 4, "IADD3": 1, "LDS.128": 2, "LDS.64": 1}
+    assert (found["bound"], found["limiter"]) == (round(2 / wavefronts, 4), "shared memory")
+
+
 def test_tensor_cores_are_counted_by_their_matrices():
     found = row(TENSOR_LOOP)
     assert found["hot_loop"] == {"BRA": 1, "HMMA.16816": 2, "LDSM.x4": 1}

@@ -49,6 +49,28 @@ __device__ __forceinline__ int source_in_run(const Conv2dParams& p, int position
   return ((phase_y * p.lanes.rows + row) * p.lanes.phases[1] + phase_x) * p.lanes.columns + column;
 }
 
+// The unit of a block of threads, and where its tile begins: a rectangle, or a run.
+struct TileOrigin {
+  int64_t unit;
+  int y0, x0, first;
+
+  __device__ __forceinline__ TileOrigin(const Conv2dParams& p, unsigned block) {
+    const int tiles = p.tiles_h * p.tiles_w, tile = block % tiles;
+    unit = block / tiles;
+    y0 = tile / p.tiles_w * p.tile_h;
+    x0 = tile % p.tiles_w * p.tile_w;
+    first = tile * p.step;
+  }
+};
+
+// The rows of a block of threads: a group of the convolution, and which of its blocks of rows.
+struct RowBlock {
+  int group, index;
+
+  __device__ __forceinline__ RowBlock(const Conv2dParams& p, int block)
+      : group(block / p.row_blocks), index(block % p.row_blocks) {}
+};
+
 // Places come in pairs, with four sums each: those of the second go to the lane kDistance apart, whose first it is. The
 // firsts move up.
 template <int kDistance, int kPairs>
@@ -73,17 +95,14 @@ conv2d_kernel(const Conv2dParams p) {
   constexpr int kOwn = kRun * kParts, kApart = 32 / kParts;  // places of a lane in the loop
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int plane = kPlane ? kPlane : p.plane;  // in shared memory
-  const int tile = blockIdx.x % (p.tiles_h * p.tiles_w);
-  const int64_t unit = blockIdx.x / (p.tiles_h * p.tiles_w);
-  const int y0 = tile / p.tiles_w * p.tile_h, x0 = tile % p.tiles_w * p.tile_w;
-  const int first = tile * p.step;  // of a run
-  const int group = blockIdx.y / p.row_blocks, row_block = blockIdx.y % p.row_blocks;
-  const int y = lane / p.tile_w, x = lane % p.tile_w;  // of the lane's position within the tile
+  // What is wanted again at the end is worked out again there, and not kept in registers meanwhile.
+  const TileOrigin staged_from(p, blockIdx.x);
+  const RowBlock rows(p, blockIdx.y);
 
   float sums[kGroups][kV][kG * kOwn * 4];
-  auto slice_of = [&](int k) {
-    const int rank = (row_block * warps + warp) * kGroups + k;
-    return rank < p.slices_per_group ? p.order[group * p.slices_per_group + rank] : -1;
+  auto slice_of = [&](const RowBlock& rows, int k) {
+    const int rank = (rows.index * warps + warp) * kGroups + k;
+    return rank < p.slices_per_group ? p.order[rows.group * p.slices_per_group + rank] : -1;
   };
 #pragma unroll
   for (int k = 0; k < kGroups; ++k) {
@@ -99,11 +118,12 @@ conv2d_kernel(const Conv2dParams p) {
   const int buffer_size = p.block_channels * kG * plane;
   const int64_t planes = int64_t(p.lanes.channels) * kG;
   const float4* source = reinterpret_cast<const float4*>(p.input) +
-                         (unit * planes + int64_t(group) * p.channels_per_group * kG) * p.lanes.plane;
+                         (staged_from.unit * planes + int64_t(rows.group) * p.channels_per_group * kG) * p.lanes.plane;
   // Where each vector of a staged plane comes from. In registers it would leave too few for the loop.
   int* places = reinterpret_cast<int*>(memory + p.shared.places);  // [plane]
   for (int i = threadIdx.x; i < p.plane; i += blockDim.x) {
-    places[i] = kRun > 1 ? source_in_run(p, i, first) : source_in_rectangle(p, i, y0, x0);
+    places[i] = kRun > 1 ? source_in_run(p, i, staged_from.first)
+                         : source_in_rectangle(p, i, staged_from.y0, staged_from.x0);
   }
   // Where each block's entries of the warp's slices begin.
   int* starts = reinterpret_cast<int*>(memory + p.shared.starts) + warp * kGroups * (p.blocks + 1);
@@ -113,18 +133,21 @@ conv2d_kernel(const Conv2dParams p) {
   if (p.shared.has_starts) {
 #pragma unroll 1
     for (int k = 0; k < kGroups; ++k) {
-      const int slice = slice_of(k);
+      const int slice = slice_of(rows, k);
       for (int i = lane; i <= p.blocks; i += 32) starts[k * (p.blocks + 1) + i] = start_at(slice, i);
     }
   }
   auto start_of = [&](int k, int block) {
-    return p.shared.has_starts ? starts[k * (p.blocks + 1) + block] : start_at(slice_of(k), block);
+    if (p.shared.has_starts) return starts[k * (p.blocks + 1) + block];
+    return start_at(slice_of(RowBlock(p, anew(blockIdx.y)), k), block);
   };
   __syncthreads();  // places and starts
   // Of each slice the first entries of a block.
   auto staged_records = [&](int k, int block) {
-    return memory + p.shared.records + ((block % 2 * warps + warp) * kGroups + k) * kStagedRecords<kV> * kRecordBytes<kV>;
+    constexpr int kBytes = kStagedRecords<kV> / 2 * kPairBytes<kV>;
+    return reinterpret_cast<float*>(memory + p.shared.records + ((block % 2 * warps + warp) * kGroups + k) * kBytes);
   };
+  constexpr int kPair = kPairBytes<kV> / 4;  // in floats
   auto stage = [&](int block) {
     const int first_plane = block * p.block_channels * kG;
     const int count = min(p.block_channels * kG, p.channels_per_group * kG - first_plane);
@@ -139,15 +162,19 @@ conv2d_kernel(const Conv2dParams p) {
 #pragma unroll 1
     for (int k = 0; k < kGroups; ++k) {
       const int begin = start_of(k, block), count = min(start_of(k, block + 1) - begin, kStagedRecords<kV>);
-      const unsigned char* from = p.records + int64_t(begin) * kRecordBytes<kV>;
-      unsigned char* to = staged_records(k, block);
-      constexpr int kPiece = kV == 1 ? 8 : 16;
-      for (int at = lane * kPiece; at < count * kRecordBytes<kV>; at += 32 * kPiece) {
-        if constexpr (kV == 1) {
-          copy_async8(to + at, from + at);
-        } else {
-          copy_async16(to + at, from + at, true);
-        }
+      const int mine = copied_record<kV>(anew(lane));
+      if (mine >= count) continue;
+      const auto record = record_at<kV>(p.records, begin + mine, p.n_records);
+      float* chunk = staged_records(k, block);
+      float* to = chunk + staged_values<kV>(mine);
+      if constexpr (kV == 1) {
+        copy_async8(to, record.values);
+      } else if constexpr (kV == 2) {
+        copy_async16(to, record.values, true);
+      } else {
+#pragma unroll
+        for (int v = 0; v < kV; v += 4) copy_async16(to + v, record.values + v, true);
+        copy_async4(chunk + staged_distance<kV>(mine), record.distance);
       }
     }
   };
@@ -171,8 +198,8 @@ conv2d_kernel(const Conv2dParams p) {
     for (int k = 0; k < kGroups; ++k) {
       const int begin = start_of(k, block), end = start_of(k, block + 1);
       if (begin >= end) continue;
-      auto multiply = [&](const Record<kV>& record, auto places) {
-        const auto* at = reinterpret_cast<const float4*>(tile_data + record.distance);
+      auto multiply = [&](int distance, const Values<kV>& values, auto places) {
+        const auto* at = reinterpret_cast<const float4*>(tile_data + distance);
 #pragma unroll
         for (int g = 0; g < kG * kRun; ++g) {
 #pragma unroll
@@ -181,59 +208,65 @@ conv2d_kernel(const Conv2dParams p) {
 #pragma unroll
             for (int v = 0; v < kV; ++v) {
               float* sum = &sums[k][v][(g * kParts + q) * 4];
-              sum[0] += record.values[v] * in.x;
-              sum[1] += record.values[v] * in.y;
-              sum[2] += record.values[v] * in.z;
-              sum[3] += record.values[v] * in.w;
+              sum[0] += values.of[v] * in.x;
+              sum[1] += values.of[v] * in.y;
+              sum[2] += values.of[v] * in.z;
+              sum[3] += values.of[v] * in.w;
             }
           }
         }
       };
-      // Each part of the warp takes an entry of its own. The last ones apart: a load under a condition would cost moves
-      // of what it might leave as it is.
       constexpr std::integral_constant<int, kParts> all;
       constexpr std::integral_constant<int, 1> one;
-      constexpr int kStep = kParts * kRecordBytes<kV>;
       const int staged = min(end - begin, kStagedRecords<kV>);
-      const unsigned char* records = staged_records(k, block);
-      int rounds = staged / kParts;
-      if (kParts == 1 || rounds > 0) {
-        const unsigned char* from = records + part * kRecordBytes<kV>;
-        Record<kV> ahead = load_record<kV>(from);
-        if constexpr (kParts == 1) {
-#pragma unroll kFewRegisters && kV <= 2 ? 1 : 2
-          for (; rounds > 1; --rounds) {
-            const Record<kV> record = ahead;
-            from += kStep;
-            ahead = load_record<kV>(from);  // while this one is used
-            multiply(record, all);
-          }
-        } else {  // the same, twice, which the compiler does not see for itself
-#pragma unroll 1
-          for (; rounds > 2; rounds -= 2, from += 2 * kStep) {
-            const Record<kV> second = load_record<kV>(from + kStep);
-            multiply(ahead, all);
-            ahead = load_record<kV>(from + 2 * kStep);
-            multiply(second, all);
-          }
-          if (rounds == 2) {
-            const Record<kV> second = load_record<kV>(from + kStep);
-            multiply(ahead, all);
-            ahead = second;
-          }
+      const float* const pairs = staged_records(k, block);
+      auto distance_of = [&](int index) { return *reinterpret_cast<const int*>(pairs + staged_distance<kV>(index)); };
+      auto values_of = [&](int index) { return load_values<kV>(pairs + staged_values<kV>(index)); };
+      // Where few products or many parts leave the loop's own instructions more than a twentieth of all.
+      constexpr int kUnrolled = kV == 8 && kG * kOwn == 1 ? 4 : kV == 4 && kParts == 4 ? 2 : 1;
+      // Each part of the warp takes pairs of its own. The last one apart: a load under a condition would cost moves of
+      // what it might leave as it is.
+      int done = staged / (2 * kParts) * 2 * kParts;
+      // What comes after the pairs is loaded before the last entry of them is multiplied, whether it is one to take or
+      // not.
+      const int next = min(done + part, staged - 1);
+      int distance_after;
+      Values<kV> values_after;
+      if (done > 0) {
+        const float* from = pairs + part * kPair;
+        Pair<kV> pair;
+        pair.load_first(from);
+#pragma unroll kUnrolled
+        for (int left = staged / (2 * kParts) - 1; left > 0; --left, from += kParts * kPair) {
+          pair.load_second(from);
+          multiply(pair.distances[0], pair.values[0], all);
+          const int distance = pair.distances[1];
+          const Values<kV> values = pair.values[1];
+          pair.load_first(from + kParts * kPair);
+          multiply(distance, values, all);
         }
-        multiply(ahead, all);
+        pair.load_second(from);
+        multiply(pair.distances[0], pair.values[0], all);
+        distance_after = distance_of(next);
+        values_after = values_of(next);
+        multiply(pair.distances[1], pair.values[1], all);
+      } else {
+        distance_after = distance_of(next);
+        values_after = values_of(next);
+      }
+      if (staged - done >= kParts) {
+        multiply(distance_after, values_after, all);
+        done += kParts;
       }
       // Of what is left, all parts take the same at their own places.
       if constexpr (kParts > 1) {
 #pragma unroll 1
-        for (int rest = staged - staged % kParts; rest < staged; ++rest) {
-          multiply(load_record<kV>(records + rest * kRecordBytes<kV>), one);
-        }
+        for (; done < staged; ++done) multiply(distance_of(done), values_of(done), one);
       }
 #pragma unroll 1
       for (int rest = begin + staged; rest < end; ++rest) {  // than are staged
-        multiply(load_record<kV>(p.records + int64_t(rest) * kRecordBytes<kV>), one);
+        const auto record = record_at<kV>(p.records, rest, p.n_records);
+        multiply(*record.distance, load_values<kV>(record.values), one);
       }
     }
     __syncthreads();  // before the buffer is filled again
@@ -254,6 +287,12 @@ conv2d_kernel(const Conv2dParams p) {
   constexpr int kRows = kGroups * kV, kLanes = kG * 4, kPositions = 32 * kRun;
   float* results = shared_memory<float>() + warp * kRows * kLanes * kPositions;  // [kRows][kLanes][kPositions]
   const int strip = strip_results(p);
+  const TileOrigin origin(p, anew(blockIdx.x));
+  const int64_t unit = origin.unit;
+  const RowBlock last_rows(p, anew(blockIdx.y));
+  const int group = last_rows.group;
+  const int y0 = origin.y0, x0 = origin.x0, first = origin.first;
+  const int y = anew(lane) / p.tile_w, x = anew(lane) % p.tile_w;  // of the lane's position within the tile
   // A position of the lane, in its strip; past its end where a result is none.
   auto row_of = [&](int j) { return kRun > 1 ? (first + j * 32 + lane) / p.tile_columns : y0 + y; };
   auto column_of = [&](int j) { return kRun > 1 ? (first + j * 32 + lane) % p.tile_columns : x0 + x; };
@@ -286,7 +325,7 @@ conv2d_kernel(const Conv2dParams p) {
           }
         }
       }
-      const RowEnd row_end(p, slice_of(0), group, 0, 1);
+      const RowEnd row_end(p, slice_of(last_rows, 0), group, 0, 1);
       __syncwarp();  // interleaved results
       if (p.joined) {
         const Span span = span_of_rows(p, first_row, tile_rows);
@@ -302,7 +341,7 @@ conv2d_kernel(const Conv2dParams p) {
   if (store.plain && (kFromRegisters || (kG == 1 && p.flat))) {
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
-      const RowEnd row_end(p, slice_of(k), group, lane % kV, kV);
+      const RowEnd row_end(p, slice_of(last_rows, k), group, lane % kV, kV);
 #pragma unroll
       for (int v = 0; v < kV; ++v) {
         const int channel = __shfl_sync(0xffffffffu, row_end.channel, v);
@@ -348,7 +387,7 @@ conv2d_kernel(const Conv2dParams p) {
       }
     }
   }
-  const RowEnd row_end(p, lane < kRows ? slice_of(lane / kV) : -1, group, lane % kV, kV);
+  const RowEnd row_end(p, lane < kRows ? slice_of(last_rows, lane / kV) : -1, group, lane % kV, kV);
   if (kRun > 1 || p.joined) {
     __syncwarp();  // results
     store_span<kLanes>(p, results, kRows, kLanes * kPositions, lane_pitch, row_end, unit, span);

@@ -33,7 +33,7 @@ struct Lanes {
   int plane;                   // vectors of 4 of one channel and lane group
 };
 
-// Of a plan's [distance | slot], the records of a call, in blocks of their own beside those that copy activations.
+// Of a plan's [slot | distance], the records of a call, in blocks of their own beside those that copy activations.
 struct FillRecordsParams {
   const int32_t* plan;  // [n_records][2]
   const void* values;   // [n_vectors][vector]
@@ -128,10 +128,12 @@ constexpr Conv2dVariant kConv2dVariants[] = {
     {4, 1, 1, 0, 4}, {8, 2, 1, 64}, {8, 1, 1, 0}, {8, 1, 1, 0, 1, 2}, {8, 1, 1, 0, 2},
 };
 constexpr int kConv2dWarps = 8;
-constexpr int record_bytes(int vector) { return vector == 1 ? 8 : vector == 2 ? 16 : 16 + 4 * vector; }
+// Of a record, and of two of them in shared memory; see conv2d_records.cuh.
+constexpr int record_bytes(int vector) { return vector <= 2 ? 8 * vector : 4 * vector + 4; }
+constexpr int pair_bytes(int vector) { return vector <= 2 ? 16 * vector : 8 * vector + 16; }
 template <int kV>
-constexpr int kRecordBytes = record_bytes(kV);
-// Of a slice's entries in a block of channels, what is copied to shared memory along with the channels.
+constexpr int kPairBytes = pair_bytes(kV);
+// Of a slice's entries in a block of channels, what is copied to shared memory along with the channels, two by two.
 constexpr int staged_records(int vector) { return vector == 8 ? 24 : 32; }
 template <int kV>
 constexpr int kStagedRecords = staged_records(kV);
@@ -145,7 +147,7 @@ constexpr int kMostStarts = 129;  // of a slice, that shared memory is spent on
 constexpr Conv2dShared conv2d_shared(int buffer_vectors, int slices, int vector, int plane, int blocks) {
   Conv2dShared shared{};
   shared.records = 2 * buffer_vectors * 16;
-  shared.starts = shared.records + 2 * slices * staged_records(vector) * record_bytes(vector);
+  shared.starts = shared.records + slices * staged_records(vector) * pair_bytes(vector);  // two buffers
   shared.has_starts = blocks + 1 <= kMostStarts;
   shared.places = shared.starts + (shared.has_starts ? slices * (blocks + 1) * 4 : 0);
   shared.bytes = shared.places + plane * 4;

@@ -1,5 +1,10 @@
-// Of the sparse convolution on CUDA cores (conv2d.cuh): what its loop reads of a pattern, a record [distance | values]
-// of each entry, those of a row one after another and sorted by block of channels.
+// Of the sparse convolution on CUDA cores (conv2d.cuh): what its loop reads of a pattern, a record of each entry, those
+// of a row one after another and sorted by block of channels:
+//
+//   of one value    [value | distance]
+//   of two          [value | value | distance | distance]
+//   of more         [kV values] of each, then [distance] of each, in global memory;
+//                   [kV values | kV values | distance | distance | ..] of each two in shared memory, by 16 bytes
 #pragma once
 #include "conv2d.h"
 #include "element.cuh"
@@ -36,6 +41,21 @@ __device__ __forceinline__ Entry entry_of(const RecordsParams& p, int column, in
   const int in_plane = phase_y * p.phase_pitch[0] + y * p.row_pitch + phase_x * p.phase_pitch[1] + x;
   entry.distance = ((channel % p.block_channels) * p.lane_groups * p.plane + in_plane) * 16;
   return entry;
+}
+
+template <class Float, class Int>
+struct RecordPlace {
+  Float* values;
+  Int* distance;
+};
+// Of `count` records in global memory.
+template <int kV, class Byte>
+__device__ __forceinline__ auto record_at(Byte* records, int64_t index, int64_t count) {
+  using Float = std::conditional_t<std::is_const_v<Byte>, const float, float>;
+  using Int = std::conditional_t<std::is_const_v<Byte>, const int, int>;
+  auto* values = reinterpret_cast<Float*>(records) + index * (kV <= 2 ? 2 * kV : kV);
+  auto* distances = reinterpret_cast<Int*>(records + count * 4 * kV) + index;
+  return RecordPlace<Float, Int>{values, kV <= 2 ? reinterpret_cast<Int*>(values + kV) : distances};
 }
 
 constexpr int kRecordsWarps = 8;  // at most
@@ -134,17 +154,11 @@ __global__ __launch_bounds__(32 * kRecordsWarps) void records_kernel(const Recor
     __syncwarp();
     if (!entry.used) return;
     const int i = mine + round * 32;
-    unsigned char* record = p.records + (first + place) * kRecordBytes<kV>;
-    // What lies between a distance and its values is copied with them.
-    if constexpr (kV > 2) {
-      store_vector(reinterpret_cast<uint4*>(record), uint4{static_cast<unsigned>(entry.distance), 0, 0, 0});
-    } else if constexpr (kV == 2) {
-      store_vector(reinterpret_cast<int2*>(record), int2{entry.distance, 0});
-    } else {
-      store_vector(reinterpret_cast<int*>(record), entry.distance);
-    }
+    const auto record = record_at<kV>(p.records, first + place, int64_t(p.n_vectors) * p.slices);
+    *record.distance = entry.distance;
+    if constexpr (kV == 2) record.distance[1] = entry.distance;
     if (p.where && part == 0) p.where[i] = static_cast<int>(first) + place;
-    float* to = reinterpret_cast<float*>(record + kRecordBytes<kV> - 4 * kV);
+    float* to = record.values;
     if (kV == 1 && p.slots) {
       to[0] = __uint_as_float(static_cast<uint32_t>(i) * p.slices + part);
       return;
@@ -168,7 +182,7 @@ __global__ __launch_bounds__(32 * kRecordsWarps) void records_kernel(const Recor
 template <int kV>
 __device__ __forceinline__ void fill_record(const FillRecordsParams& p, int64_t index) {
   const int2 planned = load_vector(reinterpret_cast<const int2*>(p.plan) + index);
-  const int entry = p.slices == 1 ? planned.y : planned.y / p.slices, part = planned.y - entry * p.slices;
+  const int entry = p.slices == 1 ? planned.x : planned.x / p.slices, part = planned.x - entry * p.slices;
   const bool known = entry >= 0 && entry < p.n_vectors;
   float values[kV];
 #pragma unroll
@@ -177,17 +191,18 @@ __device__ __forceinline__ void fill_record(const FillRecordsParams& p, int64_t 
     const bool real = known && row < p.vector;
     values[v] = real ? load_value(p.values, p.dtype, int64_t(entry) * p.vector + row) : 0.0f;
   }
-  unsigned char* record = p.records + index * kRecordBytes<kV>;
+  const auto [to, distance] = record_at<kV>(p.records, index, p.n_records);
+  const float bits = __uint_as_float(planned.y);
   if constexpr (kV == 1) {
-    store_vector(reinterpret_cast<float2*>(record), float2{__uint_as_float(planned.x), values[0]});
+    store_vector(reinterpret_cast<float2*>(to), float2{values[0], bits});
   } else if constexpr (kV == 2) {
-    store_vector(reinterpret_cast<float4*>(record), float4{__uint_as_float(planned.x), 0.0f, values[0], values[1]});
+    store_vector(reinterpret_cast<float4*>(to), float4{values[0], values[1], bits, bits});
   } else {
-    store_vector(reinterpret_cast<float4*>(record), float4{__uint_as_float(planned.x), 0.0f, 0.0f, 0.0f});
+    *distance = planned.y;
 #pragma unroll
     for (int v = 0; v < kV; v += 4) {
       const float4 four{values[v], values[v + 1], values[v + 2], values[v + 3]};
-      store_vector(reinterpret_cast<float4*>(record + 16) + v / 4, four);
+      store_vector(reinterpret_cast<float4*>(to + v), four);
     }
   }
 }
@@ -202,35 +217,83 @@ __device__ __forceinline__ void fill_record(const FillRecordsParams& p, int64_t 
 }
 
 template <int kV>
-struct Record {
-  int distance;
-  float values[kV];
+struct Values {
+  float of[kV];
 };
 
 template <int kV>
-__device__ __forceinline__ Record<kV> load_record(const unsigned char* from) {
-  Record<kV> record;
+__device__ __forceinline__ Values<kV> load_values(const float* from) {
+  Values<kV> values;
   if constexpr (kV == 1) {
-    const float2 pair = load_vector(reinterpret_cast<const float2*>(from));
-    record.distance = __float_as_int(pair.x);
-    record.values[0] = pair.y;
+    values.of[0] = *from;
   } else if constexpr (kV == 2) {
-    const float4 all = load_vector(reinterpret_cast<const float4*>(from));
-    record.distance = __float_as_int(all.x);
-    record.values[0] = all.z;
-    record.values[1] = all.w;
+    const float2 two = load_vector(reinterpret_cast<const float2*>(from));
+    values.of[0] = two.x;
+    values.of[1] = two.y;
   } else {
-    record.distance = load_vector(reinterpret_cast<const int*>(from));
 #pragma unroll
     for (int v = 0; v < kV; v += 4) {
-      const float4 four = load_vector(reinterpret_cast<const float4*>(from + 16) + v / 4);
-      record.values[v] = four.x;
-      record.values[v + 1] = four.y;
-      record.values[v + 2] = four.z;
-      record.values[v + 3] = four.w;
+      const float4 four = load_vector(reinterpret_cast<const float4*>(from + v));
+      values.of[v] = four.x;
+      values.of[v + 1] = four.y;
+      values.of[v + 2] = four.z;
+      values.of[v + 3] = four.w;
     }
   }
-  return record;
+  return values;
 }
+
+// Where the values and the distance of a staged record lie, in floats from the first one on.
+template <int kV>
+__device__ __forceinline__ int staged_values(int i) {
+  return kV <= 2 ? i * 2 * kV : i / 2 * (kPairBytes<kV> / 4) + i % 2 * kV;
+}
+template <int kV>
+__device__ __forceinline__ int staged_distance(int i) {
+  return kV <= 2 ? i * 2 * kV + kV : i / 2 * (kPairBytes<kV> / 4) + 2 * kV + i % 2;
+}
+
+// Which record a lane of a warp copies there, so that eight lanes, whose vectors are written at once, meet no bank
+// twice.
+template <int kV>
+__device__ __forceinline__ int copied_record(int lane) {
+  if (kV <= 2) return lane;
+  constexpr int kBit = kV == 4 ? 1 : 2;  // changes places with bit 3
+  const int differ = (lane >> kBit ^ lane >> 3) & 1;
+  return lane ^ (differ << kBit | differ << 3);
+}
+
+// Two staged records. The first is read while the one before it is multiplied, the second while the first one is. Of
+// many values one read brings both distances.
+template <int kV>
+struct Pair {
+  int distances[2];
+  Values<kV> values[2];
+
+  __device__ __forceinline__ void load_first(const float* from) {
+    if constexpr (kV > 2) {
+      const int2 both = load_vector(reinterpret_cast<const int2*>(from + staged_distance<kV>(0)));
+      distances[0] = both.x;
+      distances[1] = both.y;
+    }
+    load(from, 0);
+  }
+  __device__ __forceinline__ void load_second(const float* from) { load(from, 1); }
+  __device__ __forceinline__ void load(const float* from, int i) {
+    from += staged_values<kV>(i);
+    if constexpr (kV == 1) {
+      const float2 record = load_vector(reinterpret_cast<const float2*>(from));
+      values[i].of[0] = record.x;
+      distances[i] = __float_as_int(record.y);
+    } else if constexpr (kV == 2) {
+      const float4 record = load_vector(reinterpret_cast<const float4*>(from));
+      values[i].of[0] = record.x;
+      values[i].of[1] = record.y;
+      distances[i] = __float_as_int(record.z);
+    } else {
+      values[i] = load_values<kV>(from);
+    }
+  }
+};
 
 }  // namespace sparsekd::cuda

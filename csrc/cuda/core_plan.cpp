@@ -3,6 +3,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <array>
+
 #include "planar_host.h"
 
 namespace sparsekd::cuda {
@@ -32,18 +34,18 @@ std::vector<int64_t> numbers_of(const Planned& planned, int64_t n_vectors) {
 
 // For float32 results in planes, one behind the other; it fits other dtypes, too, if not as well, but where planes are
 // flat.
-std::optional<Planned> choice_of(Call& call, const Problem& given, int64_t n_vectors, const at::Tensor& on) {
+std::optional<Planned> choice_of(const TensorDevice& device, const Problem& given, int64_t n_vectors) {
   const Problem problem = has_flat_planes(given) ? flattened(given) : given;
   const auto options = at::TensorOptions(at::kMeta).dtype(at::kFloat);
   const std::optional<Choice> chosen =
-      choose(tensor_device(call, on), problem, n_vectors,
+      choose(device, problem, n_vectors,
              at::empty({given.batch, given.out_channels, given.axes[0].positions, given.axes[1].positions}, options));
   return chosen ? std::optional<Planned>({problem, *chosen}) : std::nullopt;
 }
 
 Planned planned_choice(Call& call, const Problem& given, int64_t n_vectors, at::IntArrayRef tiling,
                        const at::Tensor& on) {
-  const std::optional<Planned> planned = choice_of(call, given, n_vectors, on);
+  const std::optional<Planned> planned = choice_of(tensor_device(call, on), given, n_vectors);
   TORCH_CHECK_VALUE(planned && tiling.equals(numbers_of(*planned, n_vectors)),
                     "Expected a tiling that conv2d_tiling gives for this pattern and an input of this size, got ",
                     tiling);
@@ -70,7 +72,7 @@ Problem core_problem(const Conv2dShape& shape, int64_t vector) {
 
 std::vector<int64_t> core_tiling(Call& call, const Problem& problem, const at::Tensor& col) {
   if (problem.batch == 0 || problem.axes[0].positions == 0 || problem.axes[1].positions == 0) return {};
-  const std::optional<Planned> planned = choice_of(call, problem, col.size(0), col);
+  const std::optional<Planned> planned = choice_of(tensor_device(call, col), problem, col.size(0));
   return planned ? numbers_of(*planned, col.size(0)) : std::vector<int64_t>{};
 }
 
@@ -140,3 +142,18 @@ at::Tensor run_core_plan(const at::Tensor& input, const at::Tensor& values, cons
 }
 
 }  // namespace sparsekd::cuda
+
+int sparsekd_core_cycles(const int64_t* sizes, const int* device, int* flat, double* cycles) {
+  using namespace sparsekd;
+  using namespace sparsekd::cuda;
+  const auto [batch, in_channels, out_channels, vector, n_vectors, size, kernel, stride] =
+      *reinterpret_cast<const std::array<int64_t, 8>*>(sizes);
+  const int64_t padding = kernel / 2, input[] = {batch, in_channels, size * stride, size * stride};
+  const int64_t both[][2] = {{kernel, kernel}, {stride, stride}, {padding, padding}, {1, 1}};
+  const Conv2dShape shape = checked_shape(input, out_channels, both[0], both[1], both[2], both[3], 1);
+  const auto planned = choice_of({device[0], device[1], device[2]}, core_problem(shape, vector), n_vectors);
+  if (!planned) return 0;
+  *flat = planned->problem.flat;
+  *cycles = planned->choice.cost;
+  return 1;
+}

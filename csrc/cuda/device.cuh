@@ -51,6 +51,14 @@ __device__ __forceinline__ float half_of_bits(unsigned bits) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
+// The same number, which the compiler does not know: what follows from it is worked out again, where else it would lie in
+// a register all the way from where it was needed before.
+template <class T>
+__device__ __forceinline__ T anew(T x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 2^x, within 2^-22 of it; 0 below 2^-126.
 __device__ __forceinline__ float fast_exp2(float x) {
   float result;
@@ -115,6 +123,14 @@ __device__ __forceinline__ void copy_async8(void* to, const void* from) {
                    static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
 #else
   *static_cast<float2*>(to) = *static_cast<const float2*>(from);
+#endif
+}
+__device__ __forceinline__ void copy_async4(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+#else
+  *static_cast<float*>(to) = *static_cast<const float*>(from);
 #endif
 }
 __device__ __forceinline__ void copy_async_commit() {

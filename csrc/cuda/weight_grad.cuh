@@ -171,8 +171,7 @@ __global__ __launch_bounds__(32 * kConv2dWarps, 2) void weight_grad_kernel(const
           const float4* at[kCount];
 #pragma unroll
           for (int c = 0; c < kCount; ++c) {
-            const auto* record = reinterpret_cast<const int2*>(p.records + int64_t(i + c) * kRecordBytes<1>);
-            at[c] = reinterpret_cast<const float4*>(tile_data + load_vector(record).x);
+            at[c] = reinterpret_cast<const float4*>(tile_data + *record_at<1>(p.records, i + c, p.n_records).distance);
 #pragma unroll
             for (int v = 0; v < kV; ++v) sums[c * kV + v] = 0.0f;
           }

@@ -21,7 +21,7 @@ struct WeightGradParams {
   const float* input;                             // in lanes
   const float* grad;                              // of the output, in as many lanes, strips and units, without a halo
   int grad_columns, grad_plane;
-  const unsigned char* records;                   // those of kRecordBytes<1>; only their distances count
+  const unsigned char* records;                   // of one value; only their distances count
   const int32_t *starts, *order, *row_indices;    // starts, order: of row groups
   int row_groups_per_group, vector, slices;       // a row group is taken in slices of kV rows
   int rows_per_group, out_channels, channels_per_group, block_channels, blocks, n_records;

@@ -56,7 +56,7 @@ void sync_block(int line);
 void access(const void* address, unsigned bytes, bool write, const void* pc);
 // A lane takes part in its warp's request, which is for the same memory, without touching anything.
 void stand_by(const void* near, unsigned bytes, const void* pc);
-void copy_async(void* to, const void* from, unsigned bytes, bool valid, const void* pc);  // 0, 8 or 16 bytes
+void copy_async(void* to, const void* from, unsigned bytes, bool valid, const void* pc);  // 0, 4, 8 or 16 bytes
 void copy_async_commit();
 void copy_async_wait(int pending);
 [[noreturn]] void fail(const char* format, ...);
@@ -214,6 +214,10 @@ inline float half_of_bits(unsigned bits) {
   __builtin_memcpy(&x, &low, 2);
   return static_cast<float>(x);
 }
+template <class T>
+T anew(T x) {
+  return x;
+}
 inline float fast_exp2(float x) { return exp2f(x); }
 inline float not_below(float x, float least) { return x < least ? least : x; }
 inline float not_above(float x, float most) { return x > most ? most : x; }
@@ -234,6 +238,9 @@ EMULATOR_UNCHECKED inline void copy_async16(void* to, const void* from, bool val
 }
 EMULATOR_UNCHECKED inline void copy_async8(void* to, const void* from) {
   emulator::copy_async(to, from, 8, true, __builtin_return_address(0));
+}
+EMULATOR_UNCHECKED inline void copy_async4(void* to, const void* from) {
+  emulator::copy_async(to, from, 4, true, __builtin_return_address(0));
 }
 inline void copy_async_commit() { emulator::copy_async_commit(); }
 template <int kPending>

@@ -1,4 +1,4 @@
-"""The tile that the library's convolution on tensor cores takes of a layer, with no GPU (for predict.py)."""
+"""The tiles of the library's convolutions for a layer, and the time expected of them, with no GPU (for predict.py)."""
 
 from __future__ import annotations
 
@@ -49,3 +49,14 @@ def tiling(sizes: tuple[int, ...], device: tuple[int, int, int], images: bool) -
     if found != len(numbers):
         raise RuntimeError(f"Expected a tiling for a layer of sizes {sizes} on tensor cores, got none")
     return Tiling(*numbers), cycles.value
+
+
+@functools.cache
+def core_cycles(sizes: tuple[int, ...], device: tuple[int, int, int]) -> tuple[float, bool]:
+    """Of the convolution on CUDA cores in float32: the cycles of a multiprocessor that the library expects, and whether
+    it reads images as they lie. The arguments are those of ``tiling``."""
+    flat, cycles = ctypes.c_int(), ctypes.c_double()
+    given = (ctypes.c_int64 * 8)(*sizes), (ctypes.c_int * 3)(*device)
+    if not library().sparsekd_core_cycles(*given, ctypes.byref(flat), ctypes.byref(cycles)):
+        raise RuntimeError(f"Expected a tile for a layer of sizes {sizes} on CUDA cores, got none")
+    return cycles.value, bool(flat.value)
