@@ -28,7 +28,7 @@ test-all: $(BUILT) ## every test
 # leaks are not looked for, as Python itself leaks by design. Code is made by its own tests only: a sanitized loop does not
 # fuse its multiplications with its additions, so that its results have other bits.
 SANITIZED := $(addprefix ../../,$(wildcard $(addprefix tests/test_,conv2d*.py linear*.py kd_loss*.py \
-  layer_plans.py generated.py max_pool2d.py sequence.py strips.py)))
+  layer_plans.py generated.py kept_code.py max_pool2d.py sequence.py strips.py)))
 sanitize: $(BUILT) ## the tests of the operators under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r sparsekd build/sanitize/
 	rm -f build/sanitize/sparsekd/_C*
