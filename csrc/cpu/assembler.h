@@ -143,8 +143,8 @@ class Assembler {
     for (int i = 0; i < 4; ++i) put(static_cast<uint8_t>(static_cast<uint32_t>(number) >> 8 * i));
   }
 
-  // EVEX, before the opcode. `map`: 0 is 0F, 1 is 0F38, 2 is 0F3A; `must`: 0 is no prefix, 1 is 66; `rm`: what modrm's last field
-  // names; `spread`: one number of memory goes to all lanes; `mask`: lanes that it leaves out become zero.
+  // EVEX, before the opcode. `map`: 0 is 0F, 1 is 0F38, 2 is 0F3A; `must`: 0 is no prefix, 1 is 66; `rm`: what modrm's
+  // last field names; `spread`: one number of memory goes to all lanes; `mask`: lanes that it leaves out become zero.
   void prefix(int map, int must, int reg, int vvvv, int rm, bool spread, int mask = 0) {
     const auto off = [](int number, int bit) { return ~number >> bit & 1; };
     put(0x62);

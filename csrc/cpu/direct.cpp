@@ -16,7 +16,7 @@
 #include <numeric>
 
 #include "../check.h"
-#include "passes.h"
+#include "flat_pixels.h"
 #include "stream.h"
 
 namespace sparsekd::cpu {

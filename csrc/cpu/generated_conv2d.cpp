@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../resident.h"
-#include "passes.h"
+#include "flat_pixels.h"
 
 namespace sparsekd::cpu {
 

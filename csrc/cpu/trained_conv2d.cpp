@@ -127,7 +127,8 @@ std::optional<at::Tensor> trained_forward(const Conv2dShape& shape, const at::Te
                                           const at::Tensor& crow_indices, const at::Tensor& col_indices,
                                           const std::optional<at::Tensor>& row_indices, const at::Tensor& transpose,
                                           const std::optional<at::Tensor>& bias) {
-  if (!worth_code(shape, values.numel()) || !plain_floats(input) || !plain_floats(values) || (bias && !plain_floats(*bias))) {
+  if (!worth_code(shape, values.numel()) || !plain_floats(input) || !plain_floats(values) ||
+      (bias && !plain_floats(*bias))) {
     return std::nullopt;
   }
   const std::vector<at::Tensor> indices = indices_of(crow_indices, col_indices, row_indices);

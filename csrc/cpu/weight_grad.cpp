@@ -78,7 +78,8 @@ void weight_grad(const Conv2dShape& shape, const Pattern& pattern, const T* inpu
     return work_of(rows, shape.batch, shape.output, shape.input[1], of_image, lanes);
   };
   const Grid grid =
-      best_width<T>(grid_key(kWeightGradGrid, shape, rows, channels_last), rows.generated, [&](const LaneKernels<T>& kernels) {
+      best_width<T>(grid_key(kWeightGradGrid, shape, rows, channels_last), rows.generated,
+                    [&](const LaneKernels<T>& kernels) {
         const TileShape tile_shape = kernels.grad_tile_shape();
         const Work work = work_for(tile_shape.lanes);
         if (flat) return flat_grid(work, tile_shape, flat_images * pixels);
